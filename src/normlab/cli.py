@@ -1,0 +1,188 @@
+"""The command line: parse, call, print."""
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import arg
+
+from .errors import InputError
+
+# torch takes more than a second to import: the commands import what they need, so that --help answers at once.
+
+
+@dataclass
+class Train:
+    """Train one network and show how it goes."""
+
+    norm: str = "running"
+    """Registered name of the norm (normlab list)."""
+    batch_size: int = 2
+    """Images a step."""
+    lr: float = 0.1
+    """Learning rate; its peak where the schedule moves it."""
+    epochs: int = 1
+    """Passes over the training images."""
+    schedule: str = "constant"
+    """constant, one-cycle or linear."""
+    seed: int = 0
+    """Of the initial weights and the order of the images."""
+    data: str = "mnist"
+    """Data set."""
+    model: str = "convnet"
+    """Network."""
+    images: int | None = None
+    """Use the first so many training images only."""
+    clip: float | None = None
+    """Bound on the norm of the whole gradient."""
+    data_dir: Path | None = None
+    """Folder with local copies of the data sets (or the variable NORMLAB_DATA)."""
+    out: Path = Path("runs/train")
+    """Folder for the record and the pictures."""
+
+    def run(self, console: Console) -> int:
+        from .observe import ActivationStats, blocks, plot_activations, plot_training
+        from .observe.plots import save
+        from .study.compare import check_trial, check_writable
+        from .study.plan import Trial
+        from .study.store import RunStore
+        from .study.trial import build_learner, run_learner
+        from .training import ShowProgress
+
+        trial = Trial.from_dict(vars(self))
+        check_trial(trial, self.data_dir)
+        check_writable(self.out)
+        learner = build_learner(trial, self.data_dir, (ShowProgress(console),))
+        with ActivationStats(blocks(learner.model)) as stats:
+            record, recorder = run_learner(trial, learner)
+        RunStore(self.out / "runs.jsonl").append(record)
+        save(plot_training(recorder.losses, recorder.lrs[-1]), self.out / "training.png")
+        save(plot_activations(stats), self.out / "activations.png")
+        if record["status"] == "diverged":
+            console.print(f"diverged at step {record['diverged_at_step']}", style="bold yellow")
+        _say_where(console, self.out, "runs.jsonl", "training.png", "activations.png")
+        return 0
+
+
+@dataclass
+class Compare:
+    """Compare norms at several batch sizes: a table, a picture and a page."""
+
+    norms: list[str] = field(default_factory=lambda: ["none", "batch", "group", "layer", "instance", "running"])
+    """Registered names of the norms (normlab list)."""
+    batch_sizes: list[int] = field(default_factory=lambda: [2, 32, 512])
+    """Images a step."""
+    lrs: list[float] = field(default_factory=lambda: [0.4])
+    """Learning rates."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Seeds; the table shows mean and deviation over them."""
+    epochs: int = 1
+    """Passes over the training images."""
+    schedule: str = "constant"
+    """constant, one-cycle or linear."""
+    data: str = "mnist"
+    """Data set."""
+    model: str = "convnet"
+    """Network."""
+    images: int | None = None
+    """Use the first so many training images only."""
+    clip: float | None = None
+    """Bound on the norm of the whole gradient."""
+    data_dir: Path | None = None
+    """Folder with local copies of the data sets (or the variable NORMLAB_DATA)."""
+    out: Path = Path("runs/compare")
+    """Folder for the results; runs found there are not run again."""
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    """Runs at a time."""
+
+    def run(self, console: Console) -> int:
+        from .study.compare import compare
+        from .study.plan import Trial, grid
+
+        rest = {name: getattr(self, name) for name in ("epochs", "schedule", "data", "model", "images", "clip")}
+        trials = grid(self.norms, self.batch_sizes, self.lrs, self.seeds, Trial(**rest))
+        command = shlex.join(["normlab", *sys.argv[1:]])
+        compare(trials, self.out, data_dir=self.data_dir, workers=self.workers, console=console, command=command)
+        return 0
+
+
+@dataclass
+class Reproduce:
+    """Make the lesson's recorded runs again and show them beside the recorded figures."""
+
+    rows: list[str] = field(default_factory=list)
+    """Which of R1 to R12; all of them by default."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds; every one has to behave as recorded."""
+    out: Path = Path("runs/reproduce")
+    """Folder for the results; runs found there are not run again."""
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    """Runs at a time."""
+
+    def run(self, console: Console) -> int:
+        from .study.reproduce import reproduce
+
+        whole = reproduce(self.out, rows=self.rows, seeds=self.seeds, workers=self.workers, console=console)
+        return 0 if whole else 1
+
+
+@dataclass
+class List:
+    """List the norms, data sets and networks."""
+
+    def run(self, console: Console) -> int:
+        from .data import DATASETS
+        from .models import MODELS
+        from .nn import NORMS
+        from .study.plan import SCHEDULES
+
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        for name, norm in NORMS.items():
+            table.add_row("norm", name, norm.summary)
+        for name, model in MODELS.items():
+            table.add_row("model", name, (model.__doc__ or "").split(";")[0].split("\n")[0])
+        for name in DATASETS:
+            table.add_row("data", name, "")
+        for name in SCHEDULES:
+            table.add_row("schedule", name, "")
+        console.print(table, highlight=False)
+        return 0
+
+
+Command = (
+    Annotated[Train, arg(name="train")]
+    | Annotated[Compare, arg(name="compare")]
+    | Annotated[Reproduce, arg(name="reproduce")]
+    | Annotated[List, arg(name="list")]
+)
+
+
+def main() -> None:
+    """Run the command of `sys.argv`; exits 2 on bad input, 130 on Ctrl-C."""
+    command = tyro.cli(
+        Command, prog="normlab", description="Norms that hold at any batch size, and the lab that proves it."
+    )  # pyright: ignore[reportArgumentType, reportCallIssue]
+    console = Console()
+    try:
+        sys.exit(command.run(console))  # pyright: ignore[reportAttributeAccessIssue]
+    except InputError as error:
+        Console(stderr=True).print(f"normlab: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("normlab: interrupted; what is done is kept, run the same command to go on.")
+        sys.exit(130)
+
+
+def _say_where(console: Console, folder: Path, *names: str) -> None:
+    for name in names:
+        console.print(str(folder / name), highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

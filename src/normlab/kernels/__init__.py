@@ -1,0 +1,1 @@
+"""The norms' operators with a gradient of their own; no policy, no state."""

@@ -1,0 +1,88 @@
+"""The lesson's convolutional net, with any norm, and what it is built from."""
+
+from collections.abc import Callable, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn import build_norm
+
+WIDTHS = (8, 16, 32, 64, 64)
+
+
+class GeneralRelu(nn.Module):
+    """min(relu(x) − sub, maxv), where relu is leaky with slope `leak` below 0; each part only if it is given."""
+
+    def __init__(self, leak: float | None = None, sub: float | None = None, maxv: float | None = None):
+        super().__init__()
+        self.leak, self.sub, self.maxv = leak, sub, maxv
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x) if self.leak is None else F.leaky_relu(x, self.leak)
+        if self.sub is not None:
+            x = x - self.sub
+        return x if self.maxv is None else x.clamp(max=self.maxv)
+
+    def extra_repr(self) -> str:
+        return f"leak={self.leak}, sub={self.sub}, maxv={self.maxv}"
+
+
+def conv_block(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int = 3,
+    norm: Callable[[int], nn.Module] | None = None,
+    *,
+    stride: int = 2,
+    bias: bool | None = None,
+    activation: nn.Module | None = None,
+) -> nn.Sequential:
+    """Convolution, activation, norm, in this order (the lesson's); padding is half the kernel.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        kernel_size: of the convolution.
+        norm: builds the norm from the number of channels; no norm if None.
+        stride: of the convolution.
+        bias: of the convolution; by default only without norm.
+        activation: `GeneralRelu()` by default.
+    """
+    bias = norm is None if bias is None else bias
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias)
+    layers = [conv, activation or GeneralRelu()]
+    return nn.Sequential(*layers) if norm is None else nn.Sequential(*layers, norm(out_channels))
+
+
+def convnet(
+    blocks: Callable[[int, int, int], nn.Module], num_classes: int, in_channels: int = 1, widths: Sequence[int] = WIDTHS
+) -> nn.Sequential:
+    """A classifier of images: a block for each width (kernel 5, then 3), average pool, linear.
+
+    Args:
+        blocks: builds a block from its input channels, output channels and kernel size.
+        num_classes: outputs.
+        in_channels: of the images.
+        widths: output channels of the blocks.
+    """
+    channels = [in_channels, *widths]
+    body = [blocks(channels[i], channels[i + 1], 5 if i == 0 else 3) for i in range(len(widths))]
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], num_classes))
+
+
+def init_convolutions(model: nn.Module, uniform: bool = False) -> nn.Module:
+    """Kaiming initialisation (normal or uniform, fan-in, slope 0.1) of every convolution in `model`; biases zero."""
+    fill = nn.init.kaiming_uniform_ if uniform else nn.init.kaiming_normal_
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            fill(module.weight, a=0.1)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model
+
+
+def build_convnet(norm: str, num_classes: int, in_channels: int = 1) -> nn.Module:
+    """The lesson's net, initialised, with a registered norm in each block; convolutions have a bias only without."""
+    layer = None if norm == "none" else lambda num_features: build_norm(norm, num_features)
+    model = convnet(lambda ni, no, ks: conv_block(ni, no, ks, layer), num_classes, in_channels)
+    return init_convolutions(model)

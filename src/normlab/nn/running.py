@@ -1,0 +1,148 @@
+"""Running batch norm: normalise in training with the statistics that evaluation will use."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..errors import check
+from ..kernels.ops import normalize_with_share
+from . import functional as F
+
+# The lesson's guard of the first steps: until so many images were seen, no variance counts as less than MIN_VAR.
+FEW_SAMPLES = 20
+MIN_VAR = 0.01
+
+# The count of statistics that come from elsewhere: the next batch is to enter them with the share α.
+SETTLED = -1.0
+
+
+class RunningBatchNorm2d(_NormBase):
+    """Running batch norm of (N, C, H, W): y = γ (x − μ) / √(σ² + eps) + β, per channel.
+
+    μ and σ² are running statistics, in training and in evaluation alike; in training this batch enters them first.
+    A batch of `bs` images with n values a channel, mean m and biased variance v has the weight α(bs) and the share w:
+
+        α = 1 − (1 − momentum) / √max(bs − 1, 1)
+        C' = (1−α)C + αn            w = αn / C'
+        μ' = μ + w(m − μ)           σ²' = (1−w)σ² + w v + w(1−w)(m − μ)²
+
+    The gradient flows through the batch's share, the earlier part is a constant:
+
+        ∂L/∂xᵢ = γ/√(σ²'+eps) · [gᵢ − (w/n)(Σg + x̂ᵢ Σ g x̂)]
+
+    While fewer than 20 images were seen σ² counts as 0.01 at least. A batch of one value a channel is as good as any
+    other. Statistics are kept and computed in float32 at least, also when the module is cast to half precision.
+
+    The arguments are those of `torch.nn.BatchNorm2d`, and so are `weight`, `bias`, `running_mean`, `running_var` and
+    `num_batches_tracked`; `count` (C above) and `num_samples_tracked` (images seen) come on top. The state of a
+    batch norm loads into this layer; its own loads into a batch norm with `strict=False`.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: weight of a new batch of one or two images, 0 to 1.
+        affine: learn γ and β.
+        device: of parameters and statistics.
+        dtype: of the parameters.
+
+    Raises:
+        InputError: an argument or the shape of an input is out of range.
+
+    Source: fastai course v3 part 2, lesson 10; here in the form that neither cancels nor overflows.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    count: Tensor
+    num_samples_tracked: Tensor
+    momentum: float  # torch's base class would also admit None
+    accepted_dims: tuple[int, ...] = (4,)
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        check(num_features >= 1, "num_features", num_features, "a whole number from 1")
+        check(0 <= momentum <= 1, "momentum", momentum, "a number from 0 to 1")
+        super().__init__(num_features, eps, momentum, affine, True, device, dtype)
+        self.register_buffer("count", torch.zeros((), device=device))
+        self.register_buffer("num_samples_tracked", torch.zeros((), dtype=torch.long, device=device))
+        self._settled = False  # whether count is SETTLED; beside it, because reading a buffer synchronises a GPU
+
+    def reset_running_stats(self) -> None:
+        """Forget every batch: mean 0, variance 1, counts 0."""
+        super().reset_running_stats()
+        if "count" in self._buffers:  # torch's constructor resets once before it is there
+            self.count.zero_()
+            self.num_samples_tracked.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        if not self.training:
+            return F.normalize_running(x, self._state(), self.weight, self.bias, self.eps, self._min_var())
+        with torch.no_grad():
+            if self._settled:
+                self.count.fill_(x.numel() // x.shape[1])
+                self._settled = False
+            state, share = F.update_running(x, self._state(), F.lesson_alpha(x.shape[0], self.momentum))
+            self._remember(state, x.shape[0])
+            var = state.var.maximum(self._min_var())
+            var_share = share * (var == state.var)  # a variance held at its minimum is a constant
+        return normalize_with_share(x, state.mean, var, self.weight, self.bias, share, var_share, self.eps)
+
+    def _min_var(self) -> Tensor:
+        return (self.num_samples_tracked < FEW_SAMPLES).to(self.running_var.dtype) * MIN_VAR
+
+    def _state(self) -> F.RunningState:
+        return F.RunningState(self.running_mean, self.running_var, self.count)
+
+    def _remember(self, state: F.RunningState, batch_size: int) -> None:
+        self.running_mean.copy_(state.mean)
+        self.running_var.copy_(state.var)
+        self.count.copy_(state.total)
+        self.num_batches_tracked.add_(1)
+        self.num_samples_tracked.add_(batch_size)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in self.accepted_dims or input.shape[1] != self.num_features:
+            dims = " or ".join(map(str, self.accepted_dims))
+            accepted = f"{dims} dimensions, the second of {self.num_features} channels"
+            check(False, "x.shape", tuple(input.shape), accepted)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningBatchNorm2d":
+        statistics = {name: getattr(self, name) for name in ("running_mean", "running_var", "count")}
+        super()._apply(fn, recurse)
+        for name, before in statistics.items():
+            after = getattr(self, name)
+            if after.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, before.to(after.device, torch.float32))
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if prefix + "running_mean" in state_dict and prefix + "count" not in state_dict:  # a batch norm's state
+            batches = state_dict.get(prefix + "num_batches_tracked", torch.tensor(0))
+            state_dict[prefix + "count"] = torch.where(batches > 0, SETTLED, 0.0)
+            state_dict[prefix + "num_samples_tracked"] = batches * FEW_SAMPLES
+        self._settled = bool(state_dict.get(prefix + "count", self.count) == SETTLED)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class RunningBatchNorm1d(RunningBatchNorm2d):
+    """Running batch norm of (N, C) or (N, C, L); see `RunningBatchNorm2d`."""
+
+    accepted_dims = (2, 3)
+
+
+class RunningBatchNorm3d(RunningBatchNorm2d):
+    """Running batch norm of (N, C, D, H, W); see `RunningBatchNorm2d`."""
+
+    accepted_dims = (5,)

@@ -1,0 +1,122 @@
+"""A comparison: a plan's trials, run and kept in a folder, with the table, the picture and the page made of them."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from ..data import load_dataset
+from ..errors import InputError, check
+from ..models import build_model
+from ..training import Callback
+from .executors import Job, run_jobs
+from .plan import Trial
+from .report import terminal_table, write_html, write_png
+from .store import Record, RunStore
+from .trial import environment, run_trial
+
+
+def compare(
+    trials: Sequence[Trial],
+    folder: str | Path,
+    *,
+    data_dir: str | Path | None = None,
+    workers: int = 2,
+    console: Console | None = None,
+    command: str = "",
+) -> list[Record]:
+    """Run the trials that `folder` does not hold yet, and write `runs.jsonl`, `comparison.png` and `report.html` there.
+
+    Interrupted by Ctrl-C, it writes and shows what there is, and raises KeyboardInterrupt.
+
+    Args:
+        trials: see `plan.grid`.
+        folder: of the results; runs found there, made by the same versions, are not run again.
+        data_dir: of local copies of the data.
+        workers: processes.
+        console: for progress and table.
+        command: the command line, for the page.
+
+    Returns:
+        the records of `trials`, those that ended.
+
+    Raises:
+        InputError: a trial asks for what is not there, or the folder cannot be written.
+    """
+    console = console or Console()
+    folder = Path(folder)
+    store = RunStore(folder / "runs.jsonl")
+    for trial in trials:
+        check_trial(trial, data_dir)
+    check_writable(folder)
+    kept = {record["key"] for record in _usable(store)}
+    if kept & {trial.key for trial in trials}:
+        console.print(f"{len(kept)} runs are in {store.path} already; delete it to run them again.", highlight=False)
+    todo = [trial for trial in trials if trial.key not in kept]
+    try:
+        run_jobs([make_job(trial, data_dir) for trial in todo], store, workers, console)
+    finally:
+        records = [record for record in _usable(store) if record["key"] in {trial.key for trial in trials}]
+        if records:
+            report(records, folder, console, command)
+    return records
+
+
+def report(records: Sequence[Record], folder: Path, console: Console, command: str = "") -> None:
+    """Show the table, and write picture and page beside the runs."""
+    console.print(terminal_table(records))
+    write_png(records, folder / "comparison.png")
+    write_html(records, folder / "report.html", "Norms compared", command)
+    console.print(f"runs     {folder / 'runs.jsonl'}", highlight=False, soft_wrap=True)
+    console.print(f"picture  {folder / 'comparison.png'}", highlight=False, soft_wrap=True)
+    console.print(f"page     {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def make_job(trial: Trial, data_dir: str | Path | None) -> Job:
+    """The trial as a job; its cost is about the seconds it takes on one core."""
+    steps = trial.epochs * (trial.images or 50_000) / trial.batch_size
+    label = f"{trial.norm:<9} batch {trial.batch_size:<4} lr {trial.lr:<5g} seed {trial.seed}"
+    run = partial(_run, trial, data_dir)
+    return Job(trial.key, label, steps * (1e-3 + 1e-4 * trial.batch_size), run, vars(trial).copy())
+
+
+def _run(trial: Trial, data_dir: str | Path | None, tell: Callback) -> Record:
+    return run_trial(trial, data_dir, (tell,))
+
+
+def check_trial(trial: Trial, data_dir: str | Path | None) -> None:
+    """Raise the InputError that the trial would end in, before anything is run."""
+    data = _sizes(trial.data, data_dir)
+    build_model(trial.model, trial.norm, 2)
+    images = trial.images or data
+    check(images <= data, "images", images, f"1 to {data}, the training images of {trial.data}")
+    check(trial.batch_size <= images, "batch_size", trial.batch_size, f"1 to {images}, the number of training images")
+
+
+def check_writable(folder: Path) -> None:
+    """Raise an InputError unless files can be made in `folder`, which is made if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"out={str(folder)!r} cannot be written: {error.strerror}. Choose another folder.") from error
+
+
+_known_sizes: dict[tuple[str, str], int] = {}
+
+
+def _sizes(name: str, data_dir: str | Path | None) -> int:
+    """Training images of a data set; reading it also shows that it is there and whole."""
+    key = name, str(data_dir)
+    if key not in _known_sizes:
+        _known_sizes[key] = len(load_dataset(name, data_dir).x_train)
+    return _known_sizes[key]
+
+
+def _usable(store: RunStore) -> list[Record]:
+    """The store's runs that did not fail and were made by the versions at hand."""
+    versions = environment()["versions"]
+    return [record for record in store.read() if record["status"] != "failed" and record.get("versions") == versions]

@@ -1,0 +1,226 @@
+"""Runs jobs in several processes, keeps each result as it comes, and shows how far they are."""
+
+import multiprocessing
+import os
+import queue
+import signal
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..errors import InputError, check
+from ..training import Callback
+from .store import Record, RunStore
+
+TELL_SECONDS = 0.2
+LINE_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be made in another process.
+
+    Attributes:
+        key: names it in the store.
+        label: one line for people.
+        cost: estimated, in any unit; for the order (dear first) and the time left.
+        run: a function of the module, or a partial of one, that takes a callback and returns the record.
+        settings: for the record if the run fails.
+    """
+
+    key: str
+    label: str
+    cost: float
+    run: Callable[[Callback], Record]
+    settings: dict[str, Any]
+
+
+def run_jobs(jobs: Sequence[Job], store: RunStore, workers: int, console: Console) -> None:
+    """Run the jobs that `store` does not hold yet in `workers` processes, adding each record as it ends.
+
+    An error in a job becomes a record of the status `failed`. Ctrl-C ends the runs that are on the way, which are
+    lost, and comes through as KeyboardInterrupt; what has ended is kept.
+
+    Raises:
+        InputError: a worker process was killed from outside.
+    """
+    check(workers >= 1, "workers", workers, "a whole number from 1")
+    jobs = sorted(jobs, key=lambda job: -job.cost)
+    if not jobs:
+        return
+    context = multiprocessing.get_context("spawn")
+    told, stop = context.Queue(), context.Event()
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with (
+        _display(jobs, console) as display,
+        _single_threaded_start(threads),
+        ProcessPoolExecutor(min(workers, len(jobs)), context, _prepare_worker, (told, stop, threads)) as pool,
+    ):
+        pending: dict[Future[Record | None], Job] = {pool.submit(_work, job): job for job in jobs}
+        try:
+            while pending:
+                ended, _ = wait(pending, timeout=TELL_SECONDS, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    job, record = pending.pop(future), future.result()
+                    if record is not None:
+                        store.append(record)
+                        display.end(job, record)
+                display.update(_drain(told))
+        except BrokenProcessPool as error:
+            raise InputError("A worker process was killed, perhaps for want of memory. Run again to go on.") from error
+        except KeyboardInterrupt:
+            stop.set()
+            for future in pending:
+                future.cancel()
+            raise
+
+
+class _Tell(Callback):
+    """In a worker: tells the parent how far the run is, and ends it when the parent says so."""
+
+    order = 20
+
+    def __init__(self, key: str):
+        self.key, self._next = key, 0.0
+
+    def after_batch(self) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + TELL_SECONDS
+            if _stop.is_set():
+                raise _Stopped
+            _told.put((self.key, self.learner.position / self.learner.num_epochs))
+
+
+class _Stopped(Exception):
+    pass
+
+
+def _prepare_worker(told: Any, stop: Any, threads: int) -> None:
+    global _told, _stop
+    _told, _stop = told, stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and says stop
+    torch.set_num_threads(threads)
+
+
+def _work(job: Job) -> Record | None:
+    try:
+        return job.run(_Tell(job.key))
+    except _Stopped:
+        return None
+    except Exception as error:  # whatever it is, the other runs go on and the table says so
+        return {
+            "key": job.key,
+            "settings": job.settings,
+            "status": "failed",
+            "error": f"{type(error).__name__}: {error}",
+            "traceback": traceback.format_exc(),
+            "diverged_at_step": None,
+            "epochs": [],
+            "curve": {"step": [], "loss": []},
+        }
+
+
+def _drain(told: Any) -> dict[str, float]:
+    """The latest word of each running job."""
+    latest: dict[str, float] = {}
+    while True:
+        try:
+            key, share = told.get_nowait()
+        except queue.Empty:
+            return latest
+        latest[key] = share
+
+
+@contextmanager
+def _single_threaded_start(threads: int):
+    """Workers inherit how many threads OpenMP may start: they must not all start one a core."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+class _Lines:
+    """Plain lines: one for each run that ends, and every so often one that says how far all are."""
+
+    def __init__(self, jobs: Sequence[Job], console: Console):
+        self.console, self._costs = console, {job.key: job.cost for job in jobs}
+        self._shares: dict[str, float] = {}
+        self._ended = 0
+        self._start = time.monotonic()
+        self._next = self._start + LINE_SECONDS
+
+    def end(self, job: Job, record: Record) -> None:
+        self._shares[job.key] = 1.0
+        self._ended += 1
+        self.console.print(f"{job.label}  {_outcome(record)}", highlight=False)
+
+    def update(self, shares: dict[str, float]) -> None:
+        self._shares.update({key: share for key, share in shares.items() if self._shares.get(key) != 1.0})
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + LINE_SECONDS
+            share, spent = self.share(), now - self._start
+            left = f", about {spent / share - spent:.0f} s left" if share > 0.02 else ""
+            self.console.print(
+                f"{self._ended} of {len(self._costs)} runs, {share:.0%}, {spent:.0f} s{left}", highlight=False
+            )
+
+    def share(self) -> float:
+        """How much of all the cost is done."""
+        done = sum(cost * self._shares.get(key, 0.0) for key, cost in self._costs.items())
+        return done / sum(self._costs.values())
+
+
+class _Bar(_Lines):
+    """The same on a terminal, with a bar at the bottom in place of the lines in between."""
+
+    def __init__(self, jobs: Sequence[Job], console: Console, bar: Progress):
+        super().__init__(jobs, console)
+        self._bar = bar
+        self._task = bar.add_task("", total=1.0)
+
+    def update(self, shares: dict[str, float]) -> None:
+        self._shares.update({key: share for key, share in shares.items() if self._shares.get(key) != 1.0})
+        text = f"{self._ended} of {len(self._costs)} runs"
+        self._bar.update(self._task, completed=self.share(), description=text)
+
+
+@contextmanager
+def _display(jobs: Sequence[Job], console: Console):
+    if not console.is_terminal:
+        yield _Lines(jobs, console)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=120) as bar:
+        yield _Bar(jobs, console, bar)
+
+
+def _outcome(record: Record) -> str:
+    if record["status"] == "failed":
+        return f"failed: {record['error']}"
+    if record["status"] == "diverged":
+        return f"diverged at step {record['diverged_at_step']}"
+    return f"{record['epochs'][-1]['valid']['accuracy']:.4f}  ({record['seconds']:.0f} s)"

@@ -1,0 +1,231 @@
+"""The lesson's recorded runs, made again in the lesson's own vocabulary, beside what was recorded."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from io import StringIO
+from pathlib import Path
+from statistics import mean
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .. import lesson
+from ..errors import unknown
+from ..training import Callback, StopWhenDiverged, schedules
+from .compare import check_writable
+from .executors import Job, run_jobs
+from .store import Record, RunStore
+from .trial import environment, make_record, quick_convolutions
+
+NFS = [8, 16, 32, 64, 64]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recorded run.
+
+    Attributes:
+        id: R1 to R12 as in the lesson's table; R8 was run with both batch norms.
+        layer: name of the lesson's function that makes a block.
+        bs: batch size.
+        lr: learning rate, where no schedule moves it.
+        epochs: passes over the training images.
+        at_least: the validation accuracy that every seed has to reach at the end, or None: it has to fail,
+            that is diverge or stay under `FAILS`.
+        recorded: what the lesson and two other published runs show, validation accuracy by epoch.
+        bn: whether the block has its norm.
+        lr_shares: of a schedule of straight lines, the shares of the fit …
+        lr_points: … and the learning rates between them.
+    """
+
+    id: str
+    layer: str
+    bs: int
+    lr: float
+    epochs: int
+    at_least: float | None
+    recorded: str
+    bn: bool = True
+    lr_shares: tuple[float, ...] = ()
+    lr_points: tuple[float, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """What is run, on a line."""
+        norm = NORM_NAMES[self.layer] if self.bn else "no norm"
+        rate = "→".join(f"{point:g}" for point in self.lr_points) or f"{self.lr:g}"
+        return f"{norm}, bs {self.bs}, lr {rate}, {self.epochs} epoch{'s' if self.epochs > 1 else ''}"
+
+
+FAILS = 0.5
+NORM_NAMES = {
+    "conv_bn": "custom batch norm",
+    "conv_layer": "built-in batch norm",
+    "conv_ln": "layer norm",
+    "conv_in": "instance norm",
+    "conv_rbn": "running batch norm",
+}
+ROWS = (
+    Row("R1", "conv_layer", 512, 0.4, 2, 0.94, ".9526, .9540; .9698; .9701", bn=False),
+    Row("R2", "conv_layer", 512, 1.0, 2, None, ".1064, .1064", bn=False),
+    Row("R3", "conv_bn", 512, 1.0, 2, 0.97, ".9715, .9733; .9716; .9334"),
+    Row("R4", "conv_layer", 512, 1.0, 2, 0.97, ".9797, .9789; .9776; .9800"),
+    Row("R5", "conv_layer", 512, 0.6, 8, 0.98, "—; .9877; .9860", lr_shares=(0.3, 0.7), lr_points=(0.6, 2.0, 0.1)),
+    Row("R6", "conv_ln", 512, 0.8, 3, None, "—; nan"),
+    Row("R7", "conv_in", 512, 0.1, 3, None, "—; nan"),
+    Row("R8a", "conv_bn", 2, 1.0, 1, None, ".1531"),
+    Row("R8b", "conv_layer", 2, 1.0, 1, None, ".1531"),
+    Row("R9", "conv_layer", 2, 0.4, 1, None, ".1841; .2604; .2348"),
+    Row("R10", "conv_rbn", 2, 1.0, 1, None, ".0991 (loss nan)"),
+    Row("R11", "conv_rbn", 2, 0.4, 1, 0.90, ".9621; .9723; .957–.972"),
+    Row("R12", "conv_rbn", 32, 1.0, 1, 0.955, "—; .9818; .9787", lr_shares=(1.0,), lr_points=(1.0, 0.2)),
+)
+
+
+def reproduce(
+    folder: str | Path,
+    *,
+    rows: Sequence[str] = (),
+    seeds: Sequence[int] = (0, 1, 2),
+    workers: int = 2,
+    console: Console | None = None,
+) -> bool:
+    """Run the rows for each seed, in `workers` processes, and show ours beside the recorded figures.
+
+    Results are kept in `folder/runs.jsonl`, and those found there are not run again; the table also goes to
+    `folder/table.md`. Interrupted by Ctrl-C, it shows what there is, and raises KeyboardInterrupt.
+
+    Returns:
+        whether every row behaves as recorded.
+
+    Raises:
+        InputError: an unknown row, or a folder that cannot be written.
+    """
+    console, folder = console or Console(), Path(folder)
+    by_id = {row.id: row for row in ROWS}
+    for name in rows:
+        if name not in by_id:
+            raise unknown("rows", name, by_id)
+    chosen = [by_id[name] for name in rows] or list(ROWS)
+    check_writable(folder)
+    store = RunStore(folder / "runs.jsonl")
+    kept = {record["key"] for record in store.read() if record["status"] != "failed"}
+    jobs = [make_job(row, seed) for row in chosen for seed in seeds]
+    try:
+        run_jobs([job for job in jobs if job.key not in kept], store, workers, console)
+    finally:
+        records = {record["key"]: record for record in store.read() if record["status"] != "failed"}
+        found = [[records[key] for key in (f"{row.id}-{seed}" for seed in seeds) if key in records] for row in chosen]
+        verdicts = [verdict(row, runs, len(seeds)) for row, runs in zip(chosen, found, strict=True)]
+        console.print(_table(chosen, found, verdicts))
+        (folder / "table.md").write_text(_markdown(chosen, found, verdicts))
+        console.print(f"runs   {store.path}\ntable  {folder / 'table.md'}", highlight=False, soft_wrap=True)
+    return all(text == AS_RECORDED for text in verdicts)
+
+
+def make_job(row: Row, seed: int) -> Job:
+    """The row with one seed as a job."""
+    steps = row.epochs * 50_000 / row.bs
+    cost = steps * (1e-3 + 1e-4 * row.bs) * (3 if row.layer == "conv_rbn" else 1)
+    label = f"{row.id:<4} {row.text:<55} seed {seed}"
+    return Job(f"{row.id}-{seed}", label, cost, partial(run_row, row, seed), {**asdict(row), "seed": seed})
+
+
+def run_row(row: Row, seed: int, tell: Callback | None = None) -> Record:
+    """Train what the row says with `normlab.lesson`, as its notebook would, and return the record."""
+    torch.manual_seed(seed)
+    train_ds, valid_ds = _datasets()
+    data = lesson.DataBunch(*lesson.get_dls(train_ds, valid_ds, row.bs), 10)
+    guard = StopWhenDiverged()
+    built = [guard] if tell is None else [guard, tell]
+    cbs: list[Callable] = [
+        lesson.Recorder,
+        partial(lesson.AvgStatsCallback, lesson.accuracy),
+        partial(lesson.BatchTransformXCallback, lesson.view_tfm(1, 28, 28)),
+        *(lambda callback=callback: callback for callback in built),
+    ]
+    if row.lr_points:
+        lines = [schedules.linear(a, b) for a, b in zip(row.lr_points[:-1], row.lr_points[1:], strict=True)]
+        cbs.append(partial(lesson.ParamScheduler, "lr", lesson.combine_scheds(row.lr_shares, lines)))
+    layer = partial(getattr(lesson, row.layer), bn=row.bn)
+    learn, run = lesson.get_learn_run(NFS, data, row.lr, layer, cbs=cbs)
+    start = time.perf_counter()
+    with quick_convolutions(row.bs), redirect_stdout(StringIO()):
+        run.fit(row.epochs, learn)
+    return make_record(
+        f"{row.id}-{seed}",
+        settings={**asdict(row), "seed": seed},
+        epochs=run.history,
+        losses=run.recorder.losses,  # pyright: ignore[reportAttributeAccessIssue]
+        diverged_at_step=guard.step,
+        seconds=time.perf_counter() - start,
+        parameters=sum(p.numel() for p in learn.model.parameters()),
+    )
+
+
+AS_RECORDED = "as recorded"
+
+
+def verdict(row: Row, runs: Sequence[Record], seeds: int) -> str:
+    """Whether every seed behaves as recorded; if not, what does not."""
+    if len(runs) < seeds:
+        return f"{len(runs)} of {seeds} seeds run"
+    finals = [_final(record) for record in runs]
+    if row.at_least is None:
+        trained = [final for final in finals if final is not None and final >= FAILS]
+        return f"trains to {max(trained):.4f}" if trained else AS_RECORDED
+    if None in finals:
+        return "diverged"
+    worst = min(final for final in finals if final is not None)
+    return AS_RECORDED if worst >= row.at_least else f"{worst:.4f} is under {row.at_least:g}"
+
+
+@lru_cache(maxsize=1)
+def _datasets() -> tuple[lesson.Dataset, lesson.Dataset]:
+    x_train, y_train, x_valid, y_valid = lesson.get_data()
+    x_train, x_valid = lesson.normalize_to(x_train, x_valid)
+    return lesson.Dataset(x_train, y_train), lesson.Dataset(x_valid, y_valid)
+
+
+def _final(record: Record) -> float | None:
+    """Validation accuracy at the end, None if it diverged."""
+    return None if record["status"] == "diverged" else record["epochs"][-1]["valid"]["accuracy"]
+
+
+def _ours(runs: Sequence[Record]) -> tuple[str, str]:
+    """Mean and range over the seeds that ended, and what became of the others."""
+    finals = [final for final in map(_final, runs) if final is not None]
+    steps = [str(record["diverged_at_step"]) for record in runs if record["status"] == "diverged"]
+    lost = f"diverged at step {', '.join(steps)}" if steps else ""
+    if not finals:
+        return lost or "—", ""
+    return f"{mean(finals):.4f} ({min(finals):.4f}–{max(finals):.4f})", lost
+
+
+def _cells(row: Row, runs: Sequence[Record], text: str) -> list[str]:
+    ours = "; ".join(part for part in _ours(runs) if part)
+    wanted = f"≥ {row.at_least:g}" if row.at_least is not None else "fails"
+    return [row.id, row.text, row.recorded, wanted, ours, text]
+
+
+HEADINGS = ("#", "run", "recorded: lesson; others", "wanted", "ours: mean (least–most)", "verdict")
+
+
+def _table(rows: Sequence[Row], found: Sequence[Sequence[Record]], verdicts: Sequence[str]) -> Table:
+    table = Table(*HEADINGS, title="The lesson's recorded runs: validation accuracy", title_justify="left")
+    for row, runs, text in zip(rows, found, verdicts, strict=True):
+        table.add_row(*_cells(row, runs, text), style="" if text == AS_RECORDED else "bold yellow")
+    return table
+
+
+def _markdown(rows: Sequence[Row], found: Sequence[Sequence[Record]], verdicts: Sequence[str]) -> str:
+    lines = [HEADINGS, ["---"] * len(HEADINGS)]
+    lines += [_cells(row, runs, text) for row, runs, text in zip(rows, found, verdicts, strict=True)]
+    seeds = sorted({record["settings"]["seed"] for runs in found for record in runs})
+    here = environment()
+    where = f"Seeds {', '.join(map(str, seeds))}; {here['machine']['cpu']}; torch {here['versions']['torch']}."
+    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", where, ""])

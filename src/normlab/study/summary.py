@@ -1,0 +1,139 @@
+"""What the records of a study say: runs that differ in nothing but their seed become one `Group`."""
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeGuard
+
+from .plan import Trial
+from .store import Record
+
+SETTINGS = tuple(field.name for field in fields(Trial) if field.name != "seed")
+TRAINS_FROM = 0.5
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation of some values; a single value has no deviation."""
+
+    mean: float
+    std: float | None
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> "Spread | None":
+        """The spread of the values that are finite numbers; None if there are none."""
+        known = [value for value in values if is_number(value)]
+        if not known:
+            return None
+        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" + ("" if self.std is None else f" ±{self.std:.4f}".replace("±0.", "±."))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one setting, one for each seed.
+
+    Attributes:
+        settings: what the runs share, by the names of `SETTINGS`.
+        records: the runs, by seed.
+        accuracy: of the last epoch on the validation images, over the finished runs only.
+        loss: the same for the validation loss.
+        seconds_per_step: mean over the finished runs.
+    """
+
+    settings: dict[str, Any]
+    records: tuple[Record, ...]
+    accuracy: Spread | None
+    loss: Spread | None
+    seconds_per_step: float | None
+
+    @property
+    def diverged_at(self) -> list[int | None]:
+        """The step of each run that diverged; None where it is not known."""
+        return [record.get("diverged_at_step") for record in self.records if record["status"] == "diverged"]
+
+    @property
+    def errors(self) -> list[str]:
+        """What stopped each run that failed."""
+        return [record.get("error") or "unknown" for record in self.records if record["status"] == "failed"]
+
+    @property
+    def trains(self) -> bool:
+        """Whether the runs that finished did better than chance."""
+        return self.accuracy is not None and self.accuracy.mean >= TRAINS_FROM
+
+    @property
+    def score(self) -> float:
+        """For ranking only: the mean accuracy where a run that did not finish counts as 0."""
+        finished = len(self.records) - len(self.diverged_at) - len(self.errors)
+        return self.accuracy.mean * finished / len(self.records) if self.accuracy else 0.0
+
+    @property
+    def outcome(self) -> str:
+        """The result in a few words: `0.9612 ±.0021`, `diverged at step 41`, `0.9612, 2 of 3 diverged`."""
+        parts = [str(self.accuracy)] if self.accuracy else []
+        if self.accuracy and not self.trains:
+            parts.append("does not train")
+        if len(self.records) == 1 and self.diverged_at and self.diverged_at[0] is not None:
+            return f"diverged at step {self.diverged_at[0]}"
+        for count, word in ((len(self.diverged_at), "diverged"), (len(self.errors), "failed")):
+            if count:
+                parts.append(word if len(self.records) == 1 else f"{count} of {len(self.records)} {word}")
+        return ", ".join(parts) or "no accuracy"
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """The records without those that a later one with the same key replaces."""
+    return list({record["key"]: record for record in records}.values())
+
+
+def summarize(records: Iterable[Record]) -> list[Group]:
+    """The groups of runs that share everything but the seed, ordered by their settings."""
+    runs: dict[Trial, list[Record]] = {}
+    for record in latest(records):
+        runs.setdefault(replace(Trial.from_dict(record["settings"]), seed=0), []).append(record)
+    groups = [_group(trial, members) for trial, members in runs.items()]
+    return sorted(groups, key=lambda group: [sort_key(group.settings[name]) for name in SETTINGS])
+
+
+def varying(groups: Iterable[Group]) -> list[str]:
+    """The names of the settings that are not the same in all groups."""
+    seen = [group.settings for group in groups]
+    return [name for name in SETTINGS if len({settings[name] for settings in seen}) > 1]
+
+
+def best(groups: Iterable[Group]) -> Group | None:
+    """The group with the highest score, the first of equals; None if there is no group."""
+    return max(groups, key=lambda group: group.score, default=None)
+
+
+def final(record: Record, measure: str) -> float | None:
+    """The `accuracy` or `loss` of the last epoch on the validation images; None for a run that did not finish."""
+    if record["status"] != "finished" or not record["epochs"]:
+        return None
+    return (record["epochs"][-1].get("valid") or {}).get(measure)
+
+
+def is_number(value: float | None) -> TypeGuard[float]:
+    """Whether `value` is there and finite."""
+    return value is not None and math.isfinite(value)
+
+
+def sort_key(value: Any) -> tuple:
+    """Orders the values of a setting: none, then numbers, then words."""
+    return (0,) if value is None else (2, value) if isinstance(value, str) else (1, value)
+
+
+def _group(trial: Trial, records: list[Record]) -> Group:
+    finished = [record for record in records if record["status"] == "finished" and record["steps"]]
+    speed = Spread.of(record["seconds"] / record["steps"] for record in finished)
+    return Group(
+        settings={name: value for name, value in asdict(trial).items() if name != "seed"},
+        records=tuple(sorted(records, key=lambda record: record["settings"].get("seed", 0))),
+        accuracy=Spread.of(final(record, "accuracy") for record in records),
+        loss=Spread.of(final(record, "loss") for record in records),
+        seconds_per_step=speed.mean if speed else None,
+    )

@@ -1,0 +1,36 @@
+"""The learner: one loop, ordered callbacks, schedules, metrics over samples; it trains any module."""
+
+from .callbacks import (
+    ClipGradients,
+    FindLearningRate,
+    Metrics,
+    Recorder,
+    ScheduleParameter,
+    StopWhenDiverged,
+    ToDevice,
+    TransformInputs,
+)
+from .events import EVENTS, Callback, CancelBatch, CancelEpoch, CancelTrain
+from .learner import Learner
+from .metrics import accuracy, mean_over_samples
+from .progress import ShowProgress
+
+__all__ = [
+    "EVENTS",
+    "Callback",
+    "CancelBatch",
+    "CancelEpoch",
+    "CancelTrain",
+    "ClipGradients",
+    "FindLearningRate",
+    "Learner",
+    "Metrics",
+    "Recorder",
+    "ScheduleParameter",
+    "ShowProgress",
+    "StopWhenDiverged",
+    "ToDevice",
+    "TransformInputs",
+    "accuracy",
+    "mean_over_samples",
+]

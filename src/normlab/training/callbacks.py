@@ -1,0 +1,218 @@
+"""The callbacks that training usually wants: metrics, records, schedules, devices, guards."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, check, unknown
+from .events import Callback, CancelTrain
+from .metrics import Metric, MetricMean, SampleMean
+from .schedules import Schedule
+
+# Steps between two looks at the losses: each look makes a GPU wait.
+LOOK_EVERY = 32
+
+
+class Metrics(Callback):
+    """Adds a dict an epoch to `learner.history`: its number (from 1), seconds, and the figures of both parts.
+
+    `{"epoch": 1, "train": {"loss": …, "accuracy": …}, "valid": {…}, "seconds": …}`, every figure a mean over samples.
+
+    Args:
+        **metrics: functions of output and targets, by name; see `mean_over_samples` for fast ones.
+    """
+
+    def __init__(self, **metrics: Metric):
+        self.metrics = metrics
+
+    def begin_epoch(self) -> None:
+        self._start = time.perf_counter()
+        self._row: dict[str, Any] = {"epoch": self.learner.epoch + 1}
+        self._begin_part("train")
+
+    def begin_validate(self) -> None:
+        self._end_part()
+        self._begin_part("valid")
+
+    def after_loss(self) -> None:
+        learner = self.learner
+        self._loss.add(learner.loss.detach(), len(learner.targets))
+        output = learner.output.detach()
+        for mean in self._means:
+            mean.add(output, learner.targets)
+
+    def after_epoch(self) -> None:
+        self._end_part()
+        self.learner.history.append({**self._row, "seconds": time.perf_counter() - self._start})
+
+    def _begin_part(self, part: str) -> None:
+        self._part, self._loss = part, SampleMean()
+        self._means = [MetricMean(metric) for metric in self.metrics.values()]
+
+    def _end_part(self) -> None:
+        figures = {name: mean.value() for name, mean in zip(self.metrics, self._means, strict=True)}
+        self._row[self._part] = {"loss": self._loss.value(), **figures}
+
+
+class Recorder(Callback):
+    """Keeps the loss of every training batch and every group's learning rate at it.
+
+    Attributes:
+        lrs: a list for each parameter group.
+    """
+
+    def begin_fit(self) -> None:
+        self.lrs: list[list[float]] = [[] for _ in self.learner.optimizer.param_groups]
+        self._losses: list[float] = []
+        self._fresh: list[Tensor] = []
+
+    def after_backward(self) -> None:
+        for lrs, group in zip(self.lrs, self.learner.optimizer.param_groups, strict=True):
+            lrs.append(group["lr"])
+        self._fresh.append(self.learner.loss)
+        if len(self._fresh) == 256:
+            self._losses += torch.stack(self._fresh).tolist()
+            self._fresh = []
+
+    @property
+    def losses(self) -> list[float]:
+        """One a training batch."""
+        return self._losses + [loss.item() for loss in self._fresh]
+
+
+class ScheduleParameter(Callback):
+    """Sets a hyper-parameter of the optimizer before each training batch, from the position in the whole fit.
+
+    Args:
+        name: of the hyper-parameter, as in the optimizer's groups: `lr`, `momentum`, `weight_decay`.
+        schedule: a function of the position 0..1, or one for each parameter group.
+    """
+
+    order = 1
+
+    def __init__(self, name: str, schedule: Schedule | Sequence[Schedule]):
+        self.name, self.schedule = name, schedule
+
+    def begin_fit(self) -> None:
+        groups = self.learner.optimizer.param_groups
+        schedules = [self.schedule] * len(groups) if callable(self.schedule) else list(self.schedule)
+        check(len(schedules) == len(groups), "schedule", f"{len(schedules)} schedules", f"one, or {len(groups)}")
+        if self.name not in groups[0]:
+            raise unknown("name", self.name, [name for name in groups[0] if name != "params"])
+        self._scheduled = list(zip(groups, schedules, strict=True))
+
+    def begin_batch(self) -> None:
+        learner = self.learner
+        if not learner.training:
+            return
+        if learner.num_batches is None:
+            raise InputError(
+                "train has no length, so a schedule cannot know its position. Accepted: batches with len()."
+            )
+        position = learner.position / learner.num_epochs
+        for group, schedule in self._scheduled:
+            group[self.name] = schedule(position)
+
+
+class FindLearningRate(Callback):
+    """Raises the learning rate from `min_lr` to `max_lr`, geometrically, to see from which one on the loss rises.
+
+    Ends the fit at `max_steps` steps, or when the loss passes ten times its best or is not finite. Plot a `Recorder`'s
+    losses over its rates afterwards.
+    """
+
+    order = 1
+
+    def __init__(self, max_steps: int = 100, min_lr: float = 1e-6, max_lr: float = 10.0):
+        check(max_steps >= 1, "max_steps", max_steps, "a whole number from 1")
+        check(0 < min_lr < max_lr, "min_lr", min_lr, f"a number above 0 and below max_lr={max_lr}")
+        self.max_steps, self.min_lr, self.max_lr = max_steps, min_lr, max_lr
+
+    def begin_fit(self) -> None:
+        self._best = float("inf")
+
+    def begin_batch(self) -> None:
+        if self.learner.training:
+            share = self.learner.step / self.max_steps
+            for group in self.learner.optimizer.param_groups:
+                group["lr"] = self.min_lr * (self.max_lr / self.min_lr) ** share
+
+    def after_step(self) -> None:
+        loss = float(self.learner.loss)
+        if self.learner.step >= self.max_steps or not loss <= 10 * self._best:
+            raise CancelTrain
+        self._best = min(self._best, loss)
+
+
+class ToDevice(Callback):
+    """Moves the model at the beginning, and each batch, to a device."""
+
+    def __init__(self, device: torch.device | str):
+        self.device = torch.device(device)
+
+    def begin_fit(self) -> None:
+        self.learner.model.to(self.device)
+
+    def begin_batch(self) -> None:
+        learner = self.learner
+        learner.inputs = learner.inputs.to(self.device, non_blocking=True)
+        learner.targets = learner.targets.to(self.device, non_blocking=True)
+
+
+class TransformInputs(Callback):
+    """Replaces the inputs of each batch by a function of them."""
+
+    order = 2
+
+    def __init__(self, transform: Callable[[Any], Any]):
+        self.transform = transform
+
+    def begin_batch(self) -> None:
+        self.learner.inputs = self.transform(self.learner.inputs)
+
+
+class ClipGradients(Callback):
+    """Scales the whole gradient down to the norm `max_norm` where it is larger."""
+
+    def __init__(self, max_norm: float):
+        check(max_norm > 0, "max_norm", max_norm, "a number above 0")
+        self.max_norm = max_norm
+
+    def after_backward(self) -> None:
+        nn.utils.clip_grad_norm_(self.learner.model.parameters(), self.max_norm)
+
+
+class StopWhenDiverged(Callback):
+    """Ends the fit when a training loss is not finite; it looks every 32 steps, and at the end of the epoch.
+
+    Attributes:
+        step: the first training step, from 1, whose loss was not finite; None while all were.
+    """
+
+    def begin_fit(self) -> None:
+        self.step: int | None = None
+        self._seen = 0
+        self._losses: list[Tensor] = []
+
+    def after_backward(self) -> None:
+        self._losses.append(self.learner.loss)
+        if len(self._losses) == LOOK_EVERY:
+            self._look()
+
+    def begin_validate(self) -> None:
+        self._look()
+
+    def after_epoch(self) -> None:
+        self._look()
+
+    def _look(self) -> None:
+        if self._losses:
+            finite = torch.stack(self._losses).isfinite().tolist()
+            if not all(finite):
+                self.step = self._seen + finite.index(False) + 1
+                raise CancelTrain
+            self._seen += len(finite)
+            self._losses = []

@@ -1,0 +1,139 @@
+"""The training loop."""
+
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import check
+from .events import EVENTS, Callback, CancelBatch, CancelEpoch, CancelTrain
+
+
+class Learner:
+    """Trains a model on batches and tells its callbacks (see `Callback` for the events).
+
+    What callbacks read, and may change:
+
+        model, loss_func, optimizer, train, valid
+        training            whether this is a training batch
+        inputs, targets     the batch
+        output, loss        of the batch; from after_backward on they hold no graph
+        num_epochs, epoch   of this fit; the epoch counts from 0
+        num_batches, batch  of this pass over the batches; the batch counts from 0
+        step                training batches done in this fit
+        history             a dict an epoch, filled by callbacks
+
+    Args:
+        model: any module; it is called with the inputs alone.
+        train: batches `(inputs, targets)`: `TensorBatches`, a DataLoader, any iterable that can be passed again.
+        valid: likewise, or None for no validation.
+        loss_func: from output and targets to a scalar.
+        optimizer: over the model's parameters.
+        callbacks: in any order, see `Callback.order`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Iterable[Any],
+        valid: Iterable[Any] | None = None,
+        *,
+        loss_func: Callable[..., Tensor] = nn.functional.cross_entropy,
+        optimizer: torch.optim.Optimizer,
+        callbacks: Sequence[Callback] = (),
+    ):
+        self.model, self.train, self.valid = model, train, valid
+        self.loss_func, self.optimizer, self.callbacks = loss_func, optimizer, list(callbacks)
+        self._reset(0)
+
+    @property
+    def position(self) -> float:
+        """Epochs done, in a training batch with the share of the batches before it, from validation on this one too."""
+        if not self.training:
+            return self.epoch + 1
+        return self.epoch + (self.batch / self.num_batches if self.num_batches else 0)
+
+    def fit(self, epochs: int) -> list[dict[str, Any]]:
+        """Train for so many epochs, each followed by a validation; returns `history`."""
+        check(epochs >= 1, "epochs", epochs, "a whole number from 1")
+        self._reset(epochs)
+        self._listen()
+        try:
+            self._emit("begin_fit")
+            for self.epoch in range(epochs):
+                self._fit_epoch()
+        except CancelTrain:
+            self._emit("after_cancel_train")
+        finally:
+            self._emit("after_fit")
+        return self.history
+
+    def _fit_epoch(self) -> None:
+        self.training, self.batch = True, 0
+        self.model.train()
+        self._emit("begin_epoch")
+        self._run_batches(self.train)
+        self.training = False
+        if self.valid is not None:
+            self.model.eval()
+            with torch.no_grad():
+                self._emit("begin_validate")
+                self._run_batches(self.valid)
+        self._emit("after_epoch")
+
+    def _run_batches(self, batches: Iterable[Any]) -> None:
+        self.num_batches = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
+        try:
+            for self.batch, (self.inputs, self.targets) in enumerate(batches):
+                self._run_batch()
+        except CancelEpoch:
+            self._emit("after_cancel_epoch")
+
+    def _run_batch(self) -> None:
+        try:
+            self._emit("begin_batch")
+            self.output = self.model(self.inputs)
+            self._emit("after_pred")
+            self.loss = self.loss_func(self.output, self.targets)
+            self._emit("after_loss")
+            if self.training:
+                self._step()
+        except CancelBatch:
+            self._emit("after_cancel_batch")
+        finally:
+            self._emit("after_batch")
+
+    def _step(self) -> None:
+        self.loss.backward()
+        self.loss, self.output = self.loss.detach(), self.output.detach()
+        self._emit("after_backward")
+        self.optimizer.step()
+        self.step += 1
+        self._emit("after_step")
+        self.optimizer.zero_grad()
+
+    def _reset(self, epochs: int) -> None:
+        self.num_epochs, self.epoch, self.batch, self.step = epochs, 0, 0, 0
+        self.num_batches: int | None = None
+        self.training = True
+        self.inputs: Any = None
+        self.targets: Any = None
+        self.output: Any = None
+        self.loss: Any = None
+        self.history: list[dict[str, Any]] = []
+
+    def _listen(self) -> None:
+        """Collect the callbacks' methods by event, once a fit: the loop then calls only what is there."""
+        callbacks = sorted(self.callbacks, key=attrgetter("order"))
+        for callback in callbacks:
+            callback.learner = self
+        self._listeners = {
+            event: [getattr(callback, event) for callback in callbacks if hasattr(type(callback), event)]
+            for event in EVENTS
+        }
+
+    def _emit(self, event: str) -> None:
+        for listener in self._listeners[event]:
+            listener()

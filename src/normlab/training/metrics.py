@@ -1,0 +1,88 @@
+"""Figures of an epoch: means over its samples, not over its batches."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Metric = Callable[[Tensor, Tensor], Tensor]
+
+# Elements of output that are pooled before a metric is computed once for all of them.
+POOL = 1 << 14
+
+
+def mean_over_samples(metric: Metric) -> Metric:
+    """Mark a metric that is a mean over samples: of two batches together it is then computed once, which is faster."""
+    metric.mean_over_samples = True  # pyright: ignore[reportFunctionMemberAccess]
+    return metric
+
+
+@mean_over_samples
+def accuracy(output: Tensor, targets: Tensor) -> Tensor:
+    """Share of samples whose largest output, along dimension 1, is that of the target class."""
+    return (output.argmax(1) == targets).float().mean()
+
+
+class SampleMean:
+    """The mean of a figure over samples: every value counts as many times as it has samples.
+
+    Values are kept as tensors and added up in blocks, so that a GPU is not made to wait at every step.
+    """
+
+    def __init__(self) -> None:
+        self._total, self._samples = 0.0, 0
+        self._values: list[Tensor] = []
+        self._weights: list[int] = []
+
+    def add(self, value: Tensor, samples: int) -> None:
+        """Count `value` (a scalar without a graph) for so many samples."""
+        self._values.append(value)
+        self._weights.append(samples)
+        if len(self._values) == 256:
+            self._flush()
+
+    def value(self) -> float:
+        """The mean so far; nan if nothing was added."""
+        self._flush()
+        return self._total / self._samples if self._samples else float("nan")
+
+    def _flush(self) -> None:
+        if self._values:
+            values = torch.stack([torch.as_tensor(value).reshape(()) for value in self._values]).tolist()
+            self._total += sum(v * w for v, w in zip(values, self._weights, strict=True) if w)
+            self._samples += sum(self._weights)
+            self._values, self._weights = [], []
+
+
+class MetricMean:
+    """The mean over samples of a metric; one marked `mean_over_samples` is computed for several batches at once."""
+
+    def __init__(self, metric: Metric):
+        self.metric = metric
+        self._mean = SampleMean()
+        self._pooled = getattr(metric, "mean_over_samples", False)
+        self._outputs: list[Tensor] = []
+        self._targets: list[Tensor] = []
+        self._elements = 0
+
+    def add(self, output: Tensor, targets: Tensor) -> None:
+        """Count a batch; neither tensor may hold a graph."""
+        if not self._pooled:
+            self._mean.add(self.metric(output, targets), len(targets))
+            return
+        self._outputs.append(output)
+        self._targets.append(targets)
+        self._elements += output.numel()
+        if self._elements >= POOL or len(self._outputs) == 512:
+            self._flush()
+
+    def value(self) -> float:
+        """The mean so far; nan if nothing was added."""
+        self._flush()
+        return self._mean.value()
+
+    def _flush(self) -> None:
+        if self._outputs:
+            targets = torch.cat(self._targets)
+            self._mean.add(self.metric(torch.cat(self._outputs), targets), len(targets))
+            self._outputs, self._targets, self._elements = [], [], 0
