@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 
 from . import nn as _norms
 from . import training as _training
-from .data import TensorBatches, load_dataset
+from .data import TensorBatches, TensorPairs, load_dataset
 from .errors import check
 from .models.convnet import GeneralRelu, convnet, init_convolutions
 from .nn import functional as _formulas
@@ -75,15 +75,20 @@ class Dataset:
 def get_dls(train_ds: Any, valid_ds: Any, bs: int, **kwargs: Any) -> tuple[Any, Any]:
     """A shuffled train loader (its last batch may be smaller) and a valid loader of `2*bs`, in order.
 
-    Data sets of tensors are sliced directly, which is faster; anything else, or with `kwargs`, by torch's DataLoader.
+    A `Dataset` of tensors is sliced directly, which is faster; anything else, or with `kwargs`, by torch's DataLoader.
     The order is drawn from torch's global generator.
     """
     check(1 <= bs <= len(train_ds), "bs", bs, f"1 to {len(train_ds)}, the number of training samples")
-    if kwargs or not all(isinstance(getattr(ds, "x", None), Tensor) for ds in (train_ds, valid_ds)):
+    if kwargs or not (_is_plain(train_ds) and _is_plain(valid_ds)):
         return DataLoader(train_ds, bs, shuffle=True, **kwargs), DataLoader(valid_ds, 2 * bs, **kwargs)
     seed = int(torch.randint(2**31, ()))
     train_dl = TensorBatches(train_ds.x, train_ds.y, bs, shuffle=True, seed=seed)
     return train_dl, TensorBatches(valid_ds.x, valid_ds.y, min(2 * bs, len(valid_ds)))
+
+
+def _is_plain(ds: Any) -> bool:
+    """Whether indexing `ds` is indexing two tensors; a subclass may do anything."""
+    return type(ds) in (Dataset, TensorPairs) and isinstance(ds.x, Tensor) and isinstance(ds.y, Tensor)
 
 
 class DataBunch:
@@ -504,6 +509,6 @@ def nb_auto_export(notebook: str | Path | None = None) -> None:
 
 _NOT_THE_LESSONS = {
     *("Any", "ClassVar", "TensorBatches", "check", "convnet", "export_notebook", "init_convolutions"),
-    *("load_dataset", "plots", "running_notebook", "schedules"),
+    *("load_dataset", "plots", "running_notebook", "schedules", "TensorPairs"),
 }
 __all__ = [name for name in dir() if not name.startswith("_") and name not in _NOT_THE_LESSONS]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -21,14 +21,13 @@ def export_notebook(path: str | Path) -> Path:
     name = _NAME.match(path.name)
     if name is None:
         raise InputError(f"notebook={str(path)!r} is not usable. Accepted: a name like 07_batchnorm.ipynb.")
-    cells = [cell.split("\n", 1)[-1].strip() for cell in code_cells(path) if _MARK.match(cell)]
+    cells = [_MARK.sub("", cell, count=1).strip() for cell in code_cells(path) if _MARK.match(cell)]
     check(bool(cells), "notebook", str(path), "a notebook with cells whose first line is #export")
     module = path.parent / "exp" / f"nb_{name[1]}.py"
     module.parent.mkdir(exist_ok=True)
     beside = module.with_suffix(".part")
-    beside.write_text(
-        f"# Made from {path.name} by its #export cells; edit the notebook instead.\n\n" + "\n\n".join(cells) + "\n"
-    )
+    head = f"# Made from {path.name} by its #export cells; edit the notebook instead."
+    beside.write_text("\n\n".join([head, *cells]) + "\n", encoding="utf-8")
     beside.replace(module)
     return module
 

@@ -11,7 +11,8 @@ class _SingleValue(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         # torch raises here, because the unbiased running variance would be 0/0.
-        if self.training and x.dim() >= 2 and x.numel() == x.shape[1]:
+        of_batch = self.training or self.running_mean is None
+        if of_batch and x.dim() >= 2 and x.numel() == x.shape[1] == self.num_features:
             self._check_input_dim(x)
             self._track_mean(x)
             return F.batch_norm(x, self.weight, self.bias, self.eps)

@@ -100,7 +100,7 @@ def update_running(x: Tensor, state: RunningState, alpha: float) -> tuple[Runnin
     Args:
         x: (N, C, *space).
         state: before the batch; not changed.
-        alpha: α in [0, 1], the weight of a new batch, see `lesson_alpha`.
+        alpha: α, the weight of a new batch, 0 to 1 (above 0 for an empty state); see `lesson_alpha`.
 
     Returns:
         the new state, attached to the graph (detach it before keeping it), and the share w, 0-d.

@@ -43,7 +43,7 @@ class RunningBatchNorm2d(_NormBase):
     Args:
         num_features: C.
         eps: added to the variance.
-        momentum: weight of a new batch of one or two images, 0 to 1.
+        momentum: weight of a new batch of one or two images, above 0, to 1.
         affine: learn γ and β.
         device: of parameters and statistics.
         dtype: of the parameters.
@@ -72,11 +72,13 @@ class RunningBatchNorm2d(_NormBase):
         dtype: torch.dtype | None = None,
     ):
         check(num_features >= 1, "num_features", num_features, "a whole number from 1")
-        check(0 <= momentum <= 1, "momentum", momentum, "a number from 0 to 1")
-        super().__init__(num_features, eps, momentum, affine, True, device, dtype)
+        check(0 < momentum <= 1, "momentum", momentum, "a number above 0, to 1")
+        super().__init__(num_features, eps, momentum, affine, True, device)
         self.register_buffer("count", torch.zeros((), device=device))
         self.register_buffer("num_samples_tracked", torch.zeros((), dtype=torch.long, device=device))
         self._settled = False  # whether count is SETTLED; beside it, because reading a buffer synchronises a GPU
+        if dtype is not None:
+            self.to(dtype)
 
     def reset_running_stats(self) -> None:
         """Forget every batch: mean 0, variance 1, counts 0."""
@@ -84,10 +86,11 @@ class RunningBatchNorm2d(_NormBase):
         if "count" in self._buffers:  # torch's constructor resets once before it is there
             self.count.zero_()
             self.num_samples_tracked.zero_()
+            self._settled = False
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
-        if not self.training:
+        if not self.training or x.numel() == 0:  # an empty batch has nothing to add
             return F.normalize_running(x, self._state(), self.weight, self.bias, self.eps, self._min_var())
         with torch.no_grad():
             if self._settled:
@@ -129,7 +132,8 @@ class RunningBatchNorm2d(_NormBase):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if prefix + "running_mean" in state_dict and prefix + "count" not in state_dict:  # a batch norm's state
-            batches = state_dict.get(prefix + "num_batches_tracked", torch.tensor(0))
+            # Files older than the count of batches do not say how many there were: then there were some.
+            batches = state_dict.get(prefix + "num_batches_tracked", torch.tensor(1))
             state_dict[prefix + "count"] = torch.where(batches > 0, SETTLED, 0.0)
             state_dict[prefix + "num_samples_tracked"] = batches * FEW_SAMPLES
         self._settled = bool(state_dict.get(prefix + "count", self.count) == SETTLED)

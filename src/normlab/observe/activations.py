@@ -63,5 +63,6 @@ def mean_and_deviation(x: Tensor) -> Tensor:
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The direct children of `model`, named by place and kind: `0 Sequential`."""
-    return {f"{name} {type(child).__name__}": child for name, child in model.named_children()}
+    """The direct children of `model` that have parameters, named by place and kind: `0 Sequential`."""
+    children = model.named_children()
+    return {f"{name} {type(child).__name__}": child for name, child in children if any(True for _ in child.parameters())}

@@ -13,7 +13,7 @@ FIRST = 10
 
 def plot_activations(stats: ActivationStats) -> Figure:
     """The lesson's four plots: means and deviations of each layer over the first ten and over all training batches."""
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(12, 7), layout="constrained")
     axes = figure.subplots(2, 2)
     for row, (what, series) in enumerate((("mean", stats.means), ("standard deviation", stats.deviations))):
         for column, last in enumerate((FIRST, None)):
@@ -21,7 +21,8 @@ def plot_activations(stats: ActivationStats) -> Figure:
             _lines(axis, {name: values[:last] for name, values in series.items()})
             span = f"first {FIRST} batches" if last else "all batches"
             axis.set(title=f"{what}, {span}", xlabel="training batch", ylabel=f"{what} of the output")
-    axes[0][1].legend(fontsize="small", title="layer")
+    lines, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside right upper", title="layer")
     return figure
 
 
@@ -35,13 +36,14 @@ def plot_losses(losses: Sequence[float], skip_last: int = 0) -> Figure:
 
 def draw_losses(axis: Axes, losses: Sequence[float], skip_last: int = 0) -> None:
     """The same into an axis."""
-    axis.plot(losses[: len(losses) - skip_last], linewidth=0.8)
+    shown = losses[: len(losses) - skip_last]
+    axis.plot(range(1, len(shown) + 1), shown, linewidth=0.8)
     axis.set(xlabel="training batch", ylabel="loss")
 
 
 def draw_rates(axis: Axes, rates: Sequence[float]) -> None:
     """Learning rate of each training batch."""
-    axis.plot(rates)
+    axis.plot(range(1, len(rates) + 1), rates)
     axis.set(xlabel="training batch", ylabel="learning rate")
 
 
@@ -71,4 +73,4 @@ def save(figure: Figure, path: Path, dpi: int = 120) -> None:
 
 def _lines(axis: Axes, series: Mapping[str, Sequence[float]]) -> None:
     for name, values in series.items():
-        axis.plot(values, label=name, linewidth=1)
+        axis.plot(range(1, len(values) + 1), values, label=name, linewidth=1)

@@ -47,6 +47,7 @@ def compare(
     console = console or Console()
     folder = Path(folder)
     store = RunStore(folder / "runs.jsonl")
+    check(workers >= 1, "workers", workers, "a whole number from 1")
     for trial in trials:
         check_trial(trial, data_dir)
     check_writable(folder)

@@ -4,9 +4,10 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -109,7 +110,16 @@ def _prepare_worker(told: Any, stop: Any, threads: int) -> None:
     global _told, _stop
     _told, _stop = told, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and says stop
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+
+
+def _die_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next job for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(job: Job) -> Record | None:
@@ -155,54 +165,60 @@ def _single_threaded_start(threads: int):
             os.environ["OMP_NUM_THREADS"] = before
 
 
-class _Lines:
-    """Plain lines: one for each run that ends, and every so often one that says how far all are."""
+class _Display:
+    """Says how far all the jobs are: a line for each that ends, and in between what `_show` makes of it."""
 
     def __init__(self, jobs: Sequence[Job], console: Console):
         self.console, self._costs = console, {job.key: job.cost for job in jobs}
-        self._shares: dict[str, float] = {}
-        self._ended = 0
+        self._shares = dict.fromkeys(self._costs, 0.0)
+        self._ended: set[str] = set()
+
+    def end(self, job: Job, record: Record) -> None:
+        if record["status"] != "finished":  # it stopped early: count what it did as all it had to do
+            self._costs[job.key] *= self._shares[job.key]
+        self._shares[job.key] = 1.0
+        self._ended.add(job.key)
+        self.console.print(f"{job.label}  {_outcome(record)}", highlight=False, soft_wrap=True)
+
+    def update(self, shares: dict[str, float]) -> None:
+        self._shares.update({key: share for key, share in shares.items() if key not in self._ended})
+        done = sum(cost * self._shares[key] for key, cost in self._costs.items())
+        self._show(f"{len(self._ended)} of {len(self._costs)} runs", done / (sum(self._costs.values()) or 1.0))
+
+    def _show(self, text: str, share: float) -> None:
+        raise NotImplementedError
+
+
+class _Lines(_Display):
+    """For a log: a line every so often."""
+
+    def __init__(self, jobs: Sequence[Job], console: Console):
+        super().__init__(jobs, console)
         self._start = time.monotonic()
         self._next = self._start + LINE_SECONDS
 
-    def end(self, job: Job, record: Record) -> None:
-        self._shares[job.key] = 1.0
-        self._ended += 1
-        self.console.print(f"{job.label}  {_outcome(record)}", highlight=False)
-
-    def update(self, shares: dict[str, float]) -> None:
-        self._shares.update({key: share for key, share in shares.items() if self._shares.get(key) != 1.0})
+    def _show(self, text: str, share: float) -> None:
         now = time.monotonic()
-        if now >= self._next:
-            self._next = now + LINE_SECONDS
-            share, spent = self.share(), now - self._start
-            left = f", about {spent / share - spent:.0f} s left" if share > 0.02 else ""
-            self.console.print(
-                f"{self._ended} of {len(self._costs)} runs, {share:.0%}, {spent:.0f} s{left}", highlight=False
-            )
-
-    def share(self) -> float:
-        """How much of all the cost is done."""
-        done = sum(cost * self._shares.get(key, 0.0) for key, cost in self._costs.items())
-        return done / sum(self._costs.values())
+        if now < self._next:
+            return
+        self._next, spent = now + LINE_SECONDS, now - self._start
+        left = f", about {spent / share - spent:.0f} s left" if share > 0.02 else ""
+        self.console.print(f"{text}, {share:.0%}, {spent:.0f} s{left}", highlight=False, soft_wrap=True)
 
 
-class _Bar(_Lines):
-    """The same on a terminal, with a bar at the bottom in place of the lines in between."""
+class _Bar(_Display):
+    """For a terminal: a bar at the bottom, with the time left."""
 
     def __init__(self, jobs: Sequence[Job], console: Console, bar: Progress):
         super().__init__(jobs, console)
-        self._bar = bar
-        self._task = bar.add_task("", total=1.0)
+        self._bar, self._task = bar, bar.add_task("", total=1.0)
 
-    def update(self, shares: dict[str, float]) -> None:
-        self._shares.update({key: share for key, share in shares.items() if self._shares.get(key) != 1.0})
-        text = f"{self._ended} of {len(self._costs)} runs"
-        self._bar.update(self._task, completed=self.share(), description=text)
+    def _show(self, text: str, share: float) -> None:
+        self._bar.update(self._task, completed=share, description=text)
 
 
 @contextmanager
-def _display(jobs: Sequence[Job], console: Console):
+def _display(jobs: Sequence[Job], console: Console) -> Iterator[_Display]:
     if not console.is_terminal:
         yield _Lines(jobs, console)
         return
@@ -212,7 +228,7 @@ def _display(jobs: Sequence[Job], console: Console):
         TaskProgressColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True, speed_estimate_period=120) as bar:
         yield _Bar(jobs, console, bar)

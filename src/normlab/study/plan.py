@@ -61,7 +61,13 @@ class Trial:
 
 
 def grid(norms: list[str], batch_sizes: list[int], lrs: list[float], seeds: list[int], base: Trial) -> list[Trial]:
-    """Every combination of the four lists, each with the other settings of `base`, without repetition."""
+    """Every combination of the four lists, each with the other settings of `base`, without repetition.
+
+    Raises:
+        InputError: an empty list, or a value out of range.
+    """
+    for name, values in {"norms": norms, "batch_sizes": batch_sizes, "lrs": lrs, "seeds": seeds}.items():
+        check(bool(values), name, values, "one value or more")
     rest = asdict(base)
     combinations = itertools.product(batch_sizes, norms, lrs, seeds)
     trials = (Trial(**{**rest, "norm": n, "batch_size": b, "lr": lr, "seed": s}) for b, n, lr, s in combinations)

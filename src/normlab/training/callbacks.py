@@ -1,5 +1,6 @@
 """The callbacks that training usually wants: metrics, records, schedules, devices, guards."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -142,7 +143,7 @@ class FindLearningRate(Callback):
 
     def after_step(self) -> None:
         loss = float(self.learner.loss)
-        if self.learner.step >= self.max_steps or not loss <= 10 * self._best:
+        if self.learner.step >= self.max_steps or not math.isfinite(loss) or loss > 10 * self._best:
             raise CancelTrain
         self._best = min(self._best, loss)
 

@@ -43,7 +43,7 @@ class CancelBatch(Exception):
 
 
 class CancelEpoch(Exception):
-    """Leaves the training or validation batches of the epoch."""
+    """Leaves the training or validation batches of the epoch; raised in their begin event, before the first."""
 
 
 class CancelTrain(Exception):

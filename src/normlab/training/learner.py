@@ -22,7 +22,7 @@ class Learner:
         output, loss        of the batch; from after_backward on they hold no graph
         num_epochs, epoch   of this fit; the epoch counts from 0
         num_batches, batch  of this pass over the batches; the batch counts from 0
-        step                training batches done in this fit
+        step                steps of the optimizer in this fit
         history             a dict an epoch, filled by callbacks
 
     Args:
@@ -60,6 +60,7 @@ class Learner:
         check(epochs >= 1, "epochs", epochs, "a whole number from 1")
         self._reset(epochs)
         self._listen()
+        self.optimizer.zero_grad()  # of an earlier fit that was left between two steps
         try:
             self._emit("begin_fit")
             for self.epoch in range(epochs):
@@ -71,21 +72,22 @@ class Learner:
         return self.history
 
     def _fit_epoch(self) -> None:
-        self.training, self.batch = True, 0
+        self.training = True
         self.model.train()
-        self._emit("begin_epoch")
-        self._run_batches(self.train)
+        self._run_batches("begin_epoch", "train")
         self.training = False
         if self.valid is not None:
             self.model.eval()
             with torch.no_grad():
-                self._emit("begin_validate")
-                self._run_batches(self.valid)
+                self._run_batches("begin_validate", "valid")
         self._emit("after_epoch")
 
-    def _run_batches(self, batches: Iterable[Any]) -> None:
-        self.num_batches = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
+    def _run_batches(self, beginning: str, part: str) -> None:
+        self.batch = 0
         try:
+            self._emit(beginning)
+            batches = getattr(self, part)  # not before: a callback may give others
+            self.num_batches = _length(batches)
             for self.batch, (self.inputs, self.targets) in enumerate(batches):
                 self._run_batch()
         except CancelEpoch:
@@ -111,8 +113,10 @@ class Learner:
         self._emit("after_backward")
         self.optimizer.step()
         self.step += 1
-        self._emit("after_step")
-        self.optimizer.zero_grad()
+        try:
+            self._emit("after_step")
+        finally:
+            self.optimizer.zero_grad()
 
     def _reset(self, epochs: int) -> None:
         self.num_epochs, self.epoch, self.batch, self.step = epochs, 0, 0, 0
@@ -137,3 +141,10 @@ class Learner:
     def _emit(self, event: str) -> None:
         for listener in self._listeners[event]:
             listener()
+
+
+def _length(batches: Any) -> int | None:
+    try:
+        return len(batches)
+    except TypeError:  # also of a DataLoader, when its data set has no length
+        return None

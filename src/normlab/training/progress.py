@@ -24,6 +24,7 @@ class ShowProgress(Callback):
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console()
+        self._bar: Progress | None = None
 
     def begin_fit(self) -> None:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -49,7 +50,9 @@ class ShowProgress(Callback):
             self._next = now + BAR_SECONDS
         else:
             total = f" of {learner.num_batches}" if learner.num_batches else ""
-            self.console.print(f"{self._part}: batch {learner.batch + 1}{total}, loss {float(learner.loss):.4f}")
+            self.console.print(
+                f"{self._part}: batch {learner.batch + 1}{total}, loss {float(learner.loss):.4f}", soft_wrap=True
+            )
             self._next = now + LINE_SECONDS
 
     def after_epoch(self) -> None:
@@ -60,7 +63,9 @@ class ShowProgress(Callback):
                 for part in ("train", "valid")
                 if part in row
             )
-            self.console.print(f"epoch {row['epoch']}  {parts}  ({row['seconds']:.1f} s)", highlight=False)
+            self.console.print(
+                f"epoch {row['epoch']}  {parts}  ({row['seconds']:.1f} s)", highlight=False, soft_wrap=True
+            )
 
     def after_fit(self) -> None:
         if self._bar:

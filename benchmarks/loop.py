@@ -1,0 +1,219 @@
+"""What a training loop costs beside the arithmetic: normlab's learner and its peers against a hand-written loop.
+
+    python benchmarks/loop.py [--out benchmarks/results/loop.json]
+
+Two cases. `batch 2`: a small network with batch norm on batches that are cut beforehand, so that nothing but the loop
+differs; every loop but the hand-written one keeps the running mean of loss and accuracy, as its library does it, and
+normlab's records loss and learning rate of each step too. `batch 512`: an epoch of the lesson's net, whose
+hand-written loop shuffles and slices by itself and keeps no figures. All loops of a case run in turn, round after
+round; the figures are medians of what each round says. Peers that are not installed are left out (ignite:
+pytorch-ignite; Lightning: lightning; fastai). Run it on an idle machine.
+"""
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normlab.data import TensorBatches, load_dataset
+from normlab.models import build_model
+from normlab.study.trial import environment
+from normlab.training import Learner, Metrics, Recorder, accuracy
+
+Batches = list[tuple[Tensor, Tensor]]
+Loop = Callable[[nn.Module, Batches], None]
+STEPS, ROUNDS, LR = 2000, 15, 0.01
+
+
+def small_net() -> nn.Module:
+    """784 → 50 → 10 with batch norm."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(784, 50), nn.BatchNorm1d(50), nn.ReLU(), nn.Linear(50, 10))
+
+
+def by_hand(model: nn.Module, batches: Batches) -> None:
+    """No more than it takes."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    model.train()
+    for x, y in batches:
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def normlab(model: nn.Module, batches: Batches) -> None:
+    """The learner with metrics and recorder."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    Learner(model, batches, optimizer=optimizer, callbacks=[Metrics(accuracy=accuracy), Recorder()]).fit(1)
+
+
+def ignite(model: nn.Module, batches: Batches) -> None:
+    from ignite.engine import create_supervised_trainer
+    from ignite.metrics import Accuracy, Average
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    transform = lambda x, y, y_pred, loss: (loss.detach(), y_pred, y)  # noqa: E731
+    trainer = create_supervised_trainer(model, optimizer, F.cross_entropy, output_transform=transform)
+    Average(output_transform=lambda out: out[0]).attach(trainer, "loss")
+    Accuracy(output_transform=lambda out: (out[1], out[2])).attach(trainer, "accuracy")
+    trainer.run(batches, max_epochs=1)
+
+
+class OneLoader:
+    """The batches as one loader: Lightning takes a list for several."""
+
+    def __init__(self, batches: Batches):
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def lightning(model: nn.Module, batches: Batches) -> None:
+    import lightning as L
+    from torchmetrics import MeanMetric
+    from torchmetrics.classification import MulticlassAccuracy
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+    class Module(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model, self.loss, self.accuracy = model, MeanMetric(), MulticlassAccuracy(10, average="micro")
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            output = self.model(x)
+            loss = F.cross_entropy(output, y)
+            self.loss.update(loss.detach())
+            self.accuracy.update(output.detach(), y)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=LR)
+
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Module(), OneLoader(batches))
+
+
+def fastai(model: nn.Module, batches: Batches) -> None:
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner as FastaiLearner
+    from fastai.metrics import accuracy as fastai_accuracy
+    from fastai.optimizer import SGD
+
+    data = DataLoaders(batches, batches[:1])
+    learner = FastaiLearner(data, model, F.cross_entropy, SGD, LR, metrics=fastai_accuracy)
+    with learner.no_logging():
+        learner.fit(1)
+
+
+def installed(loops: dict[str, Loop]) -> dict[str, Loop]:
+    """Those that run."""
+    found = {}
+    for name, loop in loops.items():
+        try:
+            loop(small_net(), [(torch.randn(2, 784), torch.tensor([0, 1]))] * 2)
+        except ImportError as error:
+            print(f"{name}: left out ({error})")
+        else:
+            found[name] = loop
+    return found
+
+
+def batch_2() -> dict:
+    """Microseconds a step beyond the hand-written loop, at batch 2."""
+    peers = {"normlab": normlab, "ignite": ignite, "lightning": lightning, "fastai": fastai}
+    loops = {"by hand": by_hand, **installed(peers)}
+    batches = [(torch.randn(2, 784), torch.randint(0, 10, (2,))) for _ in range(STEPS)]
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    for _ in range(ROUNDS):
+        for name, loop in loops.items():
+            model = small_net()
+            start = time.perf_counter()
+            loop(model, batches)
+            times[name].append((time.perf_counter() - start) / STEPS * 1e6)
+    plain = times["by hand"]
+    figures = {
+        name: {
+            "us_per_step": statistics.median(values),
+            "us_beyond_by_hand": statistics.median(v - p for v, p in zip(values, plain, strict=True)),
+            "quartiles_beyond": statistics.quantiles([v - p for v, p in zip(values, plain, strict=True)], n=4)[::2],
+        }
+        for name, values in times.items()
+    }
+    return {"steps": STEPS, "rounds": ROUNDS, "loops": figures}
+
+
+def batch_512() -> dict:
+    """Ratio of a training epoch of the lesson's net to the same in a hand-written loop, at batch 512."""
+    data = load_dataset("mnist")
+    x, y = data.x_train, data.y_train
+
+    def plain(model: nn.Module) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        model.train()
+        order = torch.randperm(len(x))
+        for begin in range(0, len(x), 512):
+            chosen = order[begin : begin + 512]
+            loss = F.cross_entropy(model(x[chosen]), y[chosen])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    ratios, seconds = [], []
+    for _ in range(ROUNDS):
+        torch.manual_seed(0)
+        start = time.perf_counter()
+        plain(build_model("convnet", "batch", 10))
+        middle = time.perf_counter()
+        normlab(build_model("convnet", "batch", 10), TensorBatches(x, y, 512, shuffle=True))  # pyright: ignore[reportArgumentType]
+        end = time.perf_counter()
+        ratios.append((end - middle) / (middle - start))
+        seconds.append(middle - start)
+    return {
+        "rounds": ROUNDS,
+        "by_hand_seconds": statistics.median(seconds),
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
+    }
+
+
+def main() -> None:
+    """Measure, print, and add a JSON line to the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "loop.jsonl")
+    out = parser.parse_args().out
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    result = {**environment(), "batch_2": batch_2(), "batch_512": batch_512()}
+    for name, figures in result["batch_2"]["loops"].items():
+        low, high = figures["quartiles_beyond"]
+        beyond = figures["us_beyond_by_hand"]
+        print(
+            f"batch 2    {name:<10} {figures['us_per_step']:7.1f} µs a step, {beyond:+7.1f} ({low:+.1f} … {high:+.1f})"
+        )
+    case = result["batch_512"]
+    print(f"batch 512  epoch {case['ratio']:.3f} of the hand-written one, quartiles {case['ratio_quartiles']}")
+    with open(out, "a") as file:
+        file.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""The operator with a written-out gradient equals the plain function and the formula in float64."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from normlab.kernels.ops import normalize_with_share
+from normlab.nn import functional as F
+
+EXAMPLES = settings(max_examples=100, deadline=None)
+EPS = 0.01
+# Allowed error, as a share of 1 + the largest expected value.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "permuted": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+}
+
+
+class Case(NamedTuple):
+    x: Tensor
+    grad: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    state: F.RunningState
+    alpha: float
+
+
+@st.composite
+def cases(draw) -> Case:
+    torch.manual_seed(draw(st.integers(0, 10**6)))
+    space = draw(st.lists(st.integers(1, 5), max_size=3))
+    shape = (draw(st.integers(1, 5)), draw(st.integers(1, 5)), *space)
+    dtype = draw(st.sampled_from(list(TOLERANCE)))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    param_dtype = draw(st.sampled_from([dtype, wide]))
+    weight, bias = (torch.randn(shape[1]).to(param_dtype) if draw(st.booleans()) else None for _ in range(2))
+    state = torch.randn(shape[1]), torch.rand(shape[1]) + 0.1, torch.tensor(draw(st.sampled_from([0.0, 3.0, 500.0])))
+    x, grad = (LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](torch.randn(shape).to(dtype)) for _ in range(2))
+    return Case(x, grad, weight, bias, F.RunningState(*(part.to(wide) for part in state)), draw(st.floats(0.05, 1)))
+
+
+def along(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def formula(x, grad, mean, var, weight, bias, mean_share, var_share, eps=EPS) -> list[Tensor | None]:
+    """y, and the gradients of x, γ and β, in float64, as the docstring of the operator has them."""
+    x, grad = x.double(), grad.double()
+    gamma = torch.ones(x.shape[1]).double() if weight is None else weight.double()
+    beta = torch.zeros(x.shape[1]).double() if bias is None else bias.double()
+    dims, n = [0, *range(2, x.dim())], x.numel() / x.shape[1]
+    deviation = along((var.double() + eps).sqrt(), x)
+    x_hat = (x - along(mean.double(), x)) / deviation
+    sum_grad, sum_grad_x_hat = grad.sum(dims), (grad * x_hat).sum(dims)
+    pulled = along(mean_share * sum_grad, x) + x_hat * along(var_share * sum_grad_x_hat, x)
+    return [
+        x_hat * along(gamma, x) + along(beta, x),
+        along(gamma, x) / deviation * (grad - pulled / n),
+        None if weight is None else sum_grad_x_hat,
+        None if bias is None else sum_grad,
+    ]
+
+
+def results(function, x, grad, weight, bias) -> list[Tensor | None]:
+    """The output and the gradients of x, γ and β, None for those that are not given."""
+    inputs = [None if value is None else value.detach().requires_grad_() for value in (x, weight, bias)]
+    y = function(*inputs)
+    y.backward(grad)
+    return [y.detach(), *(None if value is None else value.grad for value in inputs)]
+
+
+def assert_close(actual: list, expected: list, tolerance: float) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            error = (one.double() - other.double()).abs().max()
+            assert error <= tolerance * (1 + other.abs().max()), f"off by {error}"
+
+
+@EXAMPLES
+@given(cases())
+def test_fast_equals_plain_equals_float64(case):
+    x, grad, weight, bias, state, alpha = case
+    after, share = F.update_running(x, state, alpha)
+
+    def fast_function(x, weight, bias):
+        return normalize_with_share(x, after.mean, after.var, weight, bias, share, share, EPS)
+
+    fast = results(fast_function, x, grad, weight, bias)
+    plain = results(lambda *inputs: F.running_batch_norm(inputs[0], state, *inputs[1:], EPS, alpha)[0], *case[:4])
+    float64 = formula(x, grad, after.mean, after.var, weight, bias, share.double(), share.double())
+    assert [value.dtype for value in fast[:2]] == [x.dtype] * 2
+    assert all(value is None or value.dtype == given.dtype for value, given in zip(fast[2:], case[2:4], strict=True))
+    assert_close(fast, float64, TOLERANCE[x.dtype])
+    assert_close(plain, float64, TOLERANCE[x.dtype])
+
+
+@EXAMPLES
+@given(cases(), st.floats(0, 1), st.booleans())
+def test_any_share_gives_the_gradient_of_the_formula(case, mean_share, per_channel):
+    """Also shares of mean and variance that differ, and one for each channel."""
+    x, grad, weight, bias, (mean, var, _), _ = case
+    shares = torch.tensor(mean_share, dtype=mean.dtype), torch.rand(x.shape[1]).to(mean.dtype)
+    if per_channel:
+        shares = shares[::-1]
+    fast = results(lambda x, w, b: normalize_with_share(x, mean, var, w, b, *shares, EPS), x, grad, weight, bias)
+    assert_close(fast, formula(x, grad, mean, var, weight, bias, *shares), TOLERANCE[x.dtype])
+
+
+def example(*shape: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape, dtype=dtype, requires_grad=True), *(torch.randn(shape[1], dtype=dtype) for _ in "γβ")]
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 4, 3), (1, 4, 2, 2), (2, 4, 1, 2, 1), (1, 4, 1, 1)])
+@pytest.mark.parametrize("total", [0.0, 20.0], ids=["first batch", "later batch"])
+def test_gradient_is_the_derivative_with_the_state_held(shape, total):
+    """Numerically: mean and variance move with the input, as far as this batch is in them."""
+    state = F.RunningState(
+        torch.linspace(-1, 1, 4).double(), torch.linspace(0.5, 2, 4).double(), torch.tensor(total).double()
+    )
+
+    def step(x, weight, bias):
+        with torch.no_grad():
+            after, share = F.update_running(x, state, 0.3)
+        return normalize_with_share(x, after.mean, after.var, weight, bias, share, share, 0.1)
+
+    x, weight, bias = example(*shape)
+    assert gradcheck(step, (x, weight.requires_grad_(), bias.requires_grad_()))
+    assert gradcheck(lambda x: step(x, None, None), (x,))
+
+
+def test_shares_of_one_are_batch_norm():
+    x, weight, bias = example(4, 3, 5, 5)
+    var, mean = torch.var_mean(x.detach(), (0, 2, 3), correction=0)
+    one, grad = torch.ones(()).double(), torch.randn(x.shape).double()
+    fast = results(lambda x, w, b: normalize_with_share(x, mean, var, w, b, one, one, 1e-5), x, grad, weight, bias)
+    torchs = results(
+        lambda x, w, b: torch.nn.functional.batch_norm(x, None, None, w, b, training=True), x, grad, weight, bias
+    )
+    assert_close(fast, torchs, 1e-12)
+
+
+def test_shares_of_zero_are_a_frozen_norm():
+    x, weight, bias = example(4, 3, 5, 5)
+    mean, var = torch.randn(3).double(), torch.rand(3).double() + 0.1
+    zero, grad = torch.zeros(()).double(), torch.randn(x.shape).double()
+    fast = results(lambda x, w, b: normalize_with_share(x, mean, var, w, b, zero, zero, 1e-5), x, grad, weight, bias)
+    torchs = results(lambda x, w, b: torch.nn.functional.batch_norm(x, mean, var, w, b), x, grad, weight, bias)
+    assert_close(fast, torchs, 1e-12)
+
+
+@pytest.mark.parametrize("asked", range(3), ids=["x", "weight", "bias"])
+def test_only_the_gradients_that_are_asked_for(asked):
+    inputs = [value.detach() for value in example(4, 3, 5)]
+    inputs[asked].requires_grad_()
+    share = torch.tensor(0.5).double()
+    normalize_with_share(inputs[0], torch.zeros(3), torch.ones(3), *inputs[1:], share, share, EPS).sum().backward()
+    assert [value.grad is not None for value in inputs] == [number == asked for number in range(3)]
+
+
+def test_inputs_stay_as_they_are():
+    x, weight, bias = example(4, 3, 5, dtype=torch.float32)
+    inputs = [x.detach(), torch.randn(3), torch.rand(3), weight, bias, torch.rand(3), torch.rand(3)]
+    copies = [value.clone() for value in inputs]
+    grad = torch.randn(4, 3, 5)
+    grad_copy = grad.clone()
+    inputs[0].requires_grad_()
+    normalize_with_share(*inputs, EPS).backward(grad)
+    assert all(torch.equal(one, other) for one, other in zip([*inputs, grad], [*copies, grad_copy], strict=True))
+
+
+def test_two_forwards_before_a_backward():
+    share = torch.tensor(0.5)
+
+    def once(x):
+        return normalize_with_share(x, x.detach().mean((0, 2)), torch.ones(3), None, None, share, share, EPS)
+
+    first, second = (torch.randn(4, 3, 5, requires_grad=True) for _ in range(2))
+    a, b = once(first), once(second)
+    (a.pow(2).sum() + b.pow(3).sum()).backward()
+    for x, power in ((first, 2), (second, 3)):
+        alone = x.detach().requires_grad_()
+        once(alone).pow(power).sum().backward()
+        assert torch.equal(alone.grad, x.grad)
+
+
+def test_memory_format_is_kept():
+    x = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    share = torch.tensor(0.5)
+    y = normalize_with_share(x, torch.zeros(3), torch.ones(3), None, None, share, share, EPS)
+    y.pow(2).sum().backward()
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_second_derivative_is_refused():
+    x = example(4, 3, 5)[0]
+    share = torch.tensor(0.5).double()
+    y = normalize_with_share(x, torch.zeros(3), torch.ones(3), None, None, share, share, EPS)
+    (grad,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

@@ -1,0 +1,203 @@
+"""Batch norm equals torch's in everything, and stands a batch of one value a channel."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import normlab.nn as norms
+
+OURS = {1: norms.BatchNorm1d, 2: norms.BatchNorm2d, 3: norms.BatchNorm3d}
+TORCHS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+OPTIONS = [
+    {},
+    {"momentum": 0.3, "eps": 0.1},
+    {"momentum": None},
+    {"momentum": 0.0},
+    {"affine": False},
+    {"track_running_stats": False},
+]
+# Allowed error, as a share of 1 + the largest expected value.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "permuted": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+}
+
+
+def with_drawn_parameters(layer: nn.Module) -> nn.Module:
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+def step(layer: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
+    """The output and the gradients of the input and of the parameters."""
+    x = x.detach().requires_grad_()
+    layer.zero_grad()
+    y = layer(x)
+    y.backward(grad)
+    return [y.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())]
+
+
+def assert_same_state(one: nn.Module, other: nn.Module) -> None:
+    assert list(one.state_dict()) == list(other.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_is_torchs_batch_norm(dims, options):
+    """Digit for digit: output, gradients and buffers, in training and evaluation."""
+    torch.manual_seed(0)
+    torchs = with_drawn_parameters(TORCHS[dims](3, **options))
+    ours = OURS[dims](3, **options)
+    ours.load_state_dict(torchs.state_dict())
+    assert isinstance(ours, TORCHS[dims])
+    assert repr(ours) == repr(torchs)
+    for training in (True, True, True, False):
+        ours.train(training), torchs.train(training)
+        x, grad = torch.randn(2, 4, 3, *[4] * dims)
+        for one, other in zip(step(ours, x, grad), step(torchs, x, grad), strict=True):
+            assert torch.equal(one, other)
+        assert_same_state(ours, torchs)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_state_goes_both_ways(dims):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, *[4] * dims)
+    for source, target in ((OURS, TORCHS), (TORCHS, OURS)):
+        trained, fresh = with_drawn_parameters(source[dims](3)), target[dims](3)
+        trained(x)
+        fresh.load_state_dict(trained.state_dict())
+        assert_same_state(trained, fresh)
+        assert torch.equal(trained.eval()(x), fresh.eval()(x))
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    x_hat = (x.movedim(1, -1) - mean) / (var + eps).sqrt()
+    return (x_hat * weight + bias).movedim(-1, 1)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_equals_float64(data):
+    """Over shapes, types and layouts: output, gradients and running statistics; then evaluation."""
+    torch.manual_seed(data.draw(st.integers(0, 10**6)))
+    dims = data.draw(st.integers(1, 3))
+    shape = (
+        data.draw(st.integers(1, 4)),
+        data.draw(st.integers(1, 5)),
+        *data.draw(st.tuples(*[st.integers(1, 4)] * dims)),
+    )
+    dtype = data.draw(st.sampled_from(list(TOLERANCE)))
+    layout = LAYOUTS[data.draw(st.sampled_from(list(LAYOUTS)))]
+    x, grad = layout(torch.randn(shape).to(dtype)), torch.randn(shape).to(dtype)
+    layer = with_drawn_parameters(OURS[dims](shape[1], eps=0.01, momentum=0.3))
+    layer.double() if dtype == torch.float64 else layer.float()
+    actual = step(layer, x, grad)
+
+    x64, weight, bias = (value.detach().double().requires_grad_() for value in (x, layer.weight, layer.bias))
+    axes, n = [0, *range(2, x.dim())], x.numel() // x.shape[1]
+    mean, var = x64.mean(axes), x64.var(axes, correction=0)
+    y = reference(x64, weight, bias, mean, var, 0.01)
+    y.backward(grad.double())
+    running_mean = 0.3 * mean.detach()
+    running_var = 0.7 + 0.3 * var.detach() * n / (n - 1) if n > 1 else torch.ones_like(running_mean)
+    evaluated = reference(x64, weight, bias, running_mean, running_var, 0.01)
+    actual += [layer.running_mean, layer.running_var, layer.eval()(x)]
+    expected = [y, x64.grad, weight.grad, bias.grad, running_mean, running_var, evaluated]
+    for one, other in zip(actual, expected, strict=True):
+        assert (one - other).abs().max() <= TOLERANCE[dtype] * (1 + other.abs().max())
+    assert [value.dtype for value in (actual[0], actual[1], actual[-1])] == [dtype] * 3
+
+
+def one_value(dims: int, channels: int = 3) -> Tensor:
+    return torch.randn(1, channels, *[1] * dims)
+
+
+@pytest.mark.parametrize("dims", [0, 1, 2, 3])
+def test_one_value_gives_beta(dims):
+    torch.manual_seed(0)
+    layer = with_drawn_parameters(OURS[max(dims, 1)](3, momentum=0.25))
+    layer.running_mean.fill_(2)
+    layer.running_var.fill_(5)
+    x, grad = one_value(dims), torch.randn(1, 3, *[1] * dims)
+    y, grad_x, grad_weight, grad_bias = step(layer, x, grad)
+    assert torch.equal(y.flatten(), layer.bias.detach())
+    assert torch.equal(grad_x, torch.zeros_like(x))
+    assert torch.equal(grad_weight, torch.zeros(3))
+    assert torch.equal(grad_bias, grad.flatten())
+    torch.testing.assert_close(layer.running_mean, 0.75 * 2 + 0.25 * x.flatten())
+    assert torch.equal(layer.running_var, torch.full((3,), 5.0))
+    assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_one_value_moves_a_cumulative_mean(dtype):
+    layer = norms.BatchNorm2d(3, momentum=None).to(dtype)
+    values = [one_value(2).to(dtype) for _ in range(4)]
+    outputs = [layer(x) for x in values]
+    assert all(y.dtype == dtype and torch.equal(y, torch.zeros_like(y)) for y in outputs)
+    mean = torch.stack([x.flatten().double() for x in values]).mean(0)
+    torch.testing.assert_close(layer.running_mean.double(), mean, rtol=0, atol={torch.bfloat16: 0.05}.get(dtype, 5e-3))
+    assert layer.num_batches_tracked == 4
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_one_value_without_running_statistics(training):
+    layer = norms.BatchNorm2d(3, track_running_stats=False).train(training)
+    assert torch.equal(layer(one_value(2)), torch.zeros(1, 3, 1, 1))
+
+
+def test_one_value_without_affine():
+    assert torch.equal(norms.BatchNorm2d(3, affine=False)(one_value(2)), torch.zeros(1, 3, 1, 1))
+
+
+def test_one_value_in_evaluation_uses_the_running_statistics():
+    layer, x = norms.BatchNorm2d(3).eval(), one_value(2)
+    torch.testing.assert_close(layer(x), x / (1 + 1e-5) ** 0.5)
+    assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_one_value_does_not_synchronise(momentum):
+    """Reading a value of a meta tensor raises, as reading one of a GPU's would wait for it."""
+    layer = norms.BatchNorm2d(3, momentum=momentum, device="meta")
+    assert layer(one_value(2).to("meta")).shape == (1, 3, 1, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_one_value_of_other_channels_is_refused(channels):
+    layer = norms.BatchNorm2d(3)
+    with pytest.raises((ValueError, RuntimeError)):
+        layer(one_value(2, channels))
+    assert torch.equal(layer.running_mean, torch.zeros(3))
+
+
+@pytest.mark.parametrize(("dims", "given"), [(1, 2), (2, 1), (2, 3), (3, 2)])
+def test_other_dimensions_are_refused_as_by_torch(dims, given):
+    for x in (one_value(given), torch.randn(4, 3, *[2] * given)):
+        with pytest.raises(ValueError, match="expected") as ours:
+            OURS[dims](3)(x)
+        with pytest.raises(ValueError, match="expected") as torchs:
+            TORCHS[dims](3)(x)
+        assert str(ours.value) == str(torchs.value)
+
+
+def test_images_and_channels_may_come_in_any_order():
+    x, images, channels = torch.randn(6, 4, 3, 3).double(), torch.randperm(6), torch.randperm(4)
+    y = norms.BatchNorm2d(4).double()(x)
+    torch.testing.assert_close(norms.BatchNorm2d(4).double()(x[images][:, channels]), y[images][:, channels])
+
+
+def test_copies_keep_state():
+    layer = norms.BatchNorm2d(3)
+    layer(one_value(2)).sum().backward()
+    assert_same_state(copy.deepcopy(layer), layer)

@@ -1,0 +1,520 @@
+"""Running batch norm equals the lesson's formula in float64, and lives with batch norm's state."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from normlab.errors import InputError
+from normlab.nn import RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
+
+LAYERS = {1: RunningBatchNorm1d, 2: RunningBatchNorm2d, 3: RunningBatchNorm3d}
+STATISTICS = ("running_mean", "running_var", "count")
+# Allowed error, as a share of 1 + the largest expected value.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "permuted": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+}
+
+
+class Sums:
+    """The lesson's running batch norm, in float64: sums, squares and counts from zero, earlier ones constant."""
+
+    def __init__(self, channels: int, momentum: float, eps: float):
+        self.s, self.q, self.c = torch.zeros(channels).double(), torch.zeros(channels).double(), 0.0
+        self.seen, self.momentum, self.eps = 0, momentum, eps
+
+    def train(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        batch_size = len(x)
+        alpha = 1 - (1 - self.momentum) / math.sqrt(max(batch_size - 1, 1))
+        channels = x.transpose(0, 1).reshape(x.shape[1], -1)
+        s = (1 - alpha) * self.s + alpha * channels.sum(1)
+        q = (1 - alpha) * self.q + alpha * (channels * channels).sum(1)
+        self.c = (1 - alpha) * self.c + alpha * channels.shape[1]
+        self.seen += batch_size
+        self.s, self.q = s.detach(), q.detach()
+        return self.normalize(x, s, q, weight, bias)
+
+    def evaluate(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return self.normalize(x, self.s, self.q, weight, bias)
+
+    def normalize(self, x, s, q, weight, bias):
+        mean = s / self.c
+        var = q / self.c - mean * mean
+        if self.seen < 20:
+            var = var.clamp(min=0.01)
+        x_hat = (x.movedim(1, -1) - mean) / (var + self.eps).sqrt()
+        return (x_hat * weight + bias).movedim(-1, 1)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        return self.s / self.c, self.q / self.c - (self.s / self.c) ** 2
+
+
+def with_drawn_parameters(layer: nn.Module) -> nn.Module:
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+def gradients(function, grad: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """The output and the gradients of the inputs."""
+    inputs = tuple(value.detach().requires_grad_() for value in inputs)
+    y = function(*inputs)
+    y.backward(grad)
+    return [y.detach(), *(value.grad for value in inputs)]
+
+
+def step(layer: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
+    """The output and the gradients of the input and of the parameters."""
+    layer.zero_grad()
+    return [*gradients(layer, grad, x), *(parameter.grad for parameter in layer.parameters())]
+
+
+def batches(layer: nn.Module, *sizes: int, scale: float = 1.0, shape: tuple = (3, 5, 5)) -> nn.Module:
+    """The layer after training steps of these batch sizes."""
+    for size in sizes:
+        layer(torch.randn(size, *shape, dtype=layer.running_mean.dtype) * scale + torch.arange(3.0).view(3, 1, 1))
+    return layer
+
+
+def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        error = (one.double() - other.double()).abs().max()
+        assert error <= tolerance * (1 + other.abs().max()), f"off by {error}"
+
+
+def assert_same_state(one: nn.Module, other: nn.Module) -> None:
+    assert list(one.state_dict()) == list(other.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_equals_the_lessons_sums_in_float64(data):
+    """Over shapes, types, layouts and batch sizes: output, gradients and buffers at every step; then evaluation."""
+    torch.manual_seed(data.draw(st.integers(0, 10**6)))
+    dims = data.draw(st.integers(0, 3))
+    channels, space = data.draw(st.integers(1, 4)), data.draw(st.tuples(*[st.integers(1, 4)] * dims))
+    sizes = data.draw(st.lists(st.sampled_from([1, 2, 3, 18]), min_size=1, max_size=4))
+    dtype = data.draw(st.sampled_from(list(TOLERANCE)))
+    layout = LAYOUTS[data.draw(st.sampled_from(list(LAYOUTS)))]
+    momentum, eps = data.draw(st.sampled_from([0.1, 0.6, 1.0])), 0.01
+    layer = with_drawn_parameters(LAYERS[max(dims, 1)](channels, eps, momentum))
+    if data.draw(st.booleans()) or dtype == torch.float64:
+        layer.to(dtype)
+    sums = Sums(channels, momentum, eps)
+    scale = data.draw(st.sampled_from([0.05, 1.0]))  # a variance below and above the minimum
+
+    for size in [*sizes, 0]:
+        layer.train(size > 0)
+        x, grad = (torch.randn(size or 2, channels, *space).to(dtype) for _ in range(2))
+        x = layout(scale * x)
+        actual = step(layer, x, grad)
+        formula = sums.train if size else sums.evaluate
+        expected = gradients(formula, *(value.double() for value in (grad, x, layer.weight, layer.bias)))
+        assert [actual[0].dtype, actual[1].dtype] == [dtype] * 2
+        assert_close(actual, expected, TOLERANCE[dtype])
+        count = torch.tensor(sums.c, dtype=torch.float64)
+        buffers = [getattr(layer, name) for name in STATISTICS]
+        assert_close(buffers, [*sums.moments(), count], min(TOLERANCE[dtype], 1e-4))
+        assert layer.num_samples_tracked == sums.seen
+    assert layer.num_batches_tracked == len(sizes)
+    statistics_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    assert all(getattr(layer, name).dtype == statistics_dtype for name in STATISTICS)
+
+
+def test_gradient_is_that_of_the_docstring():
+    """γ/√(σ²+eps) · [g − (w/n)(Σg + x̂ Σ g x̂)], after batches of other sizes."""
+    torch.manual_seed(0)
+    layer = batches(with_drawn_parameters(RunningBatchNorm2d(3).double()), 32, 7)
+    before = layer.count.item()
+    x, grad = torch.randn(5, 3, 4, 4).double(), torch.randn(5, 3, 4, 4).double()
+    _, grad_x, _, _ = step(layer, x, grad)
+    n, alpha = 5 * 4 * 4, 1 - 0.9 / 2
+    share = alpha * n / ((1 - alpha) * before + alpha * n)
+    assert 0.1 < share < 0.9
+    deviation = (layer.running_var + 1e-5).sqrt().view(3, 1, 1)
+    x_hat = (x - layer.running_mean.view(3, 1, 1)) / deviation
+    sums = [part.sum((0, 2, 3), keepdim=True) for part in (grad, grad * x_hat)]
+    expected = layer.weight.detach().view(3, 1, 1) / deviation * (grad - share / n * (sums[0] + x_hat * sums[1]))
+    torch.testing.assert_close(grad_x, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("momentum", "sizes"), [(0.1, []), (1.0, [32, 3, 64])], ids=["first batch", "momentum 1"])
+def test_is_batch_norm(momentum, sizes):
+    """The first batch is all there is to go by; with momentum 1 each batch is."""
+    torch.manual_seed(0)
+    running = batches(with_drawn_parameters(RunningBatchNorm2d(3, momentum=momentum).double()), *sizes)
+    batch = nn.BatchNorm2d(3).double()
+    batch.load_state_dict(running.state_dict(), strict=False)
+    x, grad = torch.randn(24, 3, 4, 4).double() + 2, torch.randn(24, 3, 4, 4).double()
+    assert_close(step(running, x, grad), step(batch, x, grad), 1e-12)
+
+
+def test_images_and_channels_may_come_in_any_order():
+    torch.manual_seed(0)
+    layer = batches(RunningBatchNorm2d(3, affine=False).double(), 8)
+    images, channels = torch.randperm(6), torch.tensor([2, 0, 1])
+    other = copy.deepcopy(layer)
+    other.running_mean.copy_(layer.running_mean[channels])
+    other.running_var.copy_(layer.running_var[channels])
+    x = torch.randn(6, 3, 4, 4).double()
+    torch.testing.assert_close(other(x[images][:, channels]), layer(x)[images][:, channels], rtol=0, atol=1e-12)
+    torch.testing.assert_close(other.running_var, layer.running_var[channels], rtol=0, atol=1e-12)
+
+
+def test_memory_format_is_kept():
+    layer, x = RunningBatchNorm2d(3), torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    assert layer(x).is_contiguous(memory_format=torch.channels_last)
+    assert layer.eval()(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_without_affine(training):
+    torch.manual_seed(0)
+    plain, affine = (batches(RunningBatchNorm2d(3, affine=given), 32).train(training) for given in (False, True))
+    affine.load_state_dict(plain.state_dict(), strict=False)
+    assert not list(plain.parameters())
+    x, grad = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
+    assert_close(step(plain, x, grad), step(affine, x, grad)[:2], 1e-6)
+
+
+# --- the minimum of the variance --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("seen", "held"), [(19, True), (20, False)])
+@pytest.mark.parametrize("training", [True, False])
+def test_variance_is_held_until_twenty_images(seen, held, training):
+    torch.manual_seed(0)
+    layer = RunningBatchNorm2d(1, momentum=0.5)
+    x = torch.randn(seen, 1, 4, 4) * 0.01
+    y = layer(x)
+    y = y if training else layer.eval()(x)
+    var = 0.01 if held else x.var(correction=0).item()
+    torch.testing.assert_close(y, (x - x.mean()) / math.sqrt(var + 1e-5), rtol=1e-4, atol=1e-5)
+    assert layer.running_var.item() == pytest.approx(x.var(correction=0).item(), rel=1e-4)
+
+
+def test_variance_at_its_minimum_is_a_constant_to_the_gradient():
+    torch.manual_seed(0)
+    layer = RunningBatchNorm2d(2).double()
+    x, grad = torch.randn(4, 2, 3, 3).double(), torch.randn(4, 2, 3, 3).double()
+    x[:, 0] *= 0.01  # held at .01, unlike the other channel
+    _, grad_x, _, _ = step(layer, x, grad)
+    deviation = torch.tensor([0.01, x[:, 1].var(correction=0)]).double().add(1e-5).sqrt().view(2, 1, 1)
+    x_hat = (x - x.mean((0, 2, 3), keepdim=True)) / deviation
+    through_var = torch.tensor([0.0, 1.0]).view(2, 1, 1) * x_hat * (grad * x_hat).mean((0, 2, 3), keepdim=True)
+    expected = (grad - grad.mean((0, 2, 3), keepdim=True) - through_var) / deviation
+    torch.testing.assert_close(grad_x, expected, rtol=0, atol=1e-6)
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_fresh_layer_evaluates_with_mean_0_and_variance_1():
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(RunningBatchNorm2d(3).eval()(x), x / math.sqrt(1 + 1e-5))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_evaluation_changes_nothing(grad):
+    layer = batches(RunningBatchNorm2d(3), 4).eval()
+    before = copy.deepcopy(layer)
+    with torch.set_grad_enabled(grad):
+        assert layer(torch.randn(2, 3, 4, 4)).requires_grad == grad
+    assert_same_state(layer, before)
+
+
+def test_evaluation_gradient_is_that_of_a_frozen_norm():
+    torch.manual_seed(0)
+    layer = batches(with_drawn_parameters(RunningBatchNorm2d(3).double()), 32).eval()
+    frozen = nn.BatchNorm2d(3).double().eval()
+    frozen.load_state_dict(layer.state_dict(), strict=False)
+    x, grad = torch.randn(4, 3, 5, 5).double(), torch.randn(4, 3, 5, 5).double()
+    assert_close(step(layer, x, grad), step(frozen, x, grad), 1e-12)
+
+
+def test_training_without_gradient_counts():
+    torch.manual_seed(0)
+    layer, x = RunningBatchNorm2d(3), torch.randn(4, 3, 2, 2)
+    other = copy.deepcopy(layer)
+    layer(x)
+    with torch.no_grad():
+        assert not other(x).requires_grad
+    assert_same_state(layer, other)
+
+
+# --- a batch norm's state, and its own --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batch_norm() -> nn.BatchNorm2d:
+    """A trained one."""
+    torch.manual_seed(0)
+    return batches(with_drawn_parameters(nn.BatchNorm2d(3)), 8, 8)
+
+
+def loaded(state: dict, **kwargs) -> RunningBatchNorm2d:
+    layer = RunningBatchNorm2d(3)
+    layer.load_state_dict(state, **kwargs)
+    return layer
+
+
+def saved(layer: nn.Module) -> dict:
+    """The state after a file."""
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def assert_next_batch_has_share_alpha(layer: RunningBatchNorm2d, batch_norm: nn.BatchNorm2d) -> None:
+    mean, var = batch_norm.running_mean.double(), batch_norm.running_var.double()
+    n = 5 * 16
+    for size, alpha in ((5, 1 - 0.9 / 2), (2, 0.1)):
+        x = torch.randn(size, 3, 4, 4) * 2 + 3
+        y = layer.train()(x)
+        share = alpha * size * 16 / ((1 - alpha) * n + alpha * size * 16)
+        n = (1 - alpha) * n + alpha * size * 16
+        m, v = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), correction=0)
+        var = (1 - share) * var + share * v + share * (1 - share) * (m - mean) ** 2
+        mean = (1 - share) * mean + share * m
+        assert_close([layer.running_mean, layer.running_var, layer.count], [mean, var, torch.tensor(n)], 1e-6)
+        x_hat = (x - mean.view(3, 1, 1)) / (var + 1e-5).sqrt().view(3, 1, 1)
+        y_expected = x_hat * layer.weight.view(3, 1, 1) + layer.bias.view(3, 1, 1)
+        assert_close([y], [y_expected], 1e-5)
+
+
+def test_batch_norms_state_loads(batch_norm):
+    layer = loaded(batch_norm.state_dict())
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(layer.eval()(x), batch_norm.eval()(x))
+    assert layer.num_batches_tracked == 2
+    assert_next_batch_has_share_alpha(layer, batch_norm)
+
+
+def test_batch_norms_state_loads_within_a_model(batch_norm):
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), RunningBatchNorm2d(3))
+    model.load_state_dict(nn.Sequential(nn.Conv2d(1, 3, 1), batch_norm).state_dict())
+    assert_next_batch_has_share_alpha(model[1], batch_norm)
+
+
+@pytest.mark.parametrize("again", [saved, lambda layer: copy.deepcopy(layer).state_dict()], ids=["file", "copy"])
+def test_batch_norms_state_survives_another_save(batch_norm, again):
+    layer = loaded(again(loaded(again(loaded(saved(batch_norm))))))
+    assert_next_batch_has_share_alpha(layer, batch_norm)
+
+
+def test_batch_norms_state_survives_a_copy_and_a_cast(batch_norm):
+    layer = copy.deepcopy(loaded(batch_norm.state_dict())).half().float()
+    layer.weight.data.copy_(batch_norm.weight)
+    layer.bias.data.copy_(batch_norm.bias)
+    assert_next_batch_has_share_alpha(layer, batch_norm)
+
+
+def test_batch_norms_state_without_a_count_of_batches_loads(batch_norm):
+    state = dict(batch_norm.state_dict())
+    del state["num_batches_tracked"]
+    assert_next_batch_has_share_alpha(loaded(state), batch_norm)
+
+
+def test_fresh_batch_norms_state_counts_for_nothing():
+    layer, x = loaded(nn.BatchNorm2d(3).state_dict()), torch.randn(4, 3, 4, 4) + 5
+    layer(x)
+    torch.testing.assert_close(layer.running_mean, x.mean((0, 2, 3)))
+    assert layer.num_samples_tracked == 4
+
+
+def test_loading_leaves_the_given_state_alone(batch_norm):
+    state = batch_norm.state_dict()
+    keys = list(state)
+    loaded(state)
+    assert list(state) == keys
+
+
+def test_own_state_after_batch_norms_replaces_it(batch_norm):
+    layer = loaded(batch_norm.state_dict())
+    own = batches(RunningBatchNorm2d(3), 8)
+    layer.load_state_dict(own.state_dict())
+    x = torch.randn(4, 3, 2, 2)
+    assert torch.equal(layer(x), own(x))
+    assert_same_state(layer, own)
+
+
+def test_own_state_loads_into_batch_norm():
+    layer, batch_norm = batches(RunningBatchNorm2d(3), 32), nn.BatchNorm2d(3)
+    result = batch_norm.load_state_dict(layer.state_dict(), strict=False)
+    assert not result.missing_keys
+    assert set(result.unexpected_keys) == {"count", "num_samples_tracked"}
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(layer.eval()(x), batch_norm.eval()(x))
+
+
+def test_own_state_goes_on_where_it_was():
+    torch.manual_seed(0)
+    layer = batches(RunningBatchNorm2d(3), 2, 3)
+    other = loaded(saved(layer))
+    x = torch.randn(2, 3, 4, 4) * 0.01
+    assert torch.equal(layer(x), other(x))
+    assert_same_state(layer, other)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy], ids=["deep", "shallow"])
+def test_copies(copied):
+    layer = RunningBatchNorm2d(3)
+    layer(torch.randn(4, 3, 2, 2, requires_grad=True)).sum().backward()
+    assert_same_state(copied(layer), layer)
+
+
+@pytest.mark.parametrize("from_batch_norm", [True, False])
+def test_reset_forgets_everything(batch_norm, from_batch_norm):
+    layer = loaded(batch_norm.state_dict()) if from_batch_norm else batches(RunningBatchNorm2d(3), 8)
+    layer.reset_running_stats()
+    assert torch.equal(layer.running_mean, torch.zeros(3))
+    assert torch.equal(layer.running_var, torch.ones(3))
+    assert layer.count == layer.num_batches_tracked == layer.num_samples_tracked == 0
+    x = torch.randn(4, 3, 2, 2)
+    layer(x)
+    torch.testing.assert_close(layer.running_mean, x.mean((0, 2, 3)))
+    assert layer.num_samples_tracked == 4
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+HALF = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("cast", [lambda layer, dtype: layer.to(dtype), lambda layer, dtype: layer.to(dtype).to("cpu")])
+def test_cast_to_half_keeps_statistics(dtype, cast):
+    torch.manual_seed(0)
+    layer = batches(RunningBatchNorm2d(3), 8)
+    before = [getattr(layer, name).clone() for name in STATISTICS]
+    cast(layer, dtype)
+    assert layer.weight.dtype == layer.bias.dtype == dtype
+    for name, value in zip(STATISTICS, before, strict=True):
+        assert getattr(layer, name).dtype == torch.float32
+        assert torch.equal(getattr(layer, name), value)
+    assert set(layer.state_dict()) == set(RunningBatchNorm2d(3).state_dict())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_built_in_half_is_cast_to_half(dtype):
+    layer = RunningBatchNorm2d(3, dtype=dtype)
+    assert layer.weight.dtype == dtype
+    assert layer.running_mean.dtype == layer.running_var.dtype == layer.count.dtype == torch.float32
+    assert layer(torch.randn(2, 3, 4, 4, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: RunningBatchNorm2d(3, dtype=torch.float64), lambda: RunningBatchNorm2d(3).double()]
+)
+def test_double_is_double_throughout(make):
+    layer = make()
+    assert layer(torch.randn(2, 3, 4, 4).double()).dtype == torch.float64
+    assert {value.dtype for value in layer.state_dict().values()} == {torch.float64, torch.int64}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_large_sums_do_not_overflow(dtype):
+    """Sums of 3e8, squares of 9e8 a value: both out of the range of float16."""
+    torch.manual_seed(0)
+    layer = RunningBatchNorm2d(2).to(dtype)
+    x = (torch.randn(8, 2, 32, 32) * 5000 + 30_000).clamp(max=6e4).to(dtype)
+    for _ in range(3):
+        y, grad_x, *_ = step(layer, x, torch.randn_like(x))
+    mean, var = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), correction=0)
+    assert_close([layer.running_mean / mean, layer.running_var / var], [torch.ones(2)] * 2, 1e-5)
+    expected = (x - mean.view(2, 1, 1)) / var.sqrt().view(2, 1, 1)
+    assert_close([y], [expected], TOLERANCE[dtype])
+    assert_close([layer.eval()(x)], [expected], TOLERANCE[dtype])
+    assert grad_x.isfinite().all()
+
+
+def test_under_autocast():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), RunningBatchNorm2d(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(100 + torch.randn(8, 1, 6, 6))
+        assert y.dtype == torch.bfloat16
+        assert model.eval()(torch.randn(2, 1, 6, 6)).dtype == torch.bfloat16
+    y.float().pow(2).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert model[1].running_mean.dtype == torch.float32
+
+
+# --- use --------------------------------------------------------------------------------------------------------------
+
+
+def test_two_forwards_before_a_backward():
+    torch.manual_seed(0)
+    together, apart = (RunningBatchNorm2d(3, affine=False) for _ in range(2))
+    first, second = (torch.randn(4, 3, 2, 2, requires_grad=True) for _ in range(2))
+    a, b = together(first), together(second)
+    (a.pow(3).sum() + b.pow(3).sum()).backward()
+    for x in (first, second):
+        alone = x.detach().requires_grad_()
+        apart(alone).pow(3).sum().backward()
+        assert torch.equal(alone.grad, x.grad)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_no_synchronisation(dims, batch_norm):
+    """Reading a value of a meta tensor raises, as reading one of a GPU's would wait for it."""
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(torch.zeros((), device="meta"))
+    fresh, settled = LAYERS[dims](3), LAYERS[dims](3)
+    settled.load_state_dict(batch_norm.state_dict())
+    for layer in (fresh.to("meta"), settled.to("meta")):
+        for size in (1, 4):
+            x = torch.randn(size, 3, *[2] * dims, device="meta", requires_grad=True)
+            layer.train()(x).sum().backward()
+            layer.eval()(x).sum().backward()
+
+
+def test_empty_batch_changes_nothing():
+    layer = batches(RunningBatchNorm2d(3), 4)
+    before = copy.deepcopy(layer)
+    x = torch.randn(0, 3, 2, 2, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape
+    assert_same_state(layer, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"num_features": 0}, "num_features=0"), ({"momentum": 0.0}, "momentum=0.0"), ({"momentum": 1.5}, "momentum=1.5")],
+)
+def test_argument_out_of_range(options, named):
+    """Momentum 0 would give the first batch of one or two images the weight 0/0."""
+    with pytest.raises(InputError, match=named):
+        RunningBatchNorm2d(**{"num_features": 3, **options})
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("dims", "shape", "accepted"),
+    [
+        (1, (2, 3, 4, 4), "2 or 3 dimensions"),
+        (2, (2, 3, 4), "4 dimensions"),
+        (2, (3,), "4 dimensions"),
+        (2, (2, 4, 4, 4), "3 channels"),
+        (2, (1, 1, 1, 1), "3 channels"),
+        (3, (2, 3, 4, 4), "5 dimensions"),
+    ],
+)
+def test_other_shapes_are_refused(dims, shape, accepted, training):
+    layer = LAYERS[dims](3).train(training)
+    with pytest.raises(InputError, match=accepted) as error:
+        layer(torch.randn(shape))
+    assert str(shape) in str(error.value)
+    assert_same_state(layer, LAYERS[dims](3))

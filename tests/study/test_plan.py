@@ -1,0 +1,42 @@
+"""Trials and grids."""
+
+import pytest
+
+from normlab.errors import InputError
+from normlab.study.plan import Trial, grid
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"lr": 0.0}, "lr=0.0"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"lr": float("inf")}, "lr=inf"),
+        ({"seed": -1}, "seed=-1"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"images": 0}, "images=0"),
+        ({"clip": 0.0}, "clip=0.0"),
+        ({"schedule": "onecycle"}, "Did you mean 'one-cycle'"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(wrong, named):
+    with pytest.raises(InputError, match=named):
+        Trial(**wrong)
+
+
+def test_equal_settings_have_equal_keys_and_others_do_not():
+    assert Trial().key == Trial().key
+    others = [Trial(), Trial(norm="batch"), Trial(lr=0.1), Trial(images=100), Trial(clip=1.0), Trial(seed=1)]
+    assert len({trial.key for trial in others}) == len(others)
+
+
+def test_a_grid_has_every_combination_once():
+    trials = grid(["batch", "group"], [2, 32], [0.1, 0.4, 0.1], [0, 1], Trial(epochs=3))
+    assert len(trials) == len(set(trials)) == 2 * 2 * 2 * 2
+    assert {trial.epochs for trial in trials} == {3}
+
+
+def test_a_record_gives_its_trial_back():
+    trial = Trial(norm="group", clip=0.5)
+    assert Trial.from_dict({**vars(trial), "of another version": 1}) == trial

@@ -1,0 +1,85 @@
+"""The command line, as its user meets it."""
+
+import json
+import sys
+
+import pytest
+
+from normlab import cli
+
+
+def normlab(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a command."""
+    monkeypatch.setattr(sys, "argv", ["normlab", *arguments])
+    monkeypatch.setenv("COLUMNS", "160")
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(end.value.code or 0), out, err
+
+
+def test_list_names_everything(monkeypatch, capsys):
+    status, out, _ = normlab(monkeypatch, capsys, "list")
+    assert status == 0
+    for name in ("none", "batch", "group", "layer", "instance", "running", "mnist", "fashion_mnist", "convnet"):
+        assert name in out
+
+
+def test_train_leaves_a_record_and_two_pictures(monkeypatch, capsys, tmp_path):
+    options = ["--norm", "batch", "--batch-size", "50", "--images", "2000", "--lr", "0.2", "--out", str(tmp_path)]
+    status, out, _ = normlab(monkeypatch, capsys, "train", *options)
+    assert status == 0
+    assert "epoch 1" in out
+    record = json.loads((tmp_path / "runs.jsonl").read_text())
+    assert record["settings"]["images"] == 2000
+    assert f"accuracy {record['epochs'][0]['valid']['accuracy']:.4f}" in out
+    for name in ("training.png", "activations.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert str(tmp_path / name) in out
+
+
+def test_train_that_diverges_says_where_and_is_no_crash(monkeypatch, capsys, tmp_path):
+    options = ["--norm", "none", "--lr", "9", "--images", "1000", "--out", str(tmp_path)]
+    status, out, _ = normlab(monkeypatch, capsys, "train", *options)
+    assert status == 0
+    assert "diverged at step" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--norm", "bach"], "norm='bach' is unknown. Did you mean 'batch'?"),
+        (["compare", "--norms", "batch", "grup"], "norm='grup' is unknown. Did you mean 'group'?"),
+        (["compare", "--data", "mnits"], "Did you mean 'mnist'?"),
+        (["compare", "--batch-sizes", "0"], "batch_size=0 is not usable. Accepted: a whole number from 1."),
+        (["compare", "--batch-sizes", "60000"], "batch_size=60000 is not usable"),
+        (["compare", "--lrs", "-1"], "lr=-1.0 is not usable"),
+        (["compare", "--schedule", "cosin"], "schedule='cosin' is unknown"),
+        (["compare", "--workers", "0", "--images", "10"], "workers=0"),
+        (["reproduce", "--rows", "R99"], "rows='R99' is unknown"),
+        (["compare", "--data-dir", "not/there"], "not/there"),
+        (["compare", "--norms"], "norms"),
+    ],
+)
+def test_bad_input_is_named_with_what_is_accepted(monkeypatch, capsys, tmp_path, arguments, said):
+    status, _, err = normlab(monkeypatch, capsys, *arguments, "--out", str(tmp_path / "out"))
+    assert status == 2
+    assert said in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_option_is_answered_with_the_nearest(monkeypatch, capsys):
+    status, _, err = normlab(monkeypatch, capsys, "compare", "--bach-sizes", "2")
+    assert status == 2
+    assert "--batch-sizes" in err
+
+
+def test_an_altered_data_file_is_refused(monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    (folder / "train-images-idx3-ubyte.gz").write_bytes(b"not the images")
+    status, _, err = normlab(monkeypatch, capsys, "train", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert status == 2
+    assert "train-images-idx3-ubyte.gz" in err
+    assert (folder / "train-images-idx3-ubyte.gz").read_bytes() == b"not the images"
