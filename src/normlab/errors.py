@@ -11,8 +11,9 @@ class InputError(ValueError):
 def unknown(argument: str, value: object, accepted: Iterable[str]) -> InputError:
     """The error for a name that is not among `accepted`, with the nearest match."""
     names = list(accepted)
-    near = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(str(value).lower(), lower, n=1, cutoff=0.5)
+    hint = f" Did you mean {lower[near[0]]!r}?" if near else ""
     return InputError(f"{argument}={value!r} is unknown.{hint} Accepted: {', '.join(names)}.")
 
 

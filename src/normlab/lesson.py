@@ -47,9 +47,13 @@ from .training import accuracy, schedules
 
 
 def get_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """MNIST: x_train (50,000×784, float32 in 0..1), y_train (int64), x_valid (10,000×784), y_valid."""
+    """MNIST: x_train (50,000×784, float32 in 0..1), y_train (int64), x_valid (10,000×784), y_valid.
+
+    As in the lesson's copy of the data the largest value of a pixel is 255/256: the mean is .1304, the deviation .3073.
+    """
     mnist = load_dataset("mnist")
-    return mnist.x_train.flatten(1), mnist.y_train, mnist.x_valid.flatten(1), mnist.y_valid
+    x_train, x_valid = (x.flatten(1) * (255 / 256) for x in (mnist.x_train, mnist.x_valid))
+    return x_train, mnist.y_train, x_valid, mnist.y_valid
 
 
 def normalize_to(train: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -367,11 +367,12 @@ def test_own_state_goes_on_where_it_was():
     assert_same_state(layer, other)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy], ids=["deep", "shallow"])
-def test_copies(copied):
+def test_deep_copy_after_a_step():
     layer = RunningBatchNorm2d(3)
     layer(torch.randn(4, 3, 2, 2, requires_grad=True)).sum().backward()
-    assert_same_state(copied(layer), layer)
+    other, x = copy.deepcopy(layer), torch.randn(4, 3, 2, 2)
+    assert torch.equal(other(x), layer(x))
+    assert_same_state(other, layer)
 
 
 @pytest.mark.parametrize("from_batch_norm", [True, False])
@@ -478,6 +479,17 @@ def test_no_synchronisation(dims, batch_norm):
             x = torch.randn(size, 3, *[2] * dims, device="meta", requires_grad=True)
             layer.train()(x).sum().backward()
             layer.eval()(x).sum().backward()
+
+
+def test_compiles_into_one_graph():
+    torch.manual_seed(0)
+    layer, x, grad = with_drawn_parameters(RunningBatchNorm2d(3)), torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
+    other = copy.deepcopy(layer)
+    compiled = torch.compile(other, fullgraph=True, backend="eager")
+    for training in (True, False):
+        layer.train(training), compiled.train(training)
+        assert_close(step(compiled, x, grad), step(layer, x, grad), 1e-6)
+    assert_same_state(other, layer)
 
 
 def test_empty_batch_changes_nothing():

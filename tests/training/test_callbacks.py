@@ -55,21 +55,12 @@ def of_known_losses(values: list[float], *callbacks: Callback, batches: int, val
     return Learner(model, [(x, x)] * batches, held, loss_func=loss, optimizer=optimizer, callbacks=callbacks)
 
 
-class Sees(Callback):
-    """Keeps something of the learner at every training batch, once the others have changed it."""
-
-    order = 5
-
-    def __init__(self, look, event: str = "begin_batch"):
-        self.look, self.seen = look, []
-        setattr(self, event, self.note)
-
-    def note(self) -> None:
-        self.seen.append(self.look(self.learner))
-
-    def begin_batch(self) -> None: ...
-
-    def after_backward(self) -> None: ...
+def sees(look, event: str = "begin_batch", order: int = 5) -> Callback:
+    """A callback that keeps `look(learner)` at every such event, once the others have acted, as its `seen`."""
+    note = {event: lambda self: self.seen.append(look(self.learner))}
+    callback = type("Sees", (Callback,), {"order": order, **note})()
+    callback.seen = []
+    return callback
 
 
 # --- Metrics --------------------------------------------------------------------------------------------------------
@@ -109,8 +100,7 @@ def test_figures_are_means_over_samples(n, valid):
         assert list(figures) == ["loss", "accuracy", "margin"]
         assert figures["loss"] == pytest.approx(weighted(seen, nn.functional.cross_entropy), rel=1e-6)
         assert figures["accuracy"] == pytest.approx(weighted(seen, lambda o, t: (o.argmax(1) == t).double().mean()))
-        if valid != 1:  # the deviation of a single image's three outputs is fine, of torch.float64 too
-            assert figures["margin"] == pytest.approx(weighted(seen, margin), rel=1e-6)
+        assert figures["margin"] == pytest.approx(weighted(seen, margin), rel=1e-6)
 
 
 def test_a_row_an_epoch():
@@ -183,7 +173,7 @@ def two_groups(*callbacks: Callback) -> Learner:
 
 
 def test_a_schedule_sets_each_training_batch_by_its_position():
-    rates = Sees(lambda it: (it.training, it.optimizer.param_groups[0]["lr"]))
+    rates = sees(lambda it: (it.training, it.optimizer.param_groups[0]["lr"]))
     positions = []
 
     def schedule(position: float) -> float:
@@ -199,13 +189,13 @@ def test_a_schedule_sets_each_training_batch_by_its_position():
 
 @pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay"])
 def test_one_schedule_for_all_groups(name):
-    values = Sees(lambda it: [group[name] for group in it.optimizer.param_groups])
+    values = sees(lambda it: [group[name] for group in it.optimizer.param_groups])
     two_groups(values, ScheduleParameter(name, linear(0.0, 0.6))).fit(1)
     assert values.seen[:3] == [pytest.approx([v, v]) for v in (0, 0.2, 0.4)]
 
 
 def test_a_schedule_for_each_group():
-    values = Sees(lambda it: [group["lr"] for group in it.optimizer.param_groups])
+    values = sees(lambda it: [group["lr"] for group in it.optimizer.param_groups])
     two_groups(values, ScheduleParameter("lr", [constant(1.0), linear(0.0, 3.0)])).fit(1)
     assert values.seen[:3] == [pytest.approx([1, v]) for v in (0, 1, 2)]
 
@@ -220,12 +210,12 @@ def test_a_schedule_overrides_the_optimizer_and_trains_accordingly():
 
 
 def test_a_number_of_schedules_that_does_not_fit_is_refused():
-    with pytest.raises(InputError, match="schedule='3 schedules' is not usable. Accepted: one, or 2"):
+    with pytest.raises(InputError, match=r"schedule='3 schedules' is not usable. Accepted: one, or 2"):
         two_groups(ScheduleParameter("lr", [constant(1.0)] * 3)).fit(1)
 
 
 def test_an_unknown_hyperparameter_is_refused():
-    with pytest.raises(InputError, match="name='momentun' is unknown. Did you mean 'momentum'.*weight_decay") as error:
+    with pytest.raises(InputError, match=r"name='momentun' is unknown. Did you mean 'momentum'.*weight_decay") as error:
         classifier(ScheduleParameter("momentun", constant(1.0))).fit(1)
     assert "params" not in str(error.value)
 
@@ -240,6 +230,13 @@ def test_the_sweep_is_geometric_and_stops_at_max_steps():
     assert learner.step == 8
     assert recorder.lrs[0] == pytest.approx([1e-3 * 10 ** (4 * i / 8) for i in range(8)])
     assert learner.epoch == 2
+
+
+def test_the_sweep_pauses_in_validation():
+    rates = sees(lambda it: (it.training, it.optimizer.param_groups[0]["lr"]))
+    classifier(rates, FindLearningRate(20)).fit(1)
+    trained = [rate for training, rate in rates.seen if training]
+    assert [rate for training, rate in rates.seen if not training] == trained[-1:] * 2
 
 
 @pytest.mark.parametrize("bad", [20.1, math.nan, math.inf])
@@ -282,29 +279,18 @@ def test_a_sweep_that_makes_no_sense_is_refused(options, message):
 
 
 def test_to_device_moves_model_and_batches():
-    places = Sees(lambda it: {it.inputs.device.type, it.targets.device.type, it.model.weight.device.type})
+    places = sees(lambda it: {it.inputs.device.type, it.targets.device.type, it.model.weight.device.type})
     classifier(places, ToDevice("meta")).fit(1)
     assert places.seen == [{"meta"}] * 5
 
 
-def test_inputs_are_transformed_after_the_other_callbacks_in_both_parts():
-    shapes = Sees(lambda it: tuple(it.inputs.shape))
-    moved = []
-
-    class Look(Callback):
-        order = 1
-
-        def begin_batch(self) -> None:
-            moved.append(tuple(self.learner.inputs.shape))
-
-    flat = TransformInputs(lambda x: x[:, :5])
-    classifier(shapes, flat, TransformInputs(lambda x: x * 0), Look()).fit(1)
-    assert moved == shapes.seen == [(4, 5), (4, 5), (3, 5), (4, 5), (3, 5)]
-    views = Sees(lambda it: (tuple(it.inputs.shape), len(it.targets)))
-    classifier(
-        TransformInputs(lambda x: x.view(-1, 1, 5)), views, model=nn.Sequential(nn.Flatten(), nn.Linear(5, 3))
-    ).fit(1)
-    assert views.seen == [((4, 1, 5), 4), ((4, 1, 5), 4), ((3, 1, 5), 3), ((4, 1, 5), 4), ((3, 1, 5), 3)]
+def test_inputs_are_transformed_in_both_parts_after_the_other_callbacks():
+    before, after = (sees(lambda it: (tuple(it.inputs.shape), len(it.targets)), order=order) for order in (1, 3))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(5, 3))
+    classifier(TransformInputs(lambda x: x.view(-1, 1, 5)), before, after, model=model).fit(1)
+    sizes = [4, 4, 3, 4, 3]
+    assert before.seen == [((n, 5), n) for n in sizes]
+    assert after.seen == [((n, 1, 5), n) for n in sizes]
 
 
 def gradient(learner: Learner) -> torch.Tensor:
@@ -312,7 +298,7 @@ def gradient(learner: Learner) -> torch.Tensor:
 
 
 def first_gradient(*callbacks: Callback) -> torch.Tensor:
-    look = Sees(gradient, "after_backward")
+    look = sees(gradient, "after_backward")
     classifier(*callbacks, look).fit(1)
     return look.seen[0]
 
@@ -325,7 +311,7 @@ def test_a_large_gradient_is_scaled_a_small_one_is_kept():
 
 
 def test_a_norm_of_nothing_is_refused():
-    with pytest.raises(InputError, match="max_norm=0 is not usable. Accepted: a number above 0"):
+    with pytest.raises(InputError, match=r"max_norm=0 is not usable. Accepted: a number above 0"):
         ClipGradients(0)
 
 
@@ -359,7 +345,7 @@ def test_it_says_the_step_at_which_the_loss_was_first_not_finite(step, batches, 
 
 
 def test_validation_of_a_diverged_epoch_is_left_out():
-    seen = Sees(lambda it: it.training)
+    seen = sees(lambda it: it.training)
     of_known_losses([1.0, math.nan], seen, StopWhenDiverged(), batches=2).fit(2)
     assert seen.seen == [True, True]
 

@@ -65,4 +65,6 @@ def mean_and_deviation(x: Tensor) -> Tensor:
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The direct children of `model` that have parameters, named by place and kind: `0 Sequential`."""
     children = model.named_children()
-    return {f"{name} {type(child).__name__}": child for name, child in children if any(True for _ in child.parameters())}
+    return {
+        f"{name} {type(child).__name__}": child for name, child in children if any(True for _ in child.parameters())
+    }

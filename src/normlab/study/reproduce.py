@@ -37,6 +37,7 @@ class Row:
         at_least: the validation accuracy that every seed has to reach at the end, or None: it has to fail,
             that is diverge or stay under `FAILS`.
         recorded: what the lesson and two other published runs show, validation accuracy by epoch.
+        unstable: a failure recorded of a single run, of a kind that depends on the seed: some seed has to fail.
         bn: whether the block has its norm.
         lr_shares: of a schedule of straight lines, the shares of the fit …
         lr_points: … and the learning rates between them.
@@ -49,6 +50,7 @@ class Row:
     epochs: int
     at_least: float | None
     recorded: str
+    unstable: bool = False
     bn: bool = True
     lr_shares: tuple[float, ...] = ()
     lr_points: tuple[float, ...] = ()
@@ -75,7 +77,7 @@ ROWS = (
     Row("R3", "conv_bn", 512, 1.0, 2, 0.97, ".9715, .9733; .9716; .9334"),
     Row("R4", "conv_layer", 512, 1.0, 2, 0.97, ".9797, .9789; .9776; .9800"),
     Row("R5", "conv_layer", 512, 0.6, 8, 0.98, "—; .9877; .9860", lr_shares=(0.3, 0.7), lr_points=(0.6, 2.0, 0.1)),
-    Row("R6", "conv_ln", 512, 0.8, 3, None, "—; nan"),
+    Row("R6", "conv_ln", 512, 0.8, 3, None, "—; nan (trains at .2–.4)", unstable=True),
     Row("R7", "conv_in", 512, 0.1, 3, None, "—; nan"),
     Row("R8a", "conv_bn", 2, 1.0, 1, None, ".1531"),
     Row("R8b", "conv_layer", 2, 1.0, 1, None, ".1531"),
@@ -177,7 +179,8 @@ def verdict(row: Row, runs: Sequence[Record], seeds: int) -> str:
     finals = [_final(record) for record in runs]
     if row.at_least is None:
         trained = [final for final in finals if final is not None and final >= FAILS]
-        return f"trains to {max(trained):.4f}" if trained else AS_RECORDED
+        fails = len(trained) < len(finals) if row.unstable else not trained
+        return AS_RECORDED if fails else f"trains to {max(trained):.4f}"
     if None in finals:
         return "diverged"
     worst = min(final for final in finals if final is not None)
@@ -208,7 +211,8 @@ def _ours(runs: Sequence[Record]) -> tuple[str, str]:
 
 def _cells(row: Row, runs: Sequence[Record], text: str) -> list[str]:
     ours = "; ".join(part for part in _ours(runs) if part)
-    wanted = f"≥ {row.at_least:g}" if row.at_least is not None else "fails"
+    failure = "some seed fails" if row.unstable else "fails"
+    wanted = failure if row.at_least is None else f"≥ {row.at_least:g}"
     return [row.id, row.text, row.recorded, wanted, ours, text]
 
 

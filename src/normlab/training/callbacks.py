@@ -95,14 +95,14 @@ class ScheduleParameter(Callback):
     order = 1
 
     def __init__(self, name: str, schedule: Schedule | Sequence[Schedule]):
-        self.name, self.schedule = name, schedule
+        self.parameter, self.schedule = name, schedule
 
     def begin_fit(self) -> None:
         groups = self.learner.optimizer.param_groups
         schedules = [self.schedule] * len(groups) if callable(self.schedule) else list(self.schedule)
         check(len(schedules) == len(groups), "schedule", f"{len(schedules)} schedules", f"one, or {len(groups)}")
-        if self.name not in groups[0]:
-            raise unknown("name", self.name, [name for name in groups[0] if name != "params"])
+        if self.parameter not in groups[0]:
+            raise unknown("name", self.parameter, [name for name in groups[0] if name != "params"])
         self._scheduled = list(zip(groups, schedules, strict=True))
 
     def begin_batch(self) -> None:
@@ -115,7 +115,7 @@ class ScheduleParameter(Callback):
             )
         position = learner.position / learner.num_epochs
         for group, schedule in self._scheduled:
-            group[self.name] = schedule(position)
+            group[self.parameter] = schedule(position)
 
 
 class FindLearningRate(Callback):

@@ -1,0 +1,180 @@
+"""Group, layer and instance norm equal their formula in float64, image by image."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from normlab.errors import InputError
+from normlab.nn import GroupNorm, InstanceNorm, LayerNorm
+
+# Allowed error, as a share of 1 + the largest expected value.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "permuted": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+}
+FAMILY = {
+    "group": lambda channels, **options: GroupNorm(channels, 2, **options),
+    "layer": LayerNorm,
+    "instance": InstanceNorm,
+}
+
+
+def with_drawn_parameters(layer: nn.Module) -> nn.Module:
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+def step(layer, grad: Tensor, x: Tensor, *parameters: Tensor) -> list[Tensor]:
+    """The output and the gradients of the input and of the parameters."""
+    x = x.detach().requires_grad_()
+    y = layer(x, *parameters) if parameters else layer(x)
+    y.backward(grad)
+    return [y.detach(), x.grad, *(value.grad for value in (parameters or layer.parameters()))]
+
+
+def formula(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    images = []
+    for image in x:
+        parts = []
+        for part in image.chunk(groups):
+            mean = part.sum() / part.numel()
+            var = ((part - mean) ** 2).sum() / part.numel()
+            parts.append((part - mean) / (var + eps).sqrt())
+        images.append(torch.cat(parts))
+    return (torch.stack(images).movedim(1, -1) * weight + bias).movedim(-1, 1)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_equals_its_formula_in_float64(data):
+    """Over shapes, types, layouts and modes; groups of a single value too."""
+    torch.manual_seed(data.draw(st.integers(0, 10**6)))
+    channels = data.draw(st.sampled_from([1, 2, 4, 6]))
+    space = data.draw(st.lists(st.integers(1, 5), max_size=3))
+    layer, groups = data.draw(
+        st.sampled_from(
+            [
+                (LayerNorm(channels, eps=1.0), 1),
+                (InstanceNorm(channels, eps=1.0), channels),
+                (GroupNorm(channels, math.gcd(2, channels), eps=1.0), math.gcd(2, channels)),
+            ]
+        )
+    )
+    dtype = data.draw(st.sampled_from(list(TOLERANCE)))
+    with_drawn_parameters(layer).train(data.draw(st.booleans()))
+    if data.draw(st.booleans()) or dtype == torch.float64:
+        layer.to(dtype)
+    shape = (data.draw(st.integers(1, 4)), channels, *space)
+    x = LAYOUTS[data.draw(st.sampled_from(list(LAYOUTS)))](torch.randn(shape).to(dtype))
+    grad = torch.randn(shape).to(dtype)
+
+    actual = step(layer, grad, x)
+    parameters = [parameter.detach().double().requires_grad_() for parameter in layer.parameters()]
+    expected = step(lambda *inputs: formula(*inputs, groups, 1.0), grad.double(), x.double(), *parameters)
+    assert [actual[0].dtype, actual[1].dtype] == [dtype] * 2
+    for one, other in zip(actual, expected, strict=True):
+        assert (one - other).abs().max() <= TOLERANCE[dtype] * (1 + other.abs().max())
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_is_torchs_group_norm(groups):
+    torch.manual_seed(0)
+    torchs, ours = with_drawn_parameters(nn.GroupNorm(groups, 4)), GroupNorm(4, groups)
+    ours.load_state_dict(torchs.state_dict())
+    x = torch.randn(3, 4, 5, 5)
+    assert torch.equal(ours(x), torchs(x))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_an_image_does_not_depend_on_the_others(name):
+    layer, x = FAMILY[name](4), torch.randn(5, 4, 3, 3)
+    before = layer(x)[0]
+    x[1:] = 1e4 * torch.randn(4, 4, 3, 3)
+    assert torch.equal(layer(x)[0], before)
+    torch.testing.assert_close(layer(x[:1])[0], before)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_evaluation_is_training(name):
+    layer, x = FAMILY[name](4), torch.randn(5, 4, 3, 3)
+    assert torch.equal(layer(x), layer.eval()(x))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_mean_1000_and_deviation_a_tenth(name):
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 9, 9) * 0.1 + 1000
+    groups = {"group": 2, "layer": 1, "instance": 4}[name]
+    expected = formula(x.double(), torch.ones(4), torch.zeros(4), groups, 1e-5)
+    assert (FAMILY[name](4)(x) - expected).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", FAMILY)
+def test_large_sums_do_not_overflow_in_half_precision(name, dtype):
+    x = (torch.randn(2, 4, 32, 32) * 5000 + 30_000).clamp(max=6e4).to(dtype)
+    groups = {"group": 2, "layer": 1, "instance": 4}[name]
+    expected = formula(x.double(), torch.ones(4), torch.zeros(4), groups, 1e-5)
+    y = FAMILY[name](4).to(dtype)(x)
+    assert y.dtype == dtype
+    # torch multiplies x by 1/σ first, so an error of 1/σ in its last digit counts mean/σ times.
+    assert (y - expected).abs().max() < 3 * TOLERANCE[dtype]
+
+
+def test_groups_of_one_value_give_beta():
+    layer, x = with_drawn_parameters(InstanceNorm(3)), torch.randn(2, 3, 1, 1)
+    y = layer(x)
+    # torch computes γx/√eps + (β − γx/√eps), which rounds.
+    torch.testing.assert_close(y.flatten(1), layer.bias.detach().expand(2, 3), rtol=0, atol=2e-4)
+    torch.testing.assert_close(InstanceNorm(3, affine=False)(x), torch.zeros(2, 3, 1, 1), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_without_affine(name):
+    x = torch.randn(2, 4, 3, 3)
+    plain = FAMILY[name](4, affine=False)
+    assert not list(plain.parameters())
+    assert not plain.state_dict()
+    torch.testing.assert_close(plain(x), FAMILY[name](4)(x))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_empty_batch(name):
+    assert FAMILY[name](4)(torch.randn(0, 4, 3, 3)).shape == (0, 4, 3, 3)
+
+
+def test_channels_may_come_in_any_order_within_their_group():
+    x, order = torch.randn(2, 4, 3, 3).double(), torch.tensor([1, 0, 3, 2])
+    layer = GroupNorm(4, 2, affine=False)
+    torch.testing.assert_close(layer(x[:, order]), layer(x)[:, order], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("num_features", "num_groups"), [(6, 4), (6, 0), (6, -1), (4, 8)])
+def test_groups_that_do_not_divide(num_features, num_groups):
+    with pytest.raises(InputError, match=f"num_groups={num_groups} .* a divisor of num_features={num_features}"):
+        GroupNorm(num_features, num_groups)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_no_channels(name):
+    with pytest.raises(InputError, match="num_features=0"):
+        FAMILY[name](0)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_other_channels_are_refused(name):
+    with pytest.raises(RuntimeError):
+        FAMILY[name](4)(torch.randn(2, 6, 3, 3))
+
+
+def test_repr_says_what_it_is():
+    assert repr(GroupNorm(8, 4)) == "GroupNorm(8, num_groups=4, eps=1e-05, affine=True)"
+    assert repr(LayerNorm(8, eps=0.1)) == "LayerNorm(8, num_groups=1, eps=0.1, affine=True)"
