@@ -107,7 +107,7 @@ def test_what_is_kept_is_shown_and_not_run_again(tmp_path, few_images):
 
 
 def test_an_unknown_row_is_named(tmp_path):
-    with pytest.raises(InputError, match="rows='R13' is unknown. Did you mean"):
+    with pytest.raises(InputError, match=r"rows='R13' is unknown\. Did you mean"):
         reproduce(tmp_path, rows=["R13"])
 
 
