@@ -357,7 +357,7 @@ def test_a_learner_of_the_net_is_built_and_initialised():
     assert isinstance(learn.opt, torch.optim.Adam)
     assert learn.opt.param_groups[0]["lr"] == 0.3
     assert isinstance(run.recorder, Recorder)
-    assert all(float(block[0].bias.abs().sum()) == 0 for block in list(learn.model)[:5])
+    assert all(float(block[0].bias.detach().abs().sum()) == 0 for block in list(learn.model)[:5])
     assert sum(p.numel() for group in learn.opt.param_groups for p in group["params"]) == 62_090
 
 

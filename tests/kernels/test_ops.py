@@ -167,6 +167,27 @@ def test_only_the_gradients_that_are_asked_for(asked):
     assert [value.grad is not None for value in inputs] == [number == asked for number in range(3)]
 
 
+def test_the_mean_is_subtracted_first():
+    """In float32 1000/.001 has lost the digits that the difference from the mean is made of."""
+    x, share = (1000 + torch.arange(-8, 8) / 4096).view(4, 1, 4), torch.tensor(0.5)
+    y = normalize_with_share(x, torch.tensor([1000.0]), torch.tensor([1e-6]), None, None, share, share, 0.0)
+    torch.testing.assert_close(y.double(), (x.double() - 1000) / 1e-3, rtol=1e-6, atol=0)
+
+
+def test_large_sums_of_half_gradients_do_not_overflow():
+    """Their sum is 4e6 and float16 ends at 65504."""
+    x, bias, share = (
+        torch.randn(4, 1, 32, 32).half().requires_grad_(),
+        torch.zeros(1, requires_grad=True),
+        torch.ones(()),
+    )
+    normalize_with_share(x, torch.zeros(1), torch.ones(1), None, bias, share, share, EPS).backward(
+        torch.full((4, 1, 32, 32), 1000.0).half()
+    )
+    assert bias.grad.item() == 4096 * 1000
+    assert x.grad.isfinite().all()
+
+
 def test_inputs_stay_as_they_are():
     x, weight, bias = example(4, 3, 5, dtype=torch.float32)
     inputs = [x.detach(), torch.randn(3), torch.rand(3), weight, bias, torch.rand(3), torch.rand(3)]

@@ -261,13 +261,13 @@ def test_update_leaves_the_old_state_alone():
     assert x.grad is not None
 
 
-def test_share_of_the_first_batch_is_one():
-    far = RunningState(torch.full((3,), 1e6), torch.ones(3), torch.tensor(0.0))
-    x = torch.randn(4, 3, 5)
-    new, share = F.update_running(x, far, 0.1)
-    assert share == 1
-    # From an empty state what stands in mean and variance leaves no trace, not even of rounding.
-    fresh, _ = F.update_running(x, RunningState(torch.zeros(3), torch.ones(3), torch.tensor(0.0)), 0.1)
+@pytest.mark.parametrize("batch_size", range(1, 30))
+def test_share_of_the_first_batch_is_one(batch_size):
+    """What stands in mean and variance before leaves no trace of a distance, not even of rounding."""
+    empty, far = (RunningState(torch.full((3,), mean), torch.ones(3), torch.tensor(0.0)) for mean in (0.0, 1e6))
+    x, alpha = torch.randn(batch_size, 3, 5), F.lesson_alpha(batch_size, 0.1)
+    (new, share), (fresh, _) = (F.update_running(x, state, alpha) for state in (far, empty))
+    assert share.item() == pytest.approx(1, rel=1e-6)
     assert torch.equal(new.mean, fresh.mean)
     assert torch.equal(new.var, fresh.var)
 
@@ -337,6 +337,13 @@ def test_variance_far_from_zero_does_not_cancel():
     for _ in range(3):
         state, _ = F.update_running(x, state, 0.3)
     torch.testing.assert_close(state.var.double(), exact, rtol=1e-4, atol=0)
+
+
+def test_normalize_subtracts_first():
+    """In float32 1000/.001 has lost the digits that the difference from the mean is made of."""
+    x = (1000 + torch.arange(-8, 8) / 4096).view(4, 1, 4)
+    y = F.normalize(x, torch.tensor([1000.0]), torch.tensor([1e-6]), None, None, 0.0)
+    torch.testing.assert_close(y.double(), (x.double() - 1000) / 1e-3, rtol=1e-6, atol=0)
 
 
 def test_statistics_of_half_precision_do_not_overflow():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from normlab.training.metrics import POOL, MetricMean, SampleMean, accuracy, mean_over_samples
@@ -60,6 +60,7 @@ def batches(sizes: list[int], classes: int = 3) -> list[tuple[torch.Tensor, torc
 
 
 @given(SIZES)
+@example([1] * 512 + [5] * 100)  # computed in two parts
 def test_the_mean_of_a_metric_is_that_over_all_samples(sizes):
     data = batches(sizes)
     mean = MetricMean(accuracy)

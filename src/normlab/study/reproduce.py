@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 from io import StringIO
 from pathlib import Path
 from statistics import mean
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -34,10 +35,11 @@ class Row:
         bs: batch size.
         lr: learning rate, where no schedule moves it.
         epochs: passes over the training images.
-        at_least: the validation accuracy that every seed has to reach at the end, or None: it has to fail,
-            that is diverge or stay under `FAILS`.
+        at_least: the validation accuracy to reach at the end; None if the run is recorded as failing, that is
+            diverging or staying under `FAILS`.
         recorded: what the lesson and two other published runs show, validation accuracy by epoch.
-        unstable: a failure recorded of a single run, of a kind that depends on the seed: some seed has to fail.
+        on: which seeds have to do so: "every", or, where single runs are recorded of a kind that depends much on the
+            seed (without norm, or at the edge of stability), "most" or "some".
         bn: whether the block has its norm.
         lr_shares: of a schedule of straight lines, the shares of the fit …
         lr_points: … and the learning rates between them.
@@ -50,7 +52,7 @@ class Row:
     epochs: int
     at_least: float | None
     recorded: str
-    unstable: bool = False
+    on: Literal["every", "most", "some"] = "every"
     bn: bool = True
     lr_shares: tuple[float, ...] = ()
     lr_points: tuple[float, ...] = ()
@@ -72,12 +74,12 @@ NORM_NAMES = {
     "conv_rbn": "running batch norm",
 }
 ROWS = (
-    Row("R1", "conv_layer", 512, 0.4, 2, 0.94, ".9526, .9540; .9698; .9701", bn=False),
-    Row("R2", "conv_layer", 512, 1.0, 2, None, ".1064, .1064", bn=False),
+    Row("R1", "conv_layer", 512, 0.4, 2, 0.94, ".9526, .9540; .9698; .9701", on="most", bn=False),
+    Row("R2", "conv_layer", 512, 1.0, 2, None, ".1064, .1064", on="some", bn=False),
     Row("R3", "conv_bn", 512, 1.0, 2, 0.97, ".9715, .9733; .9716; .9334"),
     Row("R4", "conv_layer", 512, 1.0, 2, 0.97, ".9797, .9789; .9776; .9800"),
     Row("R5", "conv_layer", 512, 0.6, 8, 0.98, "—; .9877; .9860", lr_shares=(0.3, 0.7), lr_points=(0.6, 2.0, 0.1)),
-    Row("R6", "conv_ln", 512, 0.8, 3, None, "—; nan (trains at .2–.4)", unstable=True),
+    Row("R6", "conv_ln", 512, 0.8, 3, None, "—; nan (trains at .2–.4)", on="some"),
     Row("R7", "conv_in", 512, 0.1, 3, None, "—; nan"),
     Row("R8a", "conv_bn", 2, 1.0, 1, None, ".1531"),
     Row("R8b", "conv_layer", 2, 1.0, 1, None, ".1531"),
@@ -173,18 +175,18 @@ AS_RECORDED = "as recorded"
 
 
 def verdict(row: Row, runs: Sequence[Record], seeds: int) -> str:
-    """Whether every seed behaves as recorded; if not, what does not."""
+    """Whether as many seeds as the row asks for behave as recorded; if not, how many do."""
     if len(runs) < seeds:
         return f"{len(runs)} of {seeds} seeds run"
-    finals = [_final(record) for record in runs]
+    behaving = sum(_behaves(row, _final(record)) for record in runs)
+    wanted = {"every": seeds, "most": seeds // 2 + 1, "some": 1}[row.on]
+    return AS_RECORDED if behaving >= wanted else f"as recorded on {behaving} of {seeds}"
+
+
+def _behaves(row: Row, final: float | None) -> bool:
     if row.at_least is None:
-        trained = [final for final in finals if final is not None and final >= FAILS]
-        fails = len(trained) < len(finals) if row.unstable else not trained
-        return AS_RECORDED if fails else f"trains to {max(trained):.4f}"
-    if None in finals:
-        return "diverged"
-    worst = min(final for final in finals if final is not None)
-    return AS_RECORDED if worst >= row.at_least else f"{worst:.4f} is under {row.at_least:g}"
+        return final is None or final < FAILS
+    return final is not None and final >= row.at_least
 
 
 @lru_cache(maxsize=1)
@@ -211,8 +213,7 @@ def _ours(runs: Sequence[Record]) -> tuple[str, str]:
 
 def _cells(row: Row, runs: Sequence[Record], text: str) -> list[str]:
     ours = "; ".join(part for part in _ours(runs) if part)
-    failure = "some seed fails" if row.unstable else "fails"
-    wanted = failure if row.at_least is None else f"≥ {row.at_least:g}"
+    wanted = f"{'fails' if row.at_least is None else f'≥ {row.at_least:g}'} on {row.on} seed{'s' * (row.on == 'most')}"
     return [row.id, row.text, row.recorded, wanted, ours, text]
 
 
