@@ -13,7 +13,7 @@ def test_an_input_error_is_a_value_error():
     ("value", "hint"),
     [
         ("runing", " Did you mean 'running'?"),
-        ("Batch", " Did you mean 'batch'?"),
+        ("BATCH", " Did you mean 'batch'?"),
         ("xyz", ""),
         (7, ""),
         (None, ""),

@@ -352,7 +352,9 @@ def test_shares_have_to_sum_to_1():
 
 def test_the_1cycle():
     schedule = combine_scheds([0.5, 0.5], cos_1cycle_anneal(0.2, 0.6, 0.1))
-    assert [schedule(p) for p in (0, 0.25, 0.5, 0.75, 1)] == pytest.approx([0.2, 0.4, 0.6, 0.35, 0.1])
+    quarter = (1 - math.sqrt(0.5)) / 2  # of the way after a quarter of the time
+    expected = {0: 0.2, 0.125: 0.2 + 0.4 * quarter, 0.25: 0.4, 0.5: 0.6, 0.625: 0.6 - 0.5 * quarter, 0.75: 0.35, 1: 0.1}
+    assert {p: schedule(p) for p in expected} == pytest.approx(expected)
 
 
 def test_a_scheduler_takes_a_schedule_for_each_group_and_refuses_unknown_names():

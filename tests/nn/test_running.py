@@ -242,6 +242,14 @@ def test_evaluation_gradient_is_that_of_a_frozen_norm():
     assert_close(step(layer, x, grad), step(frozen, x, grad), 1e-12)
 
 
+def test_statistics_are_updated_in_place():
+    """Who holds a buffer, such as an average of models or a captured graph, sees the update."""
+    layer = RunningBatchNorm2d(3)
+    before = dict(layer.named_buffers())
+    batches(layer, 4)
+    assert all(before[name] is buffer for name, buffer in layer.named_buffers())
+
+
 def test_training_without_gradient_counts():
     torch.manual_seed(0)
     layer, x = RunningBatchNorm2d(3), torch.randn(4, 3, 2, 2)
@@ -257,9 +265,11 @@ def test_training_without_gradient_counts():
 
 @pytest.fixture
 def batch_norm() -> nn.BatchNorm2d:
-    """A trained one."""
+    """A trained one, with a variance that the minimum of the first images would hide."""
     torch.manual_seed(0)
-    return batches(with_drawn_parameters(nn.BatchNorm2d(3)), 8, 8)
+    layer = batches(with_drawn_parameters(nn.BatchNorm2d(3)), 8, 8)
+    layer.running_var[0] = 0.001
+    return layer
 
 
 def loaded(state: dict, **kwargs) -> RunningBatchNorm2d:

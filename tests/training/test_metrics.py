@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from normlab.training.metrics import POOL, MetricMean, SampleMean, accuracy, mean_over_samples
@@ -19,6 +19,7 @@ def test_accuracy_is_the_share_of_right_answers():
     assert accuracy(output, torch.tensor([0, 1, 0])) == 0
 
 
+@settings(deadline=None)  # of a busy machine
 @given(SIZES, st.integers(0, 5))
 def test_a_mean_counts_every_value_by_its_samples(sizes, seed):
     values = torch.randn(len(sizes), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -59,6 +60,7 @@ def batches(sizes: list[int], classes: int = 3) -> list[tuple[torch.Tensor, torc
     ]
 
 
+@settings(deadline=None)  # of a busy machine
 @given(SIZES)
 @example([1] * 512 + [5] * 100)  # computed in two parts
 def test_the_mean_of_a_metric_is_that_over_all_samples(sizes):

@@ -50,7 +50,7 @@ def conv_block(
     """
     bias = norm is None if bias is None else bias
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias)
-    layers = [conv, activation or GeneralRelu()]
+    layers = [conv, GeneralRelu() if activation is None else activation]
     return nn.Sequential(*layers) if norm is None else nn.Sequential(*layers, norm(out_channels))
 
 
