@@ -86,11 +86,11 @@ def test_outcome_in_words(runs, outcome):
     assert group.outcome == outcome
 
 
-def test_chance_is_marked_as_not_training():
-    chance, learnt, nothing = summarize(
-        [record(0.199, batch_size=1), record(0.2, batch_size=2), record(None, "diverged", batch_size=3)]
+def test_less_than_half_right_is_marked_as_not_training():
+    little, learnt, nothing = summarize(
+        [record(0.499, batch_size=1), record(0.5, batch_size=2), record(None, "diverged", batch_size=3)]
     )
-    assert (chance.trains, learnt.trains, nothing.trains) == (False, True, False)
+    assert (little.trains, learnt.trains, nothing.trains) == (False, True, False)
 
 
 def test_a_failed_run_keeps_its_error():

@@ -62,7 +62,7 @@ class Group:
 
     @property
     def trains(self) -> bool:
-        """Whether the runs that finished did better than chance."""
+        """Whether the runs that finished got at least half of the images right."""
         return self.accuracy is not None and self.accuracy.mean >= TRAINS_FROM
 
     @property
