@@ -39,11 +39,18 @@ class Metrics(Callback):
         self._begin_part("valid")
 
     def after_loss(self) -> None:
+        if not self.learner.training:
+            self._count_batch()
+
+    def after_backward(self) -> None:
+        self._count_batch()  # not before: now loss and output hold no graph
+
+    def _count_batch(self) -> None:
         learner = self.learner
-        self._loss.add(learner.loss.detach(), len(learner.targets))
-        output = learner.output.detach()
+        targets = learner.targets
+        self._loss.add(learner.loss, len(targets))
         for mean in self._means:
-            mean.add(output, learner.targets)
+            mean.add(learner.output, targets)
 
     def after_epoch(self) -> None:
         self._end_part()
