@@ -80,7 +80,13 @@ def test_ctrl_c_keeps_what_is_done_and_shows_the_partial_table(tmp_path):
     options = ["--lrs", "0.01", "--epochs", "5", "--out", str(tmp_path / "out"), "--workers", "2"]
     environment = {**os.environ, "COLUMNS": "120"}
     process = subprocess.Popen(
-        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [*command, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # The tests may run where Ctrl-C is ignored, in the background of a shell: a child would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     done = RunStore(tmp_path / "out" / "runs.jsonl")
     trial = Trial(norm="batch", batch_size=512, lr=0.01, epochs=5)
@@ -88,7 +94,10 @@ def test_ctrl_c_keeps_what_is_done_and_shows_the_partial_table(tmp_path):
     done.append({**earlier[0], "key": trial.key, "settings": vars(trial)})
     time.sleep(12)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    try:
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "interrupted" in err
     assert "Traceback" not in err
