@@ -31,7 +31,7 @@ from normlab.training import Learner, Metrics, Recorder, accuracy
 
 Batches = list[tuple[Tensor, Tensor]]
 Loop = Callable[[nn.Module, Batches], None]
-STEPS, ROUNDS, LR = 2000, 15, 0.01
+STEPS, ROUNDS, EPOCHS, LR = 2000, 15, 41, 0.01
 
 
 def small_net() -> nn.Module:
@@ -181,7 +181,7 @@ def batch_512() -> dict:
         normlab(model, TensorBatches(x, y, 512, shuffle=True))  # pyright: ignore[reportArgumentType]
 
     times: dict[Callable, list[float]] = {plain: [], learner: []}
-    for number in range(ROUNDS):
+    for number in range(EPOCHS):
         for loop in (plain, learner) if number % 2 else (learner, plain):
             torch.manual_seed(0)
             model = build_model("convnet", "batch", 10)
@@ -190,7 +190,7 @@ def batch_512() -> dict:
             times[loop].append(time.perf_counter() - start)
     ratios = [mine / by_hand for mine, by_hand in zip(times[learner], times[plain], strict=True)]
     return {
-        "rounds": ROUNDS,
+        "rounds": EPOCHS,
         "by_hand_seconds": statistics.median(times[plain]),
         "ratio": statistics.median(ratios),
         "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import reference
+from checks import gradients, step, with_drawn_parameters
 from normlab import lesson
 from normlab import nn as norms
 
@@ -66,30 +68,16 @@ class InstanceFormula:
         return {}
 
 
-class RunningFormula:
+class RunningFormula(reference.LessonRunningBatchNorm):
     def __init__(self, mom=0.1, eps=EPS):
-        self.sums, self.sqrs = (torch.zeros(1, CHANNELS, 1, 1).double() for _ in range(2))
-        self.count, self.batch, self.mom, self.eps = 0.0, 0, mom, eps
+        super().__init__(CHANNELS, mom, eps)
 
     def __call__(self, training, x, mults, adds):
-        s, q = self.sums, self.sqrs
-        if training:
-            bs = x.shape[0]
-            alpha = 1 - (1 - self.mom) / math.sqrt(bs - 1) if bs > 1 else self.mom
-            s = (1 - alpha) * s + alpha * x.sum((0, 2, 3), keepdim=True)
-            q = (1 - alpha) * q + alpha * (x * x).sum((0, 2, 3), keepdim=True)
-            self.count = (1 - alpha) * self.count + alpha * x.numel() / CHANNELS
-            self.batch += bs
-            self.sums, self.sqrs = s.detach(), q.detach()
-        mean = s / self.count
-        var = q / self.count - mean**2
-        if self.batch < 20:
-            var = var.clamp(min=0.01)
-        return mults * (x - mean) / (var + self.eps).sqrt() + adds
+        return super().__call__(training, x, mults.flatten(), adds.flatten())
 
     def buffers(self):
-        count, batch = (torch.tensor(value, dtype=torch.float64) for value in (self.count, self.batch))
-        return {"sums": self.sums, "sqrs": self.sqrs, "count": count, "batch": batch}
+        sums, sqrs = (part.view(1, CHANNELS, 1, 1) for part in self.sums[:2])
+        return {"sums": sums, "sqrs": sqrs, "count": self.sums.c, "batch": torch.tensor(self.seen)}
 
 
 CASES = {
@@ -104,31 +92,11 @@ CASES = {
 }
 
 
-def with_drawn_parameters(layer: nn.Module) -> nn.Module:
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter)
-    return layer
-
-
 def inputs(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """An input and the gradient of its output; the variance of the first channel is below the lesson's .01."""
     scale = torch.tensor([0.03, 1, 3]).view(3, 1, 1)
     x = torch.randn(size, CHANNELS, 4, 5) * scale + torch.tensor([0.5, -2, 1]).view(3, 1, 1)
     return x.to(dtype), torch.randn(size, CHANNELS, 4, 5).to(dtype)
-
-
-def gradients(function, grad: Tensor, *values: Tensor) -> list[Tensor]:
-    """The output and the gradients of the inputs."""
-    values = tuple(value.detach().requires_grad_() for value in values)
-    y = function(*values)
-    y.backward(grad)
-    return [y.detach(), *(value.grad for value in values)]
-
-
-def step(layer: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
-    """The output and the gradients of the input and of the parameters."""
-    layer.zero_grad()
-    return [*gradients(layer, grad, x), *(parameter.grad for parameter in layer.parameters())]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 2e-4)])

@@ -1,7 +1,5 @@
 """The operator with a written-out gradient equals the plain function and the formula in float64."""
 
-from typing import NamedTuple
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,96 +7,39 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
+import reference
+from checks import assert_close, cases, double, gradients, statistics_dtype
 from normlab.kernels.ops import normalize_with_share
 from normlab.nn import functional as F
 
 EXAMPLES = settings(max_examples=100, deadline=None)
 EPS = 1.0  # so large that no gradient is the small difference of large terms, which half precision rounds apart
-# Allowed error, as a share of 1 + the largest expected value.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-LAYOUTS = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
-    "permuted": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
-    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # of `assert_close`
 
 
-class Case(NamedTuple):
-    x: Tensor
-    grad: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    state: F.RunningState
-    alpha: float
-
-
-@st.composite
-def cases(draw) -> Case:
-    torch.manual_seed(draw(st.integers(0, 10**6)))
-    space = draw(st.lists(st.integers(1, 5), max_size=3))
-    shape = (draw(st.integers(1, 5)), draw(st.integers(1, 5)), *space)
-    dtype = draw(st.sampled_from(list(TOLERANCE)))
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    param_dtype = draw(st.sampled_from([dtype, wide]))
-    weight, bias = (torch.randn(shape[1]).to(param_dtype) if draw(st.booleans()) else None for _ in range(2))
-    state = torch.randn(shape[1]), torch.rand(shape[1]) + 0.1, torch.tensor(draw(st.sampled_from([0.0, 3.0, 500.0])))
-    x, grad = (LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](torch.randn(shape).to(dtype)) for _ in range(2))
-    return Case(x, grad, weight, bias, F.RunningState(*(part.to(wide) for part in state)), draw(st.floats(0.05, 1)))
-
-
-def along(values: Tensor, x: Tensor) -> Tensor:
-    return values.view(1, -1, *[1] * (x.dim() - 2))
-
-
-def formula(x, grad, mean, var, weight, bias, mean_share, var_share, eps=EPS) -> list[Tensor | None]:
-    """y, and the gradients of x, γ and β, in float64, as the docstring of the operator has them."""
-    x, grad = x.double(), grad.double()
-    gamma = torch.ones(x.shape[1]).double() if weight is None else weight.double()
-    beta = torch.zeros(x.shape[1]).double() if bias is None else bias.double()
-    dims, n = [0, *range(2, x.dim())], x.numel() / x.shape[1]
-    deviation = along((var.double() + eps).sqrt(), x)
-    x_hat = (x - along(mean.double(), x)) / deviation
-    sum_grad, sum_grad_x_hat = grad.sum(dims), (grad * x_hat).sum(dims)
-    pulled = along(mean_share * sum_grad, x) + x_hat * along(var_share * sum_grad_x_hat, x)
-    return [
-        x_hat * along(gamma, x) + along(beta, x),
-        along(gamma, x) / deviation * (grad - pulled / n),
-        None if weight is None else sum_grad_x_hat,
-        None if bias is None else sum_grad,
-    ]
-
-
-def results(function, x, grad, weight, bias) -> list[Tensor | None]:
-    """The output and the gradients of x, γ and β, None for those that are not given."""
-    inputs = [None if value is None else value.detach().requires_grad_() for value in (x, weight, bias)]
-    y = function(*inputs)
-    y.backward(grad)
-    return [y.detach(), *(None if value is None else value.grad for value in inputs)]
-
-
-def assert_close(actual: list, expected: list, tolerance: float) -> None:
-    for one, other in zip(actual, expected, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None and other is not None:
-            error = (one.double() - other.double()).abs().max()
-            assert error <= tolerance * (1 + other.abs().max()), f"off by {error}"
+def some_moments(channels: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(channels), torch.rand(channels) + 0.1
 
 
 @EXAMPLES
-@given(cases())
-def test_fast_equals_plain_equals_float64(case):
-    x, grad, weight, bias, state, alpha = case
+@given(cases(), st.floats(0.05, 1), st.sampled_from([0.0, 3.0, 500.0]))
+def test_fast_equals_plain_equals_float64(case, alpha, total):
+    x, grad, *parameters = case
+    channels, dtype = x.shape[1], statistics_dtype(x.dtype)
+    state = F.RunningState(*(part.to(dtype) for part in (*some_moments(channels), torch.tensor(total))))
     after, share = F.update_running(x, state, alpha)
 
     def fast_function(x, weight, bias):
         return normalize_with_share(x, after.mean, after.var, weight, bias, share, share, EPS)
 
-    fast = results(fast_function, x, grad, weight, bias)
-    plain = results(lambda *inputs: F.running_batch_norm(inputs[0], state, *inputs[1:], EPS, alpha)[0], *case[:4])
-    float64 = formula(x, grad, after.mean, after.var, weight, bias, share.double(), share.double())
+    def plain_function(x, weight, bias):
+        return F.running_batch_norm(x, state, weight, bias, EPS, alpha)[0]
+
+    fast, plain = (gradients(function, grad, x, *parameters) for function in (fast_function, plain_function))
+    values = double([x, grad, after.mean, after.var, *parameters, share, share])
+    float64 = reference.normalize_with_share(*values, EPS)
     assert [value.dtype for value in fast[:2]] == [x.dtype] * 2
-    assert all(value is None or value.dtype == given.dtype for value, given in zip(fast[2:], case[2:4], strict=True))
+    assert all(value is None or value.dtype == given.dtype for value, given in zip(fast[2:], parameters, strict=True))
     assert_close(fast, float64, TOLERANCE[x.dtype])
     assert_close(plain, float64, TOLERANCE[x.dtype])
 
@@ -107,12 +48,15 @@ def test_fast_equals_plain_equals_float64(case):
 @given(cases(), st.floats(0, 1), st.booleans())
 def test_any_share_gives_the_gradient_of_the_formula(case, mean_share, per_channel):
     """Also shares of mean and variance that differ, and one for each channel."""
-    x, grad, weight, bias, (mean, var, _), _ = case
-    shares = torch.tensor(mean_share, dtype=mean.dtype), torch.rand(x.shape[1]).to(mean.dtype)
+    x, grad, *parameters = case
+    channels, dtype = x.shape[1], statistics_dtype(x.dtype)
+    mean, var = (part.to(dtype) for part in some_moments(channels))
+    shares = torch.tensor(mean_share, dtype=dtype), torch.rand(channels).to(dtype)
     if per_channel:
         shares = shares[::-1]
-    fast = results(lambda x, w, b: normalize_with_share(x, mean, var, w, b, *shares, EPS), x, grad, weight, bias)
-    assert_close(fast, formula(x, grad, mean, var, weight, bias, *shares), TOLERANCE[x.dtype])
+    fast = gradients(lambda x, w, b: normalize_with_share(x, mean, var, w, b, *shares, EPS), grad, x, *parameters)
+    float64 = reference.normalize_with_share(*double([x, grad, mean, var, *parameters, *shares]), EPS)
+    assert_close(fast, float64, TOLERANCE[x.dtype])
 
 
 def example(*shape: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -142,9 +86,9 @@ def test_shares_of_one_are_batch_norm():
     x, weight, bias = example(4, 3, 5, 5)
     var, mean = torch.var_mean(x.detach(), (0, 2, 3), correction=0)
     one, grad = torch.ones(()).double(), torch.randn(x.shape).double()
-    fast = results(lambda x, w, b: normalize_with_share(x, mean, var, w, b, one, one, 1e-5), x, grad, weight, bias)
-    torchs = results(
-        lambda x, w, b: torch.nn.functional.batch_norm(x, None, None, w, b, training=True), x, grad, weight, bias
+    fast = gradients(lambda x, w, b: normalize_with_share(x, mean, var, w, b, one, one, 1e-5), grad, x, weight, bias)
+    torchs = gradients(
+        lambda x, w, b: torch.nn.functional.batch_norm(x, None, None, w, b, training=True), grad, x, weight, bias
     )
     assert_close(fast, torchs, 1e-12)
 
@@ -153,8 +97,8 @@ def test_shares_of_zero_are_a_frozen_norm():
     x, weight, bias = example(4, 3, 5, 5)
     mean, var = torch.randn(3).double(), torch.rand(3).double() + 0.1
     zero, grad = torch.zeros(()).double(), torch.randn(x.shape).double()
-    fast = results(lambda x, w, b: normalize_with_share(x, mean, var, w, b, zero, zero, 1e-5), x, grad, weight, bias)
-    torchs = results(lambda x, w, b: torch.nn.functional.batch_norm(x, mean, var, w, b), x, grad, weight, bias)
+    fast = gradients(lambda x, w, b: normalize_with_share(x, mean, var, w, b, zero, zero, 1e-5), grad, x, weight, bias)
+    torchs = gradients(lambda x, w, b: torch.nn.functional.batch_norm(x, mean, var, w, b), grad, x, weight, bias)
     assert_close(fast, torchs, 1e-12)
 
 

@@ -1,7 +1,6 @@
-"""The norms as plain functions equal their formulas, which are written out here once more, in float64."""
+"""The norms as plain functions equal their formulas in float64."""
 
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,116 +9,27 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+import reference
+from checks import Case, assert_close, cases, double, gradients, statistics_dtype
 from normlab.nn import functional as F
 from normlab.nn.functional import RunningState
 
 EXAMPLES = settings(max_examples=60, deadline=None)
 EPS = 1.0  # so large that no gradient is the small difference of large terms, which half precision rounds apart
-# Allowed error, as a share of 1 + the largest expected value.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-LAYOUTS = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
-    "permuted": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
-    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # of `assert_close`
 
 
-class Case(NamedTuple):
-    x: Tensor
-    grad: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
+def assert_equal_to_float64(function, formula, case: Case) -> None:
+    x, grad, *parameters = case
+    actual = gradients(function, grad, x, *parameters)
+    assert [value.dtype for value in actual[:2]] == [x.dtype] * 2
+    assert_close(actual, gradients(formula, *double([grad, x, *parameters])), TOLERANCE[x.dtype])
 
 
-@st.composite
-def cases(draw) -> Case:
-    """An input of 0 to 3 space dimensions, the gradient of its output, γ and β."""
-    torch.manual_seed(draw(st.integers(0, 10**6)))
-    space = draw(st.lists(st.integers(1, 5), max_size=3))
-    shape = (draw(st.integers(1, 5)), draw(st.integers(1, 6)), *space)
-    dtype = draw(st.sampled_from(list(TOLERANCE)))
-    param_dtype = draw(st.sampled_from([dtype, max(dtype, torch.float32, key=lambda kind: kind.itemsize)]))
-    layout = LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))]
-    x = torch.randn(shape) * draw(st.sampled_from([0.5, 4.0])) + draw(st.sampled_from([0.0, 3.0]))
-    weight, bias = (torch.randn(shape[1]).to(param_dtype) if draw(st.booleans()) else None for _ in range(2))
-    return Case(layout(x.to(dtype)), torch.randn(shape).to(dtype), weight, bias)
-
-
-def double(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.double()
-
-
-def results(function, case: Case) -> list[Tensor]:
-    """The output and the gradients of the input, γ and β, where they are given."""
-    inputs = [None if value is None else value.detach().requires_grad_() for value in (case.x, *case[2:])]
-    y = function(*inputs)
-    y.backward(case.grad.to(y.dtype))
-    return [y.detach(), *(value.grad for value in inputs if value is not None)]
-
-
-def assert_equal_to_float64(function, reference, case: Case) -> None:
-    actual = results(function, case)
-    expected = results(reference, Case(*map(double, case)))
-    assert [value.dtype for value in actual[:2]] == [case.x.dtype] * 2
-    for one, other in zip(actual, expected, strict=True):
-        assert one.shape == other.shape
-        error = (one - other).abs().max()
-        assert error <= TOLERANCE[case.x.dtype] * (1 + other.abs().max()), f"off by {error}"
-
-
-def scaled(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """γ x̂ + β, the channels moved to the end and back."""
-    y = x_hat.movedim(1, -1) * (1 if weight is None else weight) + (0 if bias is None else bias)
-    return y.movedim(-1, 1)
-
-
-def reference_batch(x, weight, bias):
-    channels = x.transpose(0, 1).reshape(x.shape[1], -1)
-    n = channels.shape[1]
-    mean = channels.sum(1, keepdim=True) / n
-    var = ((channels - mean) ** 2).sum(1, keepdim=True) / n
-    x_hat = (channels - mean) / (var + EPS).sqrt()
-    return scaled(x_hat.reshape(x.transpose(0, 1).shape).transpose(0, 1), weight, bias)
-
-
-def reference_group(x, weight, bias, groups):
-    images = []
-    for image in x:
-        parts = []
-        for part in image.chunk(groups):
-            mean = part.sum() / part.numel()
-            var = ((part - mean) ** 2).sum() / part.numel()
-            parts.append((part - mean) / (var + EPS).sqrt())
-        images.append(torch.cat(parts))
-    return scaled(torch.stack(images), weight, bias)
-
-
-class Sums(NamedTuple):
-    """The lesson's state: per channel the sum and the sum of squares, and the count."""
-
-    s: Tensor
-    q: Tensor
-    c: Tensor
-
-    @classmethod
-    def of(cls, state: RunningState) -> "Sums":
-        mean, var, total = (part.double() for part in state)
-        return cls(mean * total, (var + mean**2) * total, total)
-
-    def after(self, x: Tensor, alpha: float) -> "Sums":
-        channels = x.transpose(0, 1).reshape(x.shape[1], -1)
-        batch = channels.sum(1), (channels**2).sum(1), torch.tensor(float(channels.shape[1])).double()
-        return Sums(*((1 - alpha) * before + alpha * new for before, new in zip(self, batch, strict=True)))
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        mean = self.s / self.c
-        return mean, self.q / self.c - mean**2
-
-
-def frozen(x, mean, var, weight, bias, min_var=None):
+def frozen(mean: Tensor, var: Tensor, min_var: float | None):
+    """The norm with these statistics, the variance held at its minimum."""
     var = var if min_var is None else var.clamp(min=min_var)
-    return scaled(((x.movedim(1, -1) - mean) / (var + EPS).sqrt()).movedim(-1, 1), weight, bias)
+    return lambda x, weight, bias: reference.normalize(x, mean, var, weight, bias, EPS)
 
 
 def some_state(channels: int, dtype=torch.float32, total: float = 50.0) -> RunningState:
@@ -136,14 +46,14 @@ def empty_state(channels: int = 4) -> RunningState:
     return RunningState(torch.zeros(channels).double(), torch.ones(channels).double(), torch.tensor(0.0).double())
 
 
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @EXAMPLES
 @given(cases())
 def test_batch_norm_is_its_formula(case):
-    assert_equal_to_float64(lambda x, weight, bias: F.batch_norm(x, weight, bias, EPS), reference_batch, case)
+    assert_equal_to_float64(
+        lambda x, weight, bias: F.batch_norm(x, weight, bias, EPS),
+        lambda x, weight, bias: reference.batch_norm(x, weight, bias, EPS),
+        case,
+    )
 
 
 @EXAMPLES
@@ -153,7 +63,7 @@ def test_group_norm_is_its_formula(case, data):
     groups = data.draw(st.sampled_from([g for g in range(1, channels + 1) if channels % g == 0]))
     assert_equal_to_float64(
         lambda x, weight, bias: F.group_norm(x, groups, weight, bias, EPS),
-        lambda x, weight, bias: reference_group(x, weight, bias, groups),
+        lambda x, weight, bias: reference.group_norm(x, weight, bias, groups, EPS),
         case,
     )
 
@@ -161,7 +71,7 @@ def test_group_norm_is_its_formula(case, data):
 @EXAMPLES
 @given(cases(), st.floats(0.05, 1), st.sampled_from([0.0, 3.0, 500.0]), st.sampled_from([None, 0.5]))
 def test_running_batch_norm_is_its_formula(case, alpha, total, min_var):
-    state = some_state(case.x.shape[1], statistics_dtype(case.x), total)
+    state = some_state(case.x.shape[1], statistics_dtype(case.x.dtype), total)
     floor = None if min_var is None else torch.tensor(min_var, dtype=state.var.dtype)
     new = []
 
@@ -170,11 +80,11 @@ def test_running_batch_norm_is_its_formula(case, alpha, total, min_var):
         new.append(state_after)
         return y
 
-    def reference(x, weight, bias):
-        return frozen(x, *Sums.of(state).after(x, alpha).moments(), weight, bias, min_var)
+    def formula(x, weight, bias):
+        return frozen(*reference.Sums.of(*state).after(x, alpha).moments(), min_var)(x, weight, bias)
 
-    assert_equal_to_float64(function, reference, case)
-    expected = Sums.of(state).after(case.x.double(), alpha)
+    assert_equal_to_float64(function, formula, case)
+    expected = reference.Sums.of(*state).after(case.x.double(), alpha)
     for one, other in zip(new[0], (*expected.moments(), expected.c), strict=True):
         assert one.dtype == state.mean.dtype
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
@@ -183,12 +93,11 @@ def test_running_batch_norm_is_its_formula(case, alpha, total, min_var):
 @EXAMPLES
 @given(cases(), st.sampled_from([None, 0.4]))
 def test_normalize_running_is_its_formula(case, min_var):
-    state = some_state(case.x.shape[1], statistics_dtype(case.x))
+    state = some_state(case.x.shape[1], statistics_dtype(case.x.dtype))
     floor = None if min_var is None else torch.tensor(min_var, dtype=state.var.dtype)
-    mean, var = state.mean.double(), state.var.double()
     assert_equal_to_float64(
         lambda x, weight, bias: F.normalize_running(x, state, weight, bias, EPS, floor),
-        lambda x, weight, bias: frozen(x, mean, var, weight, bias, min_var),
+        frozen(state.mean.double(), state.var.double(), min_var),
         case,
     )
 
@@ -238,7 +147,7 @@ def test_first_and_second_derivatives(function, shape):
 def test_stable_recursion_equals_interpolated_sums(dtype, tolerance):
     """Over steps of varying batch size; the sums are float64."""
     torch.manual_seed(0)
-    state, sums = RunningState(*(part.to(dtype) for part in empty_state(3))), Sums.of(empty_state(3))
+    state, sums = RunningState(*(part.to(dtype) for part in empty_state(3))), reference.Sums.empty(3)
     for batch_size in (1, 7, 2, 32, 1, 1, 5, 64):
         x = (torch.randn(batch_size, 3, 3, 2) * 2 + torch.randn(3, 1, 1)).to(dtype)
         alpha = F.lesson_alpha(batch_size, 0.1)
@@ -286,10 +195,10 @@ def test_lesson_alpha_is_one_with_momentum_one():
 
 def test_alpha_one_is_batch_norm_from_any_state():
     torch.manual_seed(0)
-    case = Case(torch.randn(4, 3, 5).double(), torch.randn(4, 3, 5), torch.randn(3).double(), torch.randn(3).double())
+    grad, *inputs = (torch.randn(shape).double() for shape in ((4, 3, 5), (4, 3, 5), (3,), (3,)))
     state = some_state(3, torch.float64)
-    running = results(lambda x, *params: F.running_batch_norm(x, state, *params, alpha=1.0)[0], case)
-    batch = results(lambda x, *params: F.batch_norm(x, *params), case)
+    running = gradients(lambda x, *params: F.running_batch_norm(x, state, *params, alpha=1.0)[0], grad, *inputs)
+    batch = gradients(F.batch_norm, grad, *inputs)
     for one, other in zip(running, batch, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 

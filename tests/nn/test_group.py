@@ -6,50 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
+import reference
+from checks import assert_close, double, dtypes, gradients, layouts, step, with_drawn_parameters
 from normlab.errors import InputError
 from normlab.nn import GroupNorm, InstanceNorm, LayerNorm
 
-# Allowed error, as a share of 1 + the largest expected value.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-LAYOUTS = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
-    "permuted": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
-    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}  # of `assert_close`
 FAMILY = {
     "group": lambda channels, **options: GroupNorm(channels, 2, **options),
     "layer": LayerNorm,
     "instance": InstanceNorm,
 }
-
-
-def with_drawn_parameters(layer: nn.Module) -> nn.Module:
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter)
-    return layer
-
-
-def step(layer, grad: Tensor, x: Tensor, *parameters: Tensor) -> list[Tensor]:
-    """The output and the gradients of the input and of the parameters."""
-    x = x.detach().requires_grad_()
-    y = layer(x, *parameters) if parameters else layer(x)
-    y.backward(grad)
-    return [y.detach(), x.grad, *(value.grad for value in (parameters or layer.parameters()))]
-
-
-def formula(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    images = []
-    for image in x:
-        parts = []
-        for part in image.chunk(groups):
-            mean = part.sum() / part.numel()
-            var = ((part - mean) ** 2).sum() / part.numel()
-            parts.append((part - mean) / (var + eps).sqrt())
-        images.append(torch.cat(parts))
-    return (torch.stack(images).movedim(1, -1) * weight + bias).movedim(-1, 1)
 
 
 @settings(max_examples=80, deadline=None)
@@ -68,20 +37,21 @@ def test_equals_its_formula_in_float64(data):
             ]
         )
     )
-    dtype = data.draw(st.sampled_from(list(TOLERANCE)))
+    dtype = data.draw(dtypes)
     with_drawn_parameters(layer).train(data.draw(st.booleans()))
     if data.draw(st.booleans()) or dtype == torch.float64:
         layer.to(dtype)
     shape = (data.draw(st.integers(1, 4)), channels, *space)
-    x = LAYOUTS[data.draw(st.sampled_from(list(LAYOUTS)))](torch.randn(shape).to(dtype))
+    x = data.draw(layouts)(torch.randn(shape).to(dtype))
     grad = torch.randn(shape).to(dtype)
 
-    actual = step(layer, grad, x)
-    parameters = [parameter.detach().double().requires_grad_() for parameter in layer.parameters()]
-    expected = step(lambda *inputs: formula(*inputs, groups, 1.0), grad.double(), x.double(), *parameters)
+    actual = step(layer, x, grad)
     assert [actual[0].dtype, actual[1].dtype] == [dtype] * 2
-    for one, other in zip(actual, expected, strict=True):
-        assert (one - other).abs().max() <= TOLERANCE[dtype] * (1 + other.abs().max())
+    expected = gradients(
+        lambda x, weight, bias: reference.group_norm(x, weight, bias, groups, 1.0),
+        *double([grad, x, *layer.parameters()]),
+    )
+    assert_close(actual, expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -113,7 +83,7 @@ def test_mean_1000_and_deviation_a_tenth(name):
     torch.manual_seed(0)
     x = torch.randn(3, 4, 9, 9) * 0.1 + 1000
     groups = {"group": 2, "layer": 1, "instance": 4}[name]
-    expected = formula(x.double(), torch.ones(4), torch.zeros(4), groups, 1e-5)
+    expected = reference.group_norm(x.double(), None, None, groups, 1e-5)
     assert (FAMILY[name](4)(x) - expected).abs().max() < 5e-3
 
 
@@ -122,7 +92,7 @@ def test_mean_1000_and_deviation_a_tenth(name):
 def test_large_sums_do_not_overflow_in_half_precision(name, dtype):
     x = (torch.randn(2, 4, 32, 32) * 5000 + 30_000).clamp(max=6e4).to(dtype)
     groups = {"group": 2, "layer": 1, "instance": 4}[name]
-    expected = formula(x.double(), torch.ones(4), torch.zeros(4), groups, 1e-5)
+    expected = reference.group_norm(x.double(), None, None, groups, 1e-5)
     y = FAMILY[name](4).to(dtype)(x)
     assert y.dtype == dtype
     # torch multiplies x by 1/σ first, so an error of 1/σ in its last digit counts mean/σ times.

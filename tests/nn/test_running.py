@@ -3,79 +3,32 @@
 import copy
 import io
 import math
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
+import reference
+from checks import (
+    assert_close,
+    assert_same_state,
+    double,
+    dtypes,
+    gradients,
+    layouts,
+    statistics_dtype,
+    step,
+    with_drawn_parameters,
+)
 from normlab.errors import InputError
 from normlab.nn import RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
 
 LAYERS = {1: RunningBatchNorm1d, 2: RunningBatchNorm2d, 3: RunningBatchNorm3d}
 STATISTICS = ("running_mean", "running_var", "count")
-# Allowed error, as a share of 1 + the largest expected value.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-LAYOUTS = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
-    "permuted": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
-    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-}
-
-
-class Sums:
-    """The lesson's running batch norm, in float64: sums, squares and counts from zero, earlier ones constant."""
-
-    def __init__(self, channels: int, momentum: float, eps: float):
-        self.s, self.q, self.c = torch.zeros(channels).double(), torch.zeros(channels).double(), 0.0
-        self.seen, self.momentum, self.eps = 0, momentum, eps
-
-    def train(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        batch_size = len(x)
-        alpha = 1 - (1 - self.momentum) / math.sqrt(max(batch_size - 1, 1))
-        channels = x.transpose(0, 1).reshape(x.shape[1], -1)
-        s = (1 - alpha) * self.s + alpha * channels.sum(1)
-        q = (1 - alpha) * self.q + alpha * (channels * channels).sum(1)
-        self.c = (1 - alpha) * self.c + alpha * channels.shape[1]
-        self.seen += batch_size
-        self.s, self.q = s.detach(), q.detach()
-        return self.normalize(x, s, q, weight, bias)
-
-    def evaluate(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return self.normalize(x, self.s, self.q, weight, bias)
-
-    def normalize(self, x, s, q, weight, bias):
-        mean = s / self.c
-        var = q / self.c - mean * mean
-        if self.seen < 20:
-            var = var.clamp(min=0.01)
-        x_hat = (x.movedim(1, -1) - mean) / (var + self.eps).sqrt()
-        return (x_hat * weight + bias).movedim(-1, 1)
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        return self.s / self.c, self.q / self.c - (self.s / self.c) ** 2
-
-
-def with_drawn_parameters(layer: nn.Module) -> nn.Module:
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter)
-    return layer
-
-
-def gradients(function, grad: Tensor, *inputs: Tensor) -> list[Tensor]:
-    """The output and the gradients of the inputs."""
-    inputs = tuple(value.detach().requires_grad_() for value in inputs)
-    y = function(*inputs)
-    y.backward(grad)
-    return [y.detach(), *(value.grad for value in inputs)]
-
-
-def step(layer: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
-    """The output and the gradients of the input and of the parameters."""
-    layer.zero_grad()
-    return [*gradients(layer, grad, x), *(parameter.grad for parameter in layer.parameters())]
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # of `assert_close`
 
 
 def batches(layer: nn.Module, *sizes: int, scale: float = 1.0, shape: tuple = (3, 5, 5)) -> nn.Module:
@@ -83,17 +36,6 @@ def batches(layer: nn.Module, *sizes: int, scale: float = 1.0, shape: tuple = (3
     for size in sizes:
         layer(torch.randn(size, *shape, dtype=layer.running_mean.dtype) * scale + torch.arange(3.0).view(3, 1, 1))
     return layer
-
-
-def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    for one, other in zip(actual, expected, strict=True):
-        error = (one.double() - other.double()).abs().max()
-        assert error <= tolerance * (1 + other.abs().max()), f"off by {error}"
-
-
-def assert_same_state(one: nn.Module, other: nn.Module) -> None:
-    assert list(one.state_dict()) == list(other.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
 @settings(max_examples=100, deadline=None)
@@ -104,13 +46,13 @@ def test_equals_the_lessons_sums_in_float64(data):
     dims = data.draw(st.integers(0, 3))
     channels, space = data.draw(st.integers(1, 4)), data.draw(st.tuples(*[st.integers(1, 4)] * dims))
     sizes = data.draw(st.lists(st.sampled_from([1, 2, 3, 18]), min_size=1, max_size=4))
-    dtype = data.draw(st.sampled_from(list(TOLERANCE)))
-    layout = LAYOUTS[data.draw(st.sampled_from(list(LAYOUTS)))]
+    dtype = data.draw(dtypes)
+    layout = data.draw(layouts)
     momentum, eps = data.draw(st.sampled_from([0.1, 0.6, 1.0])), 0.01
     layer = with_drawn_parameters(LAYERS[max(dims, 1)](channels, eps, momentum))
     if data.draw(st.booleans()) or dtype == torch.float64:
         layer.to(dtype)
-    sums = Sums(channels, momentum, eps)
+    formula = reference.LessonRunningBatchNorm(channels, momentum, eps)
     scale = data.draw(st.sampled_from([0.05, 1.0]))  # a variance below and above the minimum
 
     for size in [*sizes, 0]:
@@ -118,17 +60,14 @@ def test_equals_the_lessons_sums_in_float64(data):
         x, grad = (torch.randn(size or 2, channels, *space).to(dtype) for _ in range(2))
         x = layout(scale * x)
         actual = step(layer, x, grad)
-        formula = sums.train if size else sums.evaluate
-        expected = gradients(formula, *(value.double() for value in (grad, x, layer.weight, layer.bias)))
+        expected = gradients(partial(formula, size > 0), *double([grad, x, layer.weight, layer.bias]))
         assert [actual[0].dtype, actual[1].dtype] == [dtype] * 2
         assert_close(actual, expected, TOLERANCE[dtype])
-        count = torch.tensor(sums.c, dtype=torch.float64)
         buffers = [getattr(layer, name) for name in STATISTICS]
-        assert_close(buffers, [*sums.moments(), count], min(TOLERANCE[dtype], 1e-4))
-        assert layer.num_samples_tracked == sums.seen
+        assert_close(buffers, [*formula.sums.moments(), formula.sums.c], min(TOLERANCE[dtype], 1e-4))
+        assert layer.num_samples_tracked == formula.seen
     assert layer.num_batches_tracked == len(sizes)
-    statistics_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    assert all(getattr(layer, name).dtype == statistics_dtype for name in STATISTICS)
+    assert all(getattr(layer, name).dtype == statistics_dtype(dtype) for name in STATISTICS)
 
 
 def test_gradient_is_that_of_the_docstring():
@@ -141,10 +80,8 @@ def test_gradient_is_that_of_the_docstring():
     n, alpha = 5 * 4 * 4, 1 - 0.9 / 2
     share = alpha * n / ((1 - alpha) * before + alpha * n)
     assert 0.1 < share < 0.9
-    deviation = (layer.running_var + 1e-5).sqrt().view(3, 1, 1)
-    x_hat = (x - layer.running_mean.view(3, 1, 1)) / deviation
-    sums = [part.sum((0, 2, 3), keepdim=True) for part in (grad, grad * x_hat)]
-    expected = layer.weight.detach().view(3, 1, 1) / deviation * (grad - share / n * (sums[0] + x_hat * sums[1]))
+    statistics = layer.running_mean, layer.running_var, layer.weight, layer.bias
+    _, expected, _, _ = reference.normalize_with_share(x, grad, *double(statistics), share, share, 1e-5)
     torch.testing.assert_close(grad_x, expected, rtol=0, atol=1e-12)
 
 
@@ -287,20 +224,14 @@ def saved(layer: nn.Module) -> dict:
 
 
 def assert_next_batch_has_share_alpha(layer: RunningBatchNorm2d, batch_norm: nn.BatchNorm2d) -> None:
-    mean, var = batch_norm.running_mean.double(), batch_norm.running_var.double()
-    n = 5 * 16
+    sums = reference.Sums.of(batch_norm.running_mean, batch_norm.running_var, torch.tensor(5 * 16))
     for size, alpha in ((5, 1 - 0.9 / 2), (2, 0.1)):
         x = torch.randn(size, 3, 4, 4) * 2 + 3
         y = layer.train()(x)
-        share = alpha * size * 16 / ((1 - alpha) * n + alpha * size * 16)
-        n = (1 - alpha) * n + alpha * size * 16
-        m, v = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), correction=0)
-        var = (1 - share) * var + share * v + share * (1 - share) * (m - mean) ** 2
-        mean = (1 - share) * mean + share * m
-        assert_close([layer.running_mean, layer.running_var, layer.count], [mean, var, torch.tensor(n)], 1e-6)
-        x_hat = (x - mean.view(3, 1, 1)) / (var + 1e-5).sqrt().view(3, 1, 1)
-        y_expected = x_hat * layer.weight.view(3, 1, 1) + layer.bias.view(3, 1, 1)
-        assert_close([y], [y_expected], 1e-5)
+        sums = sums.after(x.double(), alpha)
+        assert_close([layer.running_mean, layer.running_var, layer.count], [*sums.moments(), sums.c], 1e-6)
+        expected = reference.normalize(x.double(), *sums.moments(), layer.weight, layer.bias, 1e-5)
+        assert_close([y], [expected], 1e-5)
 
 
 def test_batch_norms_state_loads(batch_norm):
@@ -442,9 +373,9 @@ def test_large_sums_do_not_overflow(dtype):
     x = (torch.randn(8, 2, 32, 32) * 5000 + 30_000).clamp(max=6e4).to(dtype)
     for _ in range(3):
         y, grad_x, *_ = step(layer, x, torch.randn_like(x))
-    mean, var = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), correction=0)
+    mean, var = reference.channel_moments(x.double())
     assert_close([layer.running_mean / mean, layer.running_var / var], [torch.ones(2)] * 2, 1e-5)
-    expected = (x - mean.view(2, 1, 1)) / var.sqrt().view(2, 1, 1)
+    expected = reference.normalize(x.double(), mean, var, None, None, 1e-5)
     assert_close([y], [expected], TOLERANCE[dtype])
     assert_close([layer.eval()(x)], [expected], TOLERANCE[dtype])
     assert grad_x.isfinite().all()

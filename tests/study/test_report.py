@@ -1,142 +1,18 @@
-import io
 import json
-import math
 import os
 import re
 import shutil
 import time
-from collections import Counter
 from html.parser import HTMLParser
 
-import matplotlib.image
-import numpy as np
 import pytest
-from rich.console import Console
 
-from normlab.errors import InputError
+from normlab.study.charts import COLOURS
 from normlab.study.plan import Trial, grid
-from normlab.study.report import COLOURS, terminal_table, write_html, write_png
+from normlab.study.report import write_html
+from records import record, study
 
 EVIL = "</script><script>document.title='broken'</script>"
-
-
-def record(accuracy=None, status="finished", step=None, error=None, points=100, **settings):
-    trial = Trial(**settings)
-    loss = None if accuracy is None else 3 * (1 - accuracy)
-    last = loss or 1.0
-    figures = {"loss": loss, "accuracy": accuracy}
-    return {
-        "key": trial.key,
-        "settings": vars(trial).copy(),
-        "status": status,
-        "diverged_at_step": step,
-        "error": error,
-        "epochs": [{"epoch": 1, "train": figures, "valid": figures}],
-        "curve": {
-            "step": list(range(10, 10 * points + 1, 10)),
-            "loss": [last + 2 * math.exp(-i / 9) for i in range(points - 1)] + [None if status == "diverged" else last],
-        },
-        "steps": 10 * points,
-        "seconds": 12.5,
-        "parameters": 2916,
-        "versions": {"normlab": "0.1.0", "torch": "2.13.0", "python": "3.11.2", "numpy": "2.4.6"},
-        "machine": {"cpu": "Imaginary 9000", "threads": 2},
-        "finished_at": "2026-03-01T10:11:12+00:00",
-    }
-
-
-def study():
-    """Two norms, batch sizes and rates, three seeds: batch norm does not train at batch 2, running diverges at lr 1."""
-    runs = []
-    for trial in grid(["batch", "running"], [2, 32], [0.1, 1.0], [0, 1, 2], Trial()):
-        settings = vars(trial).copy()
-        if trial.norm == "running" and trial.lr == 1.0 and trial.batch_size == 2:
-            runs.append(record(status="diverged", step=41 + trial.seed, **settings))
-        elif trial.norm == "batch" and trial.batch_size == 2:
-            runs.append(record(0.11 + 0.001 * trial.seed, **settings))
-        else:
-            bonus = 0.01 if trial.norm == "running" else 0.0
-            runs.append(record(0.96 + bonus - 0.02 * (trial.lr == 1.0) + 0.001 * trial.seed, **settings))
-    return runs
-
-
-def text_of(table, width=160):
-    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system="standard")
-    console.print(table)
-    return console.file.getvalue()
-
-
-def plain(text):
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
-
-
-class TestTerminal:
-    def test_rows_are_norms_and_rates_and_columns_batch_sizes(self):
-        table = terminal_table(study())
-        assert [str(column.header) for column in table.columns] == ["norm", "learning rate", "batch 2", "batch 32"]
-        rows = [line.split("│")[1:-1] for line in plain(text_of(table)).splitlines() if line.startswith("│")]
-        assert [[cell.strip() for cell in row] for row in rows] == [
-            ["batch", "0.1", "0.1110 ±.0010, does not train", "0.9610 ±.0010"],
-            ["batch", "1", "0.1110 ±.0010, does not train", "0.9410 ±.0010"],
-            ["running", "0.1", "0.9710 ±.0010", "0.9710 ±.0010"],
-            ["running", "1", "3 of 3 diverged", "0.9510 ±.0010"],
-        ]
-
-    def test_the_best_of_each_batch_size_stands_out(self):
-        text = text_of(terminal_table(study()))
-        bold_green = re.findall(r"\x1b\[1;32m([^\x1b]*)", text)
-        assert [cell.strip() for cell in bold_green] == ["0.9710 ±.0010"] * 2
-
-    def test_nothing_stands_out_where_nothing_trains(self):
-        assert "\x1b[1;32m" not in text_of(terminal_table([record(0.1)]))
-
-    def test_one_seed_has_no_deviation_and_one_divergence_its_step(self):
-        text = plain(text_of(terminal_table([record(0.96), record(status="diverged", step=41, batch_size=1)])))
-        assert "0.9600" in text
-        assert "±" not in text
-        assert "diverged at step 41" in text
-        assert "learning rate 0.4" in " ".join(text.split()), "a setting that does not vary is in the caption"
-
-    def test_other_settings_that_vary_have_a_column(self):
-        text = plain(text_of(terminal_table([record(0.96), record(0.97, clip=1.0)])))
-        assert re.search(r"norm +┃ clip ", text)
-        assert re.search(r"running │ none │ +0.9600", text)
-        assert re.search(r"running │ 1 +│ +0.9700", text)
-
-    def test_names_are_not_read_as_markup(self):
-        assert "[bold]x[/bold]" in plain(text_of(terminal_table([record(0.9, norm="[bold]x[/bold]")])))
-
-
-class TestPng:
-    def pixels(self, records, path):
-        """How many pixels of the picture have a colour."""
-        write_png(records, path)
-        pixels = (matplotlib.image.imread(path)[..., :3] * 255).round().astype(int)
-        colours, counts = np.unique(pixels @ [65536, 256, 1], return_counts=True)
-        return Counter({f"#{colour:06X}": count for colour, count in zip(colours, counts, strict=True)})
-
-    def test_each_norm_has_its_colour_and_divergence_its_strip(self, tmp_path):
-        drawn = self.pixels(study(), tmp_path / "all.png")
-        assert min(drawn[COLOURS["running"]], drawn[COLOURS["batch"]]) > 500
-        assert drawn[COLOURS["group"]] == 0
-        fine = self.pixels([record(0.96), record(0.97, batch_size=32)], tmp_path / "fine.png")
-        lost = self.pixels([record(0.96), record(status="diverged", step=3, batch_size=32)], tmp_path / "lost.png")
-        assert lost["#EEEEEE"] > 1000 > fine["#EEEEEE"]
-
-    @pytest.mark.parametrize(
-        "runs",
-        [
-            [record(1.0)],
-            [record(0.0)],
-            [record(status="diverged", step=0, points=1)],
-            [record(status="failed", error="no", points=1)],
-            [record(0.9, norm=r"$\frac"), record(float("nan"), norm="_x")],
-        ],
-        ids=["perfect", "all wrong", "diverged at once", "failed", "odd names"],
-    )
-    def test_extreme_results_can_be_drawn(self, runs, tmp_path):
-        write_png(runs, tmp_path / "a.png")
-        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 class Page(HTMLParser):
@@ -207,13 +83,6 @@ class TestHtml:
         assert text.count("3 of 3 diverged") == 1
         assert text.count("0.9710 ±.0010") == 2
 
-    def test_axes_reach_around_what_is_drawn(self, page_of):
-        data = page_of([record(0.98), record(0.1, norm="batch")]).data
-        assert data["error_ticks"][0] < 0.02
-        assert 0.9 <= data["error_ticks"][-1] <= 1
-        assert data["loss_ticks"][0] < 0.06
-        assert data["loss_ticks"][-1] >= 3 * 0.9 + 2
-
     def test_numbers_that_are_not_finite_are_null(self, page_of):
         run = record(0.9)
         run["curve"]["loss"][3] = run["seconds"] = float("nan")
@@ -227,39 +96,6 @@ class TestHtml:
         assert len(page_of(runs).data["runs"]) == 2000
         assert time.perf_counter() - start < 5
         assert (tmp_path / "study.html").stat().st_size < 3e6
-
-
-@pytest.mark.parametrize("write", [write_png, lambda records, path: write_html(records, path, "t", "c")])
-class TestFiles:
-    def test_nothing_to_report(self, write, tmp_path):
-        with pytest.raises(InputError, match="nothing to report"):
-            write([], tmp_path / "a")
-        assert list(tmp_path.iterdir()) == []
-
-    def test_a_folder_that_cannot_be_made(self, write, tmp_path):
-        (tmp_path / "file").write_text("kept")
-        with pytest.raises(InputError, match=r"file/a cannot be written: .*Choose another folder"):
-            write([record(0.9)], tmp_path / "file" / "a")
-        assert (tmp_path / "file").read_text() == "kept"
-
-    def test_a_failed_write_leaves_nothing_behind(self, write, tmp_path):
-        (tmp_path / "a").mkdir()
-        with pytest.raises(InputError, match="cannot be written"):
-            write([record(0.9)], tmp_path / "a")
-        assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
-
-    def test_replaces_and_makes_folders(self, write, tmp_path):
-        path = tmp_path / "new" / "a"
-        write([record(0.9)], path)
-        first = path.read_bytes()
-        write([record(0.8), record(0.7, norm="batch")], path)
-        assert path.read_bytes() != first
-        assert [entry.name for entry in path.parent.iterdir()] == ["a"]
-
-
-def test_terminal_has_nothing_to_report():
-    with pytest.raises(InputError, match="nothing to report"):
-        terminal_table([])
 
 
 @pytest.fixture(scope="module")

@@ -2,24 +2,8 @@ import math
 
 import pytest
 
-from normlab.study.plan import Trial
 from normlab.study.summary import Spread, best, final, latest, summarize, varying
-
-
-def record(accuracy=None, status="finished", step=None, error=None, steps=100, seconds=2.0, **settings):
-    trial = Trial(**settings)
-    valid = {"loss": None if accuracy is None else 1 - accuracy, "accuracy": accuracy}
-    return {
-        "key": trial.key,
-        "settings": vars(trial).copy(),
-        "status": status,
-        "diverged_at_step": step,
-        "error": error,
-        "epochs": [{"epoch": 1, "train": {"loss": 0.1, "accuracy": 0.9}, "valid": valid, "seconds": seconds}],
-        "curve": {"step": [50, 100], "loss": [1.0, 0.5]},
-        "steps": steps,
-        "seconds": seconds,
-    }
+from records import record
 
 
 def test_runs_that_differ_only_in_their_seed_are_one_group():
@@ -35,7 +19,7 @@ def test_mean_and_sample_deviation():
     assert group.accuracy.mean == pytest.approx(0.93)
     assert group.accuracy.std == pytest.approx(math.sqrt((0.03**2 + 0.01**2 + 0.02**2) / 2))
     assert group.loss is not None
-    assert group.loss.mean == pytest.approx(0.07)
+    assert group.loss.mean == pytest.approx(3 * 0.07)
     assert group.outcome == "0.9300 ±.0265"
 
 
@@ -50,10 +34,10 @@ def test_a_later_record_with_the_same_key_replaces_an_earlier_one():
 
 @pytest.mark.parametrize("accuracy", [None, math.nan, 0.5])
 def test_a_diverged_run_is_in_no_mean(accuracy):
-    (group,) = summarize([record(0.96), record(accuracy, "diverged", step=41, seed=1, seconds=9.0)])
+    (group,) = summarize([record(0.96), {**record(accuracy, "diverged", step=41, seed=1), "seconds": 99.0}])
     assert group.accuracy == Spread(0.96, None)
-    assert group.loss == Spread(pytest.approx(0.04), None)
-    assert group.seconds_per_step == pytest.approx(0.02)
+    assert group.loss == Spread(pytest.approx(3 * 0.04), None)
+    assert group.seconds_per_step == pytest.approx(0.0125)
     assert group.diverged_at == [41]
     assert group.outcome == "0.9600, 1 of 2 diverged"
 

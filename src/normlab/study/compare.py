@@ -11,9 +11,11 @@ from ..errors import InputError, check
 from ..models import build_model
 from ..training import Callback
 from .executors import Job, run_jobs
+from .picture import write_png
 from .plan import Trial
-from .report import terminal_table, write_html, write_png
+from .report import write_html
 from .store import Record, RunStore
+from .table import terminal_table
 from .trial import environment, run_trial
 
 

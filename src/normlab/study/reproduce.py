@@ -19,7 +19,7 @@ from ..errors import unknown
 from ..training import Callback, StopWhenDiverged, schedules
 from .compare import check_writable
 from .executors import Job, run_jobs
-from .store import Record, RunStore
+from .store import Record, RunStore, write_whole
 from .trial import environment, make_record, quick_convolutions
 
 NFS = [8, 16, 32, 64, 64]
@@ -126,7 +126,7 @@ def reproduce(
         found = [[records[key] for key in (f"{row.id}-{seed}" for seed in seeds) if key in records] for row in chosen]
         verdicts = [verdict(row, runs, len(seeds)) for row, runs in zip(chosen, found, strict=True)]
         console.print(_table(chosen, found, verdicts))
-        (folder / "table.md").write_text(_markdown(chosen, found, verdicts))
+        write_whole(folder / "table.md", _markdown(chosen, found, verdicts).encode())
         console.print(f"runs   {store.path}\ntable  {folder / 'table.md'}", highlight=False, soft_wrap=True)
     return all(text == AS_RECORDED for text in verdicts)
 

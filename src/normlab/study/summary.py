@@ -1,4 +1,4 @@
-"""What the records of a study say: runs that differ in nothing but their seed become one `Group`."""
+"""What the records of a study say, and in words: runs that differ in nothing but their seed become one `Group`."""
 
 import math
 import statistics
@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeGuard
 
+from ..errors import InputError
 from .plan import Trial
 from .store import Record
 
 SETTINGS = tuple(field.name for field in fields(Trial) if field.name != "seed")
 TRAINS_FROM = 0.5
+TITLES = {"batch_size": "batch size", "lr": "learning rate"}
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,16 @@ def latest(records: Iterable[Record]) -> list[Record]:
 
 
 def summarize(records: Iterable[Record]) -> list[Group]:
-    """The groups of runs that share everything but the seed, ordered by their settings."""
+    """The groups of runs that share everything but the seed, ordered by their settings.
+
+    Raises:
+        InputError: there are no records.
+    """
     runs: dict[Trial, list[Record]] = {}
     for record in latest(records):
         runs.setdefault(replace(Trial.from_dict(record["settings"]), seed=0), []).append(record)
+    if not runs:
+        raise InputError("There is nothing to report: no run has ended yet.")
     groups = [_group(trial, members) for trial, members in runs.items()]
     return sorted(groups, key=lambda group: [sort_key(group.settings[name]) for name in SETTINGS])
 
@@ -103,6 +111,11 @@ def varying(groups: Iterable[Group]) -> list[str]:
     """The names of the settings that are not the same in all groups."""
     seen = [group.settings for group in groups]
     return [name for name in SETTINGS if len({settings[name] for settings in seen}) > 1]
+
+
+def values_of(groups: Iterable[Group], name: str) -> list[Any]:
+    """The values of a setting, each once and in order."""
+    return sorted({group.settings[name] for group in groups}, key=sort_key)
 
 
 def best(groups: Iterable[Group]) -> Group | None:
@@ -125,6 +138,32 @@ def is_number(value: float | None) -> TypeGuard[float]:
 def sort_key(value: Any) -> tuple:
     """Orders the values of a setting: none, then numbers, then words."""
     return (0,) if value is None else (2, value) if isinstance(value, str) else (1, value)
+
+
+def title_of(name: str) -> str:
+    """A setting's name in words."""
+    return TITLES.get(name, name)
+
+
+def show(name: str, value: Any) -> str:
+    """A setting's value in words."""
+    if value is None:
+        return "all" if name == "images" else "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def conditions_of(groups: list[Group]) -> str:
+    """The settings that all runs share, and their seeds, in a line."""
+    names = [name for name in SETTINGS if name not in (*varying(groups), "norm", "batch_size")]
+    shared = [f"{title_of(name)} {show(name, groups[0].settings[name])}" for name in names]
+    many = any(len(group.records) > 1 for group in groups)
+    return "; ".join([*shared, seeds_of(groups)]) + (". Mean ± sample standard deviation." if many else ".")
+
+
+def seeds_of(groups: Iterable[Group]) -> str:
+    """The seeds of the runs in words: `seeds 0, 1`."""
+    seeds = sorted({record["settings"]["seed"] for group in groups for record in group.records})
+    return ("seeds " if len(seeds) > 1 else "seed ") + ", ".join(map(str, seeds))
 
 
 def _group(trial: Trial, records: list[Record]) -> Group:

@@ -1,0 +1,58 @@
+import pytest
+
+from normlab.errors import InputError
+from normlab.study.charts import COLOURS, error_ticks, loss_ticks, series_of
+from normlab.study.picture import write_png
+from normlab.study.report import write_html
+from normlab.study.summary import summarize
+from records import record
+
+
+def test_a_norm_has_one_colour_and_marker_and_its_variants_differ_in_the_dash():
+    runs = [
+        record(norm=norm, clip=clip, lr=lr) for norm in ("batch", "mine") for clip in (None, 1.0) for lr in (0.1, 1)
+    ]
+    lines = series_of(summarize(runs))
+    assert [line.label for line in lines] == ["batch, clip 1", "batch, clip none", "mine, clip 1", "mine, clip none"]
+    assert [line.dash for line in lines] == ["-", "--"] * 2
+    batch, mine = ({(line.colour, line.marker) for line in pair} for pair in (lines[:2], lines[2:]))
+    assert len(batch) == len(mine) == 1
+    assert batch.isdisjoint(mine)
+    assert lines[0].colour == COLOURS["batch"]
+
+
+def test_axes_reach_around_what_is_drawn():
+    groups = summarize([record(0.98), record(0.1, norm="batch")])
+    errors, losses = error_ticks(groups), loss_ticks(groups)
+    assert errors[0] < 0.02
+    assert 0.9 <= errors[-1] <= 1
+    assert losses[0] < 0.06
+    assert losses[-1] >= 3 * 0.9 + 2
+
+
+@pytest.mark.parametrize("write", [write_png, lambda records, path: write_html(records, path, "t", "c")])
+class TestFiles:
+    def test_nothing_to_report(self, write, tmp_path):
+        with pytest.raises(InputError, match="nothing to report"):
+            write([], tmp_path / "a")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_folder_that_cannot_be_made(self, write, tmp_path):
+        (tmp_path / "file").write_text("kept")
+        with pytest.raises(InputError, match=r"file/a cannot be written: .*Choose another folder"):
+            write([record(0.9)], tmp_path / "file" / "a")
+        assert (tmp_path / "file").read_text() == "kept"
+
+    def test_a_failed_write_leaves_nothing_behind(self, write, tmp_path):
+        (tmp_path / "a").mkdir()
+        with pytest.raises(InputError, match="cannot be written"):
+            write([record(0.9)], tmp_path / "a")
+        assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+    def test_replaces_and_makes_folders(self, write, tmp_path):
+        path = tmp_path / "new" / "a"
+        write([record(0.9)], path)
+        first = path.read_bytes()
+        write([record(0.8), record(0.7, norm="batch")], path)
+        assert path.read_bytes() != first
+        assert [entry.name for entry in path.parent.iterdir()] == ["a"]
