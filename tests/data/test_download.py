@@ -26,7 +26,7 @@ SUM = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers by the first folder of the address: good, plain (no Range), cut, slow, wrong, labelled, or else 404."""
+    """Answers by the first folder: good, plain (no Range), cut, stuck, slow, wrong, labelled, or else 404."""
 
     def do_GET(self):
         way = self.path.split("/")[1]
@@ -43,10 +43,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if way == "labelled":
             self.send_header("Content-Encoding", "gzip")
         self.end_headers()
-        end = len(content) // 2 if way == "cut" else len(content)
+        end = len(content) // 2 if way in ("cut", "stuck") else len(content)
         for at in range(start, end, CHUNK):
             self.wfile.write(content[at : min(at + CHUNK, end)])
             time.sleep(0.04 if way == "slow" else 0)
+        if way == "stuck":
+            self.server.closing.wait(60)
 
     def log_message(self, *_):
         pass
@@ -54,6 +56,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 class QuietServer(http.server.ThreadingHTTPServer):
     log: list[tuple[str, str | None]]
+    closing: threading.Event
 
     def handle_error(self, *_):
         """A client that was killed is what some tests are about."""
@@ -62,9 +65,10 @@ class QuietServer(http.server.ThreadingHTTPServer):
 @pytest.fixture
 def server():
     server = QuietServer(("127.0.0.1", 0), Handler)
-    server.log = []
+    server.log, server.closing = [], threading.Event()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
+    server.closing.set()
     server.shutdown()
     server.server_close()
 
@@ -119,7 +123,9 @@ def test_a_server_without_range_starts_again(server, mirror, tmp_path):
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_process_is_continued(server, mirror, tmp_path, stop):
-    code = f"from normlab.data.download import fetch; fetch({NAME!r}, {SUM!r}, [{mirror('slow')!r}], {str(tmp_path)!r})"
+    code = (
+        f"from normlab.data.download import fetch; fetch({NAME!r}, {SUM!r}, [{mirror('stuck')!r}], {str(tmp_path)!r})"
+    )
     part = tmp_path / f"{NAME}.part"
     with subprocess.Popen(
         [sys.executable, "-c", code],
