@@ -12,6 +12,11 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (x.dim() - 2))
 
 
+def per_image(values: list[float], x: Tensor) -> Tensor:
+    """Values of the images, shaped to go along dimension 0 of x."""
+    return torch.tensor(values, dtype=x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and mean squared distance from it, per channel over images and space."""
     channels = x.transpose(0, 1).flatten(1)
@@ -46,6 +51,21 @@ def group_norm(x, weight, bias, groups, eps) -> Tensor:
             parts.append((part - mean) / (var + eps).sqrt())
         images.append(torch.cat(parts))
     return scale(torch.stack(images), weight, bias)
+
+
+def channel_layer_norm(x, weight, bias, eps) -> Tensor:
+    """Normalised position by position over the channels."""
+    positions = []
+    for values in x.movedim(1, -1).flatten(0, -2):
+        distance = values - values.sum() / len(values)
+        positions.append(distance / ((distance**2).sum() / len(values) + eps).sqrt())
+    return scale(_from_positions(positions, x), weight, bias)
+
+
+def rms_norm(x, weight, eps) -> Tensor:
+    """Divided position by position by the root mean square of the channels."""
+    positions = [values / ((values**2).sum() / len(values) + eps).sqrt() for values in x.movedim(1, -1).flatten(0, -2)]
+    return scale(_from_positions(positions, x), weight, None)
 
 
 def normalize_with_share(x, grad, mean, var, weight, bias, mean_share, var_share, eps) -> list[Tensor | None]:
@@ -111,3 +131,8 @@ class LessonRunningBatchNorm:
         if self.seen < 20:
             var = var.clamp(min=0.01)
         return normalize(x, mean, var, weight, bias, self.eps)
+
+
+def _from_positions(positions: list[Tensor], x: Tensor) -> Tensor:
+    """Put back where `x.movedim(1, -1).flatten(0, -2)` took them from."""
+    return torch.stack(positions).unflatten(0, (x.shape[0], *x.shape[2:])).movedim(-1, 1)

@@ -6,12 +6,16 @@ import sys
 import pytest
 
 from normlab import cli
+from normlab.data import DATASETS
+from normlab.models import MODELS
+from normlab.nn import NORMS
+from normlab.study.plan import SCHEDULES
 
 
-def normlab(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+def normlab(monkeypatch, capsys, *arguments: str, columns: int = 160) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of a command."""
     monkeypatch.setattr(sys, "argv", ["normlab", *arguments])
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as end:
         cli.main()
     out, err = capsys.readouterr()
@@ -21,8 +25,18 @@ def normlab(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 def test_list_names_everything(monkeypatch, capsys):
     status, out, _ = normlab(monkeypatch, capsys, "list")
     assert status == 0
-    for name in ("none", "batch", "group", "layer", "instance", "running", "mnist", "fashion_mnist", "convnet"):
-        assert name in out
+    for name in (*NORMS, *MODELS, *DATASETS, *SCHEDULES):
+        assert f" {name} " in out
+
+
+def test_list_fits_a_terminal_of_100_columns(monkeypatch, capsys):
+    """A line for each: nothing is broken off."""
+    _, out, _ = normlab(monkeypatch, capsys, "list", columns=100)
+    assert len(out.splitlines()) == len([*NORMS, *MODELS, *DATASETS, *SCHEDULES])
+
+
+def test_compare_takes_six_norms_unless_told_otherwise():
+    assert cli.Compare().norms == ["none", "batch", "group", "layer", "instance", "running"]
 
 
 def test_train_leaves_a_record_and_two_pictures(monkeypatch, capsys, tmp_path):

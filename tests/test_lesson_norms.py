@@ -176,7 +176,7 @@ LESSONS = {
 }
 RUNNING = {
     "lesson RunningBatchNorm": LESSONS["lesson RunningBatchNorm"],
-    "RunningBatchNorm2d": lambda: norms.RunningBatchNorm2d(CHANNELS),
+    "LessonRunningNorm2d": lambda: norms.LessonRunningNorm2d(CHANNELS),
 }
 WITH_STATE = {
     "lesson BatchNorm": LESSONS["lesson BatchNorm"],
@@ -259,7 +259,7 @@ def test_defect_variance_cancels(build, steps):
         weight, bias = torch.ones(CHANNELS, 1, 1).double(), torch.zeros(CHANNELS, 1, 1).double()
         expected = gradients(lambda x, w, b: formula(True, x, w, b), grad.double(), x.double(), weight, bias)
     assert all(value.isfinite().all() for value in actual)
-    if isinstance(layer, norms.RunningBatchNorm2d):
+    if isinstance(layer, norms.LessonRunningNorm2d):
         # float32 leaves a mean of 1000 some 3e-5 off, in units of the deviation 3e-4.
         assert (actual[0] - expected[0]).abs().max() < 5e-3
         assert (actual[1] - expected[1]).abs().max() < 5e-3 * expected[1].abs().max()
@@ -371,7 +371,7 @@ def test_defect_half_precision_overflows_sums(build, dtype):
         assert all(value.isfinite().all() for value in results)
         assert (results[0] - step(full, x.float(), grad)[0]).abs().max() < tolerance
     assert all(value.isfinite().all() for value in half.state_dict().values())
-    if isinstance(half, norms.RunningBatchNorm2d):  # the others keep their statistics in half precision, as torch does
+    if isinstance(half, norms.LessonRunningNorm2d):  # the others keep their statistics in half precision, as torch does
         assert (half.eval()(x) - full.eval()(x.float())).abs().max() < tolerance
 
 

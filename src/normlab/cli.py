@@ -146,7 +146,7 @@ class List:
         for name, norm in NORMS.items():
             table.add_row("norm", name, norm.summary)
         for name, model in MODELS.items():
-            table.add_row("model", name, (model.__doc__ or "").split(";")[0].split("\n")[0])
+            table.add_row("model", name, (model.__doc__ or "").split(".")[0])
         for name in DATASETS:
             table.add_row("data", name, "")
         for name in SCHEDULES:

@@ -463,7 +463,7 @@ class InstanceNorm(nn.Module):
         return _formulas.normalize(x, m, v, self.mults, self.adds, self.eps)
 
 
-class RunningBatchNorm(_norms.RunningBatchNorm2d):
+class RunningBatchNorm(_norms.LessonRunningNorm2d):
     """Running batch norm: mults · (x − μ) / √(σ² + eps) + adds, in training and in evaluation.
 
     Per channel, for a batch of bs images with n values a channel, sum s and sum of squares q, all from zero:
@@ -472,7 +472,7 @@ class RunningBatchNorm(_norms.RunningBatchNorm2d):
         S ← (1−α)S + αs     Q ← (1−α)Q + αq     C ← (1−α)C + αn
         μ = S/C             σ² = Q/C − μ²       (at least 0.01 while fewer than 20 images were seen)
 
-    It is computed as `normlab.nn.RunningBatchNorm2d` does, without the sums: `running_mean`, `running_var` and `count`
+    It is computed as `normlab.nn.LessonRunningNorm2d` does, without the sums: `running_mean`, `running_var` and `count`
     are kept, `sums` and `sqrs` derived from them. The lesson's older form divides S, Q and C by the same de-bias
     term, which cancels.
 

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 
 import reference
 from checks import assert_close, cases, double, gradients, statistics_dtype
-from normlab.kernels.ops import normalize_with_share
+from normlab.kernels.ops import GradientMemory, normalize_with_memory, normalize_with_share
 from normlab.nn import functional as F
 
 EXAMPLES = settings(max_examples=100, deadline=None)
@@ -174,3 +174,36 @@ def test_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@EXAMPLES
+@given(cases())
+def test_with_memory_at_rate_one_it_is_batch_norm(case):
+    x, grad, *parameters = case
+    channels, dtype = x.shape[1], statistics_dtype(x.dtype)
+    mean, var = (part.view(-1) for part in F.moments(x, (0, *range(2, x.dim()))))
+    memory = GradientMemory(*(part.to(dtype) for part in GradientMemory.empty(channels)))
+
+    def fast_function(x, weight, bias):
+        return normalize_with_memory(x, mean, var, weight, bias, torch.ones((), dtype=dtype), memory, 0.1, EPS)
+
+    fast = gradients(fast_function, grad, x, *parameters)
+    values = double([x, *parameters])
+    assert_close(fast, gradients(lambda *v: reference.batch_norm(*v, EPS), grad.double(), *values), TOLERANCE[x.dtype])
+    x_hat = reference.normalize(values[0], *reference.channel_moments(values[0]), None, None, EPS)
+    dims, n = [0, *range(2, x.dim())], x.numel() / channels
+    average = torch.stack([(grad.double() * x_hat).sum(dims), grad.double().sum(dims)]) / n
+    assert_close([memory.average], [average], TOLERANCE[x.dtype])
+
+
+def test_memory_is_written_by_the_backward_pass_alone_and_each_time():
+    x, memory = torch.randn(2, 3, 4), GradientMemory.empty(3)
+    one, zero, rate = torch.ones(3), torch.zeros(3), torch.tensor(0.25)
+    weight, bias = one.clone().requires_grad_(), zero.clone().requires_grad_()
+    y = normalize_with_memory(x, zero, one, weight, bias, rate, memory, None, 0.0)
+    assert all(part.abs().max() == 0 for part in memory)
+    y.sum().backward(retain_graph=True)
+    torch.testing.assert_close(memory.average[1], torch.full((3,), 0.25))
+    y.sum().backward()
+    torch.testing.assert_close(memory.average[1], torch.full((3,), 0.25 + 0.75 * 0.25))
+    torch.testing.assert_close(memory.push[1], torch.full((3,), 16.0))

@@ -83,7 +83,7 @@ def test_unknown_names():
         build_model("convnets", "batch", 10)
     with pytest.raises(InputError, match=r"norm='bach' is unknown\. Did you mean 'batch'\?"):
         build_model("convnet", "bach", 10)
-    assert list(MODELS) == ["convnet"]
+    assert list(MODELS) == ["convnet", "resnet"]
 
 
 def test_convnet_with_blocks_and_widths_of_its_own():
@@ -108,6 +108,27 @@ def test_block_is_convolution_activation_norm():
     assert plain[0].bias is not None
     assert normed[0].bias is None
     assert normed[2].num_features == 4
+
+
+def test_block_whose_norm_activates():
+    block = conv_block(2, 4, norm=BatchNorm2d, activates=True)
+    assert [type(layer) for layer in block] == [nn.Conv2d, BatchNorm2d]
+
+
+def test_block_whose_norm_has_no_bias():
+    assert conv_block(2, 4, norm=lambda channels: nn.BatchNorm2d(channels, affine=False))[0].bias is not None
+    assert conv_block(2, 4, norm=lambda channels: nn.BatchNorm2d(channels, affine=False), bias=False)[0].bias is None
+
+
+def test_registered_norm_chooses_convolution_and_activation(monkeypatch):
+    class OtherConv(nn.Conv2d):
+        pass
+
+    other = NORMS["batch"]._replace(activates=True, convs=(nn.Conv1d, OtherConv, nn.Conv3d))
+    monkeypatch.setitem(NORMS, "other", other)
+    block = build_model("convnet", "other", 10)[0]
+    assert [type(layer) for layer in block] == [OtherConv, BatchNorm2d]
+    assert block[0].weight.std().item() == pytest.approx(math.sqrt(2 / 1.01 / 25), rel=0.3)  # initialised
 
 
 @pytest.mark.parametrize("bias", [True, False])

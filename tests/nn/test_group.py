@@ -1,4 +1,4 @@
-"""Group, layer and instance norm equal their formula in float64, image by image."""
+"""Group, layer, instance and RMS norm equal their formula in float64, image by image."""
 
 import math
 
@@ -11,7 +11,7 @@ from torch import nn
 import reference
 from checks import assert_close, double, dtypes, gradients, layouts, step, with_drawn_parameters
 from normlab.errors import InputError
-from normlab.nn import GroupNorm, InstanceNorm, LayerNorm
+from normlab.nn.group import ChannelLayerNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}  # of `assert_close`
 FAMILY = {
@@ -19,6 +19,8 @@ FAMILY = {
     "layer": LayerNorm,
     "instance": InstanceNorm,
 }
+OF_POSITIONS = {"layer over channels": ChannelLayerNorm, "rms": RMSNorm}
+EVERY = FAMILY | OF_POSITIONS
 
 
 @settings(max_examples=80, deadline=None)
@@ -54,6 +56,58 @@ def test_equals_its_formula_in_float64(data):
     assert_close(actual, expected, TOLERANCE[dtype])
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_norms_of_positions_equal_their_formula_in_float64(data):
+    """Over shapes, types, layouts and modes; a single channel too."""
+    torch.manual_seed(data.draw(st.integers(0, 10**6)))
+    channels = data.draw(st.integers(1, 6))
+    space = data.draw(st.lists(st.integers(1, 4), max_size=3))
+    layer = data.draw(st.sampled_from(list(OF_POSITIONS.values())))(channels, eps=0.5)
+    dtype = data.draw(dtypes)
+    with_drawn_parameters(layer).train(data.draw(st.booleans()))
+    if data.draw(st.booleans()) or dtype == torch.float64:
+        layer.to(dtype)
+    shape = (data.draw(st.integers(1, 4)), channels, *space)
+    x = data.draw(layouts)(torch.randn(shape).to(dtype))
+    grad = torch.randn(shape).to(dtype)
+
+    actual = step(layer, x, grad)
+    assert [actual[0].dtype, actual[1].dtype] == [dtype] * 2
+    formula = reference.rms_norm if isinstance(layer, RMSNorm) else reference.channel_layer_norm
+    expected = gradients(lambda *inputs: formula(*inputs, eps=0.5), *double([grad, x, *layer.parameters()]))
+    assert_close(actual, expected, TOLERANCE[dtype])
+
+
+def test_is_torchs_layer_norm_and_rms_norm_of_the_last_dimension():
+    x = torch.randn(2, 6, 3, 4)
+    for ours, torchs in ((ChannelLayerNorm(6), nn.LayerNorm(6)), (RMSNorm(6), nn.RMSNorm(6, eps=1e-5))):
+        ours.load_state_dict(with_drawn_parameters(torchs).state_dict())
+        torch.testing.assert_close(ours(x), torchs(x.movedim(1, -1)).movedim(-1, 1))
+
+
+@pytest.mark.parametrize("name", OF_POSITIONS)
+def test_a_position_does_not_depend_on_the_others(name):
+    layer, x = OF_POSITIONS[name](4), torch.randn(2, 4, 3, 3)
+    before = layer(x)[:, :, 1, 2]
+    torch.testing.assert_close(layer(x[:, :, 1, 2]), before)
+
+
+def test_scale_and_shift_of_the_input():
+    """Both norms of positions drop its scale; layer norm its shift too."""
+    x = torch.randn(2, 4, 3, 3).double()
+    for layer in (RMSNorm(4, eps=0), ChannelLayerNorm(4, eps=0)):
+        torch.testing.assert_close(layer(3 * x), layer(x), rtol=0, atol=1e-9)
+    layer = ChannelLayerNorm(4)
+    torch.testing.assert_close(layer(x + 5), layer(x), rtol=0, atol=1e-9)
+    assert (RMSNorm(4)(x + 5) - RMSNorm(4)(x)).abs().max() > 0.1
+
+
+def test_rms_norm_has_no_bias():
+    assert [name for name, _ in RMSNorm(4).named_parameters()] == ["weight"]
+    assert RMSNorm(4)(torch.zeros(2, 4, 3)).abs().max() == 0
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_is_torchs_group_norm(groups):
     torch.manual_seed(0)
@@ -63,18 +117,18 @@ def test_is_torchs_group_norm(groups):
     assert torch.equal(ours(x), torchs(x))
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", EVERY)
 def test_an_image_does_not_depend_on_the_others(name):
-    layer, x = FAMILY[name](4), torch.randn(5, 4, 3, 3)
+    layer, x = EVERY[name](4), torch.randn(5, 4, 3, 3)
     before = layer(x)[0]
     x[1:] = 1e4 * torch.randn(4, 4, 3, 3)
     assert torch.equal(layer(x)[0], before)
     torch.testing.assert_close(layer(x[:1])[0], before)
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", EVERY)
 def test_evaluation_is_training(name):
-    layer, x = FAMILY[name](4), torch.randn(5, 4, 3, 3)
+    layer, x = EVERY[name](4), torch.randn(5, 4, 3, 3)
     assert torch.equal(layer(x), layer.eval()(x))
 
 
@@ -99,26 +153,28 @@ def test_large_sums_do_not_overflow_in_half_precision(name, dtype):
     assert (y - expected).abs().max() < 3 * TOLERANCE[dtype]
 
 
-def test_groups_of_one_value_give_beta():
-    layer, x = with_drawn_parameters(InstanceNorm(3)), torch.randn(2, 3, 1, 1)
-    y = layer(x)
-    # torch computes γx/√eps + (β − γx/√eps), which rounds.
-    torch.testing.assert_close(y.flatten(1), layer.bias.detach().expand(2, 3), rtol=0, atol=2e-4)
-    torch.testing.assert_close(InstanceNorm(3, affine=False)(x), torch.zeros(2, 3, 1, 1), rtol=0, atol=2e-4)
+@pytest.mark.parametrize("size", [1.0, 1000.0])
+def test_groups_of_one_value_give_beta(size):
+    """To the last digit, and with no gradient to the input."""
+    layer, x = with_drawn_parameters(InstanceNorm(3)), size * torch.randn(2, 3, 1, 1)
+    y, grad, *_ = step(layer, x, torch.randn(2, 3, 1, 1))
+    assert torch.equal(y.flatten(1), layer.bias.detach().expand(2, 3))
+    assert grad.abs().max() < 1e-4
+    assert InstanceNorm(3, affine=False)(x).abs().max() == 0
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", EVERY)
 def test_without_affine(name):
     x = torch.randn(2, 4, 3, 3)
-    plain = FAMILY[name](4, affine=False)
+    plain = EVERY[name](4, affine=False)
     assert not list(plain.parameters())
     assert not plain.state_dict()
-    torch.testing.assert_close(plain(x), FAMILY[name](4)(x))
+    torch.testing.assert_close(plain(x), EVERY[name](4)(x))
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", EVERY)
 def test_empty_batch(name):
-    assert FAMILY[name](4)(torch.randn(0, 4, 3, 3)).shape == (0, 4, 3, 3)
+    assert EVERY[name](4)(torch.randn(0, 4, 3, 3)).shape == (0, 4, 3, 3)
 
 
 def test_channels_may_come_in_any_order_within_their_group():
@@ -133,18 +189,20 @@ def test_groups_that_do_not_divide(num_features, num_groups):
         GroupNorm(num_features, num_groups)
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", EVERY)
 def test_no_channels(name):
     with pytest.raises(InputError, match="num_features=0"):
-        FAMILY[name](0)
+        EVERY[name](0)
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", EVERY)
 def test_other_channels_are_refused(name):
-    with pytest.raises(RuntimeError):
-        FAMILY[name](4)(torch.randn(2, 6, 3, 3))
+    for affine in (True, False):
+        with pytest.raises(InputError, match=r"x\.shape=\(2, 8, 3, 3\)"):
+            EVERY[name](4, affine=affine)(torch.randn(2, 8, 3, 3))
 
 
 def test_repr_says_what_it_is():
     assert repr(GroupNorm(8, 4)) == "GroupNorm(8, num_groups=4, eps=1e-05, affine=True)"
+    assert repr(RMSNorm(8, eps=0.1)) == "RMSNorm(8, affine=True, eps=0.1)"
     assert repr(LayerNorm(8, eps=0.1)) == "LayerNorm(8, num_groups=1, eps=0.1, affine=True)"

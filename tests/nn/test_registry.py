@@ -38,26 +38,58 @@ def test_every_norm_trains_a_step(name, dims):
 @pytest.mark.parametrize(
     ("name", "classes"),
     [
-        ("none", [nn.Identity] * 3),
-        ("batch", [norms.BatchNorm1d, norms.BatchNorm2d, norms.BatchNorm3d]),
-        ("group", [norms.GroupNorm] * 3),
-        ("layer", [norms.LayerNorm] * 3),
-        ("instance", [norms.InstanceNorm] * 3),
+        ("none", [nn.Identity]),
         ("running", [norms.RunningBatchNorm1d, norms.RunningBatchNorm2d, norms.RunningBatchNorm3d]),
+        ("running_lesson", [norms.LessonRunningNorm1d, norms.LessonRunningNorm2d, norms.LessonRunningNorm3d]),
+        (
+            "mabn",
+            [norms.MovingAverageBatchNorm1d, norms.MovingAverageBatchNorm2d, norms.MovingAverageBatchNorm3d],
+        ),
+        ("online", [norms.OnlineNorm1d, norms.OnlineNorm2d, norms.OnlineNorm3d]),
+        ("renorm", [norms.BatchRenorm1d, norms.BatchRenorm2d, norms.BatchRenorm3d]),
+        ("batch", [norms.BatchNorm1d, norms.BatchNorm2d, norms.BatchNorm3d]),
+        ("sync", [norms.SyncBatchNorm1d, norms.SyncBatchNorm2d, norms.SyncBatchNorm3d]),
+        ("ghost", [norms.GhostBatchNorm1d, norms.GhostBatchNorm2d, norms.GhostBatchNorm3d]),
+        ("switchable", [norms.SwitchableNorm1d, norms.SwitchableNorm2d, norms.SwitchableNorm3d]),
+        ("evonorm_b0", [norms.EvoNorm1dB0, norms.EvoNorm2dB0, norms.EvoNorm3dB0]),
+        ("group", [norms.GroupNorm]),
+        ("group_ws", [norms.GroupNorm]),
+        ("layer", [norms.LayerNorm]),
+        ("layer_channels", [norms.ChannelLayerNorm]),
+        ("rms", [norms.RMSNorm]),
+        ("instance", [norms.InstanceNorm]),
+        ("filter_response", [norms.FilterResponseNorm]),
+        ("evonorm_s0", [norms.EvoNormS0]),
+        ("dynamic_tanh", [norms.DynamicTanh]),
+        ("dynamic_erf", [norms.DynamicErf]),
     ],
 )
 def test_a_name_is_a_class(name, classes):
+    classes = classes if len(classes) == 3 else classes * 3
     assert [type(build_norm(name, 8, dims)) for dims in (1, 2, 3)] == classes
     assert type(build_norm(name, 8)) is classes[1]
 
 
-def test_every_norm_says_what_it_does():
-    assert all(norm.summary for norm in NORMS.values())
+def test_norms_that_are_the_activation_too():
+    assert {name for name, norm in NORMS.items() if norm.activates} == {"evonorm_b0", "evonorm_s0", "filter_response"}
+
+
+def test_norms_with_a_convolution_of_their_own():
+    own = {name: norm.convs for name, norm in NORMS.items() if norm.convs != norms.registry.CONVS}
+    assert own == {
+        "mabn": (norms.CenteredConv1d, norms.CenteredConv2d, norms.CenteredConv3d),
+        "group_ws": (norms.WeightStandardizedConv1d, norms.WeightStandardizedConv2d, norms.WeightStandardizedConv3d),
+    }
+
+
+def test_every_norm_says_what_it_does_in_a_line():
+    assert all(0 < len(norm.summary) < 72 for norm in NORMS.values())
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(64, 8), (8, 8), (12, 4), (6, 2), (7, 1), (1, 1)])
-def test_group_norm_takes_as_many_groups_as_divide(channels, groups):
-    assert build_norm("group", channels).num_groups == groups
+def test_as_many_groups_as_divide(channels, groups):
+    for name in ("group", "group_ws", "evonorm_s0"):
+        assert build_norm(name, channels).num_groups == groups
 
 
 def test_options_reach_the_layer():
@@ -69,9 +101,8 @@ def test_options_reach_the_layer():
 def test_unknown_name():
     with pytest.raises(InputError) as error:
         build_norm("runing", 4)
-    assert str(error.value) == (
-        "norm='runing' is unknown. Did you mean 'running'? Accepted: none, batch, group, layer, instance, running."
-    )
+    accepted = ", ".join(NORMS)
+    assert str(error.value) == f"norm='runing' is unknown. Did you mean 'running'? Accepted: {accepted}."
 
 
 @pytest.mark.parametrize("dims", [0, 4])
@@ -95,6 +126,14 @@ def test_register_one_for_each_dimension():
 
 
 @pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("name", NORMS)
+def test_register_says_all_that_an_entry_can(name):
+    summary, activates, convs = NORMS[name][1:]
+    register("mine", *NORMS[name].layers, summary=summary, activates=activates, convs=convs)
+    assert norms.registry.NORMS["mine"] == NORMS[name]
+
+
+@pytest.mark.usefixtures("registry")
 def test_registered_name_is_offered():
     register("cosine", norms.LayerNorm)
     with pytest.raises(InputError, match="Did you mean 'cosine'"):
@@ -113,3 +152,11 @@ def test_register_one_or_three(count):
     with pytest.raises(InputError, match="one builder, or three"):
         register("cosine", *[norms.LayerNorm] * count)
     assert "cosine" not in NORMS
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("convs", [[], [nn.Conv2d]])
+def test_register_three_convolutions(convs):
+    with pytest.raises(InputError, match=r"convs=.* three convolutions"):
+        register("cosine", norms.LayerNorm, convs=convs)
+    assert "cosine" not in norms.registry.NORMS

@@ -1,6 +1,7 @@
 import pytest
 
 from normlab.errors import InputError
+from normlab.nn import NORMS
 from normlab.study.charts import COLOURS, error_ticks, loss_ticks, series_of
 from normlab.study.picture import write_png
 from normlab.study.report import write_html
@@ -19,6 +20,26 @@ def test_a_norm_has_one_colour_and_marker_and_its_variants_differ_in_the_dash():
     assert len(batch) == len(mine) == 1
     assert batch.isdisjoint(mine)
     assert lines[0].colour == COLOURS["batch"]
+
+
+@pytest.mark.parametrize("well_known", [0, 1, 7, 8])
+def test_all_registered_norms_can_be_told_apart(well_known):
+    """However many of those with a colour of their own are among them."""
+    own, others = list(COLOURS), [name for name in NORMS if name not in COLOURS]
+    assert len(others) >= 13
+    norms = own[:well_known] + others
+    lines = {line.label: line for line in series_of(summarize([record(norm=norm) for norm in norms]))}
+    styles = [(lines[norm].colour, lines[norm].marker) for norm in norms]
+    assert len(set(styles)) == len(norms)
+    assert [colour for colour, _ in styles[:well_known]] == list(COLOURS.values())[:well_known]
+    # No colour comes a third time, nor a marker a fourth, while another is left.
+    assert max(sum(colour == other for other, _ in styles) for colour in COLOURS.values()) <= 3
+    assert COLOURS.keys() <= NORMS.keys()
+
+
+def test_new_norms_take_the_colours_that_the_known_ones_leave():
+    lines = series_of(summarize([record(norm=norm) for norm in ("batch", "group", *"abcdef")]))
+    assert len({line.colour for line in lines}) == len(COLOURS)
 
 
 def test_axes_reach_around_what_is_drawn():

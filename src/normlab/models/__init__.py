@@ -5,8 +5,9 @@ from torch import nn
 from ..errors import unknown
 from ..nn import NORMS
 from .convnet import GeneralRelu, build_convnet, conv_block, convnet, init_convolutions
+from .resnet import build_resnet
 
-MODELS = {"convnet": build_convnet}
+MODELS = {"convnet": build_convnet, "resnet": build_resnet}
 
 
 def build_model(name: str, norm: str, num_classes: int, in_channels: int = 1) -> nn.Module:

@@ -1,11 +1,12 @@
 """The lesson's convolutional net, with any norm, and what it is built from."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import build_norm
+from ..nn import NORMS, build_norm
 
 WIDTHS = (8, 16, 32, 64, 64)
 
@@ -36,6 +37,8 @@ def conv_block(
     stride: int = 2,
     bias: bool | None = None,
     activation: nn.Module | None = None,
+    conv: Callable[..., nn.Module] = nn.Conv2d,
+    activates: bool = False,
 ) -> nn.Sequential:
     """Convolution, activation, norm, in this order (the lesson's); padding is half the kernel.
 
@@ -45,13 +48,17 @@ def conv_block(
         kernel_size: of the convolution.
         norm: builds the norm from the number of channels; no norm if None.
         stride: of the convolution.
-        bias: of the convolution; by default only without norm.
+        bias: of the convolution; by default unless the norm has one.
         activation: `GeneralRelu()` by default.
+        conv: builds the convolution.
+        activates: whether the norm is the activation too, and stands in the place of both.
     """
-    bias = norm is None if bias is None else bias
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias)
-    layers = [conv, GeneralRelu() if activation is None else activation]
-    return nn.Sequential(*layers) if norm is None else nn.Sequential(*layers, norm(out_channels))
+    layer = None if norm is None else norm(out_channels)
+    bias = getattr(layer, "bias", None) is None if bias is None else bias
+    layers = [conv(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias)]
+    if not activates:
+        layers.append(GeneralRelu() if activation is None else activation)
+    return nn.Sequential(*layers) if layer is None else nn.Sequential(*layers, layer)
 
 
 def convnet(
@@ -82,7 +89,11 @@ def init_convolutions(model: nn.Module, uniform: bool = False) -> nn.Module:
 
 
 def build_convnet(norm: str, num_classes: int, in_channels: int = 1) -> nn.Module:
-    """The lesson's net, initialised, with a registered norm in each block; convolutions have a bias only without."""
-    layer = None if norm == "none" else lambda num_features: build_norm(norm, num_features)
-    model = convnet(lambda ni, no, ks: conv_block(ni, no, ks, layer), num_classes, in_channels)
-    return init_convolutions(model)
+    """The lesson's net, initialised, with a registered norm in each block.
+
+    A convolution has a bias unless the norm has one. An activating norm takes the place of activation and norm both.
+    """
+    registered = NORMS[norm]
+    layer = None if norm == "none" else partial(build_norm, norm)
+    block = partial(conv_block, norm=layer, conv=registered.convs[1], activates=registered.activates)
+    return init_convolutions(convnet(block, num_classes, in_channels))

@@ -1,47 +1,64 @@
-"""Batch norm, as torch has it, with a defined result where torch refuses: a batch of one value a channel."""
+"""Batch norm, as torch has it, with a defined result where torch refuses or would spoil its statistics."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import functional as F
+from .base import PreciseStatistics, remember
 
 
-class _SingleValue(_BatchNorm):
-    """A torch batch norm that also trains on a batch of one value a channel."""
+class _Batch(PreciseStatistics, _BatchNorm):
+    """A torch batch norm that writes its statistics by the rules of all norms here, see `remember`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch raises here, because the unbiased running variance would be 0/0.
-        of_batch = self.training or self.running_mean is None
-        if of_batch and x.dim() >= 2 and x.numel() == x.shape[1] == self.num_features:
-            self._check_input_dim(x)
-            self._track_mean(x)
-            return F.batch_norm(x, self.weight, self.bias, self.eps)
-        return super().forward(x)
+        self._check_input_dim(x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = (None if part is None else part.to(dtype) for part in (self.weight, self.bias))
+        mean, var = self.running_mean, self.running_var
+        if x.numel() == 0 or not (self.training or mean is None):  # an empty batch has no statistics of its own
+            mean = x.new_zeros(self.num_features, dtype=dtype) if mean is None else mean
+            var = x.new_ones(self.num_features, dtype=dtype) if var is None else var
+            return nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
+        if x.numel() == x.shape[1] == self.num_features:
+            # torch raises here, because the unbiased variance would be 0/0: of the variance one value says nothing.
+            self._remember(x.detach().flatten(), var)
+            return F.batch_norm(x, weight, bias, self.eps)
+        batch_mean, batch_var = x.new_zeros(2, self.num_features, dtype=dtype)
+        y = nn.functional.batch_norm(x, batch_mean, batch_var, weight, bias, True, 1.0, self.eps)
+        self._remember(batch_mean, batch_var)
+        return y
 
-    def _track_mean(self, x: Tensor) -> None:
-        if self.running_mean is None or self.num_batches_tracked is None:
+    def _remember(self, mean: Tensor, var: Tensor | None) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None or var is None:
             return
-        self.num_batches_tracked.add_(1)
-        share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-        self.running_mean.lerp_(x.detach().flatten().to(self.running_mean.dtype), share)
+        batches = self.num_batches_tracked + 1
+        share = batches.reciprocal() if self.momentum is None else self.momentum
+        remember(
+            (self.running_mean, torch.lerp(self.running_mean, mean.to(self.running_mean.dtype), share)),
+            (self.running_var, torch.lerp(self.running_var, var.to(self.running_var.dtype), share)),
+            (self.num_batches_tracked, batches),
+        )
 
 
-class BatchNorm2d(_SingleValue, nn.BatchNorm2d):
+class BatchNorm2d(_Batch, nn.BatchNorm2d):
     """Batch norm of (N, C, H, W): y = γ (x − μ) / √(σ² + eps) + β, per channel.
 
     In training μ and σ² are the mean and the biased variance over batch and space, and the gradient flows through
     them; the running statistics move by `momentum` towards μ and the unbiased variance. In evaluation μ and σ² are
-    the running statistics. It is `torch.nn.BatchNorm2d`, arguments, state and all, but for one case: a batch of one
+    the running statistics. It is `torch.nn.BatchNorm2d`, arguments, state and all, but for these cases. A batch of one
     value a channel (one image, 1×1 map) gives y = β and moves the running mean, while the running variance, of which
-    one value says nothing, stays.
+    one value says nothing, stays. A batch that holds an infinite value or NaN leaves the statistics alone, and so do
+    an empty batch and the second forward pass of an activation checkpoint that is not compiled. Cast to half precision
+    the layer keeps its statistics in float32. `momentum=None` compiles without a break.
 
     Source: Ioffe and Szegedy 2015, "Batch Normalization".
     """
 
 
-class BatchNorm1d(_SingleValue, nn.BatchNorm1d):
+class BatchNorm1d(_Batch, nn.BatchNorm1d):
     """Batch norm of (N, C) or (N, C, L); see `BatchNorm2d`."""
 
 
-class BatchNorm3d(_SingleValue, nn.BatchNorm3d):
+class BatchNorm3d(_Batch, nn.BatchNorm3d):
     """Batch norm of (N, C, D, H, W); see `BatchNorm2d`."""

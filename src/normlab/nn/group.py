@@ -1,16 +1,21 @@
-"""Norms of each image by itself: group norm, and its two ends, layer norm and instance norm."""
+"""Norms of each image by itself: group norm with its two ends, layer and instance norm, and norms of each position."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import check
+from .functional import moments, normalize
+from .per_image import PerImageNorm, check_channels, in_float32, scale_shift
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(PerImageNorm):
     """Group norm of (N, C, *space): y = γ (x − μ) / √(σ² + eps) + β, γ and β per channel.
 
     μ and σ² (biased) are taken per image over each group of C / num_groups channels and all of space, in training and
     in evaluation. A group of one value (a 1×1 map with a group a channel) gives y = β.
+
+    It is torch's operator, in float32 at least: as in every float32 norm the error of the result grows with |μ|/σ, to
+    about 0.001 at a mean of 1000 and a deviation of 0.1.
 
     Args:
         num_features: C.
@@ -21,9 +26,9 @@ class GroupNorm(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        InputError: `num_groups` does not divide `num_features`.
+        InputError: `num_groups` does not divide `num_features`, or the input is not (N, C, *space).
 
-    Source: Wu and He 2018, "Group Normalization".
+    Source: Wu and He 2018, "Group Normalization", equation 7.
     """
 
     def __init__(
@@ -35,15 +40,15 @@ class GroupNorm(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        check(num_features >= 1, "num_features", num_features, "a whole number from 1")
+        super().__init__(num_features, affine, device, dtype)
         divides = num_groups >= 1 and num_features % num_groups == 0
         check(divides, "num_groups", num_groups, f"a divisor of num_features={num_features}")
-        self.num_features, self.num_groups, self.eps, self.affine = num_features, num_groups, eps, affine
-        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype)) if affine else None
+        self.num_groups, self.eps = num_groups, eps
 
     def forward(self, x: Tensor) -> Tensor:
+        check_channels(x, self.num_features)
+        if x.shape[1:].numel() == self.num_groups:
+            x = x - x.detach()  # groups of one value: the operator would leave x − μ a rounding error, times 1/√eps
         # The operator itself: torch.nn.functional.group_norm refuses groups of one value.
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
@@ -86,3 +91,84 @@ class InstanceNorm(GroupNorm):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(num_features, num_features, eps, affine, device, dtype)
+
+
+class ChannelLayerNorm(PerImageNorm):
+    """Layer norm over the channels alone, of (N, C, *space): y = γ (x − μ) / √(σ² + eps) + β, γ and β per channel.
+
+    μ and σ² (biased) are taken over the C values at each position of each image, as a transformer does for each token,
+    in training and in evaluation. One channel gives y = β.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        affine: learn γ and β.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        InputError: `num_features` is less than 1, or the input is not (N, C, *space).
+
+    Source: Ba, Kiros and Hinton 2016, "Layer Normalization", equation 3; on maps Liu et al. 2022, "A ConvNet for the
+    2020s", section 2.6.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(num_features, affine, device, dtype)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_channels(x, self.num_features)
+        mean, var = moments(x, (1,))
+        return normalize(x, mean, var, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, eps={self.eps}"
+
+
+class RMSNorm(PerImageNorm):
+    """RMS norm of (N, C, *space): y = γ x / √(m + eps), γ per channel.
+
+    m is the mean of x² over the C values at each position of each image, in training and in evaluation: layer norm
+    over channels that neither centres nor shifts.
+
+    Args:
+        num_features: C.
+        eps: added to the mean square.
+        affine: learn γ.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        InputError: `num_features` is less than 1, or the input is not (N, C, *space).
+
+    Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4, with eps added.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(num_features, affine, device, dtype)
+        self.eps = eps
+        self.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_channels(x, self.num_features)
+        wide = in_float32(x)
+        x_hat = wide * ((wide * wide).mean(1, keepdim=True) + self.eps).rsqrt()
+        return scale_shift(x_hat, self.weight, None).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, eps={self.eps}"

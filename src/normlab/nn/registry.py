@@ -1,47 +1,155 @@
 """Norms by name: what the command line, the studies and the models build their layers from."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..errors import check, unknown
 from .batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from .group import GroupNorm, InstanceNorm, LayerNorm
+from .convolution import (
+    CenteredConv1d,
+    CenteredConv2d,
+    CenteredConv3d,
+    WeightStandardizedConv1d,
+    WeightStandardizedConv2d,
+    WeightStandardizedConv3d,
+)
+from .dynamic_tanh import DynamicErf, DynamicTanh
+from .evonorm import EvoNorm1dB0, EvoNorm2dB0, EvoNorm3dB0, EvoNormS0
+from .filter_response import FilterResponseNorm
+from .ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from .group import ChannelLayerNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from .mabn import MovingAverageBatchNorm1d, MovingAverageBatchNorm2d, MovingAverageBatchNorm3d
+from .online import OnlineNorm1d, OnlineNorm2d, OnlineNorm3d
+from .renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .running import RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
+from .running_lesson import LessonRunningNorm1d, LessonRunningNorm2d, LessonRunningNorm3d
+from .switchable import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
+from .sync import SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Norm(NamedTuple):
-    """A registered norm: `layers[d - 1]` builds one for d space dimensions from `num_features` and options."""
+    """A registered norm.
+
+    Attributes:
+        layers: `layers[d - 1]` builds one for d space dimensions from `num_features` and options.
+        summary: what it is, in a line.
+        activates: whether it is the activation too, so that a net puts it in the place of both.
+        convs: `convs[d - 1]` builds the convolution that goes before it, as torch's of d space dimensions.
+    """
 
     layers: tuple[Callable[..., nn.Module], ...]
     summary: str
+    activates: bool = False
+    convs: tuple[Callable[..., nn.Module], ...] = CONVS
 
 
-def _group_norm(num_features: int, num_groups: int = 8, **options: Any) -> GroupNorm:
+def _in_groups(layer: Callable[..., nn.Module], num_features: int, num_groups: int = 8, **options: Any) -> nn.Module:
     """Eight groups, or as many as divide the channels."""
-    return GroupNorm(num_features, math.gcd(num_features, num_groups), **options)
+    return layer(num_features, math.gcd(num_features, num_groups), **options)
 
+
+_group_norm = partial(_in_groups, GroupNorm)
+_evonorm_s0 = partial(_in_groups, EvoNormS0)
 
 NORMS: dict[str, Norm] = {
     "none": Norm((nn.Identity,) * 3, "no norm"),
-    "batch": Norm((BatchNorm1d, BatchNorm2d, BatchNorm3d), "batch norm: each channel over this batch"),
-    "group": Norm((_group_norm,) * 3, "group norm: each image by itself, in 8 groups of channels"),
-    "layer": Norm((LayerNorm,) * 3, "layer norm: each image by itself, over channels and space"),
-    "instance": Norm((InstanceNorm,) * 3, "instance norm: each channel of each image by itself"),
+    # over the batches so far
     "running": Norm(
         (RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d),
-        "running batch norm: each channel over the batches so far, in training and evaluation alike",
+        "running batch norm: each channel over the last images, in training too",
     ),
+    "running_lesson": Norm(
+        (LessonRunningNorm1d, LessonRunningNorm2d, LessonRunningNorm3d),
+        "the lesson's running batch norm: gradient through this batch's share",
+    ),
+    "mabn": Norm(
+        (MovingAverageBatchNorm1d, MovingAverageBatchNorm2d, MovingAverageBatchNorm3d),
+        "moving-average batch norm: not centred, after centred convolutions",
+        convs=(CenteredConv1d, CenteredConv2d, CenteredConv3d),
+    ),
+    "online": Norm(
+        (OnlineNorm1d, OnlineNorm2d, OnlineNorm3d),
+        "online norm: image by image, with the statistics of all images before",
+    ),
+    "renorm": Norm(
+        (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d),
+        "batch renorm: batch norm, corrected towards its running statistics",
+    ),
+    # over this batch
+    "batch": Norm((BatchNorm1d, BatchNorm2d, BatchNorm3d), "batch norm: each channel over this batch"),
+    "sync": Norm(
+        (SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d),
+        "sync batch norm: each channel over this batch of every process",
+    ),
+    "ghost": Norm(
+        (GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d),
+        "ghost batch norm: batch norm of each virtual batch of 32 images",
+    ),
+    "switchable": Norm(
+        (SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d),
+        "switchable norm: a learned mixture of instance, layer and batch norm",
+    ),
+    "evonorm_b0": Norm(
+        (EvoNorm1dB0, EvoNorm2dB0, EvoNorm3dB0),
+        "EvoNorm-B0: over the batch's or image's deviation; the activation too",
+        activates=True,
+    ),
+    # each image by itself
+    "group": Norm((_group_norm,) * 3, "group norm: each image by itself, in 8 groups of channels"),
+    "group_ws": Norm(
+        (_group_norm,) * 3,
+        "group norm after convolutions with standardised weights",
+        convs=(WeightStandardizedConv1d, WeightStandardizedConv2d, WeightStandardizedConv3d),
+    ),
+    "layer": Norm((LayerNorm,) * 3, "layer norm: each image by itself, over channels and space"),
+    "layer_channels": Norm((ChannelLayerNorm,) * 3, "layer norm over channels: each position of each image by itself"),
+    "rms": Norm((RMSNorm,) * 3, "RMS norm: each position of each image over its channels, not centred"),
+    "instance": Norm((InstanceNorm,) * 3, "instance norm: each channel of each image by itself"),
+    "filter_response": Norm(
+        (FilterResponseNorm,) * 3,
+        "filter response norm: each channel of each image; the activation too",
+        activates=True,
+    ),
+    "evonorm_s0": Norm(
+        (_evonorm_s0,) * 3,
+        "EvoNorm-S0: each image by itself, in 8 groups; the activation too",
+        activates=True,
+    ),
+    # no statistics
+    "dynamic_tanh": Norm((DynamicTanh,) * 3, "dynamic tanh: tanh(αx), value by value"),
+    "dynamic_erf": Norm((DynamicErf,) * 3, "dynamic erf: erf(αx + s), value by value"),
 }
 
 
-def register(name: str, *layers: Callable[..., nn.Module], summary: str = "") -> None:
-    """Add a norm under a new name: one builder for any number of space dimensions, or three for 1, 2 and 3."""
+def register(
+    name: str,
+    *layers: Callable[..., nn.Module],
+    summary: str = "",
+    activates: bool = False,
+    convs: Sequence[Callable[..., nn.Module]] = CONVS,
+) -> None:
+    """Add a norm under a new name: one builder for any number of space dimensions, or three for 1, 2 and 3.
+
+    Args:
+        name: not taken yet.
+        *layers: see `Norm.layers`.
+        summary: see `Norm`.
+        activates: see `Norm`.
+        convs: see `Norm`; torch's by default.
+
+    Raises:
+        InputError: the name is taken, or the number of builders is neither 1 nor 3, or that of convolutions not 3.
+    """
     check(name not in NORMS, "name", name, "a name that is not taken yet")
     check(len(layers) in (1, 3), "layers", layers, "one builder, or three: for 1, 2 and 3 space dimensions")
-    NORMS[name] = Norm(layers if len(layers) == 3 else layers * 3, summary)
+    check(len(convs) == 3, "convs", convs, "three convolutions: for 1, 2 and 3 space dimensions")
+    NORMS[name] = Norm(layers if len(layers) == 3 else layers * 3, summary, activates, tuple(convs))
 
 
 def build_norm(name: str, num_features: int, dims: int = 2, **options: Any) -> nn.Module:

@@ -1,66 +1,64 @@
-"""Running batch norm: normalise in training with the statistics that evaluation will use."""
+"""Running batch norm: trains at batch one and two, with the statistics that evaluation will use."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import check
-from ..kernels.ops import normalize_with_share
+from ..kernels.ops import GradientMemory, normalize_with_memory
 from . import functional as F
+from .base import RunningStatistics, recomputing, remember, settle
 
-# The lesson's guard of the first steps: until so many images were seen, no variance counts as less than MIN_VAR.
-FEW_SAMPLES = 20
-MIN_VAR = 0.01
-
-# The count of statistics that come from elsewhere: the next batch is to enter them with the share α.
-SETTLED = -1.0
+# The number of new images of which `momentum` is the weight.
+IMAGES = 10
 
 
-class RunningBatchNorm2d(_NormBase):
+class RunningBatchNorm2d(RunningStatistics):
     """Running batch norm of (N, C, H, W): y = γ (x − μ) / √(σ² + eps) + β, per channel.
 
-    μ and σ² are running statistics, in training and in evaluation alike; in training this batch enters them first.
-    A batch of `bs` images with n values a channel, mean m and biased variance v has the weight α(bs) and the share w:
+    μ and σ² are running statistics, in training and in evaluation alike; in training this batch enters them first. A
+    batch of N images, the t-th, with mean m and biased variance v, has the share
 
-        α = 1 − (1 − momentum) / √max(bs − 1, 1)
-        C' = (1−α)C + αn            w = αn / C'
+        w = max(α, 1/t, d)          α = 1 − (1 − momentum)^(N/10)
         μ' = μ + w(m − μ)           σ²' = (1−w)σ² + w v + w(1−w)(m − μ)²
 
-    The gradient flows through the batch's share, the earlier part is a constant:
+    so that the statistics are those of the last images, some 100 of them, whatever the batch size. d is above 0 only
+    where the weights have moved so fast that the statistics lag behind: with q the mean over channels of
+    (v + (m − μ)²) / (σ² + eps), each counted as 16 at most, d = (q/1.5 − 1) / (q − 1) for q > 1.5, which brings the
+    mean square of the normalised batch back to 1.5.
 
-        ∂L/∂xᵢ = γ/√(σ²'+eps) · [gᵢ − (w/n)(Σg + x̂ᵢ Σ g x̂)]
+    The gradient is batch norm's, with moving averages A and B (rates max(α, 1/t)) in the place of the two means that a
+    small batch knows too badly:
 
-    While fewer than 20 images were seen σ² counts as 0.01 at least. A batch of one value a channel is as good as any
-    other. Statistics are kept and computed in float32 at least, also when the module is cast to half precision.
+        ∂L/∂x = γ/√(σ²'+eps) · (g − A − x̂ B)        A ≈ mean g, B ≈ mean g x̂
+
+    where each image's gradient is first bounded so that one image moves γ and β by `step_bound` of their size at most.
+    At a high learning rate they and the layer above would otherwise drive each other without limit. The learning rate
+    is measured, by how far γ and β have moved, so that neither it nor the scale of the loss need be known; at a usual
+    one the bound is seldom met. With N in the hundreds this is batch norm.
 
     The arguments are those of `torch.nn.BatchNorm2d`, and so are `weight`, `bias`, `running_mean`, `running_var` and
-    `num_batches_tracked`; `count` (C above) and `num_samples_tracked` (images seen) come on top. The state of a
-    batch norm loads into this layer; its own loads into a batch norm with `strict=False`.
+    `num_batches_tracked`; four buffers `gradient_…` (see `GradientMemory`) come on top. The state of a batch norm loads
+    into this layer; its own loads into a batch norm with `strict=False`. Statistics are kept and computed in float32 at
+    least. Each forward pass in training mode moves μ and σ², each backward pass A and B: under gradient accumulation
+    every part of the batch counts as a batch. A batch with an infinite value or NaN changes none of them.
 
     Args:
         num_features: C.
         eps: added to the variance.
-        momentum: weight of a new batch of one or two images, above 0, to 1.
+        momentum: weight of 10 new images in the running statistics, above 0, below 1.
         affine: learn γ and β.
         device: of parameters and statistics.
         dtype: of the parameters.
+        step_bound: as above, for a loss that is a mean over images; no bound if None, or without γ and β.
 
     Raises:
         InputError: an argument or the shape of an input is out of range.
 
-    Source: fastai course v3 part 2, lesson 10; here in the form that neither cancels nor overflows.
+    Source: `studies/flagship`. Averages in the backward pass: Yan et al. 2020, "Towards Stabilizing Batch Statistics in
+    Backward Propagation of Batch Normalization".
     """
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-    count: Tensor
-    num_samples_tracked: Tensor
-    momentum: float  # torch's base class would also admit None
-    accepted_dims: tuple[int, ...] = (4,)
 
     def __init__(
         self,
@@ -70,73 +68,60 @@ class RunningBatchNorm2d(_NormBase):
         affine: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        step_bound: float | None = 0.025,
     ):
-        check(num_features >= 1, "num_features", num_features, "a whole number from 1")
-        check(0 < momentum <= 1, "momentum", momentum, "a number above 0, to 1")
-        super().__init__(num_features, eps, momentum, affine, True, device)
-        self.register_buffer("count", torch.zeros((), device=device))
-        self.register_buffer("num_samples_tracked", torch.zeros((), dtype=torch.long, device=device))
-        self._settled = False  # whether count is SETTLED; beside it, because reading a buffer synchronises a GPU
+        check(0 < momentum < 1, "momentum", momentum, "a number above 0, below 1")
+        bounded = step_bound is None or step_bound > 0
+        check(bounded, "step_bound", step_bound, "a number above 0, or None for no bound")
+        super().__init__(num_features, eps, momentum, affine, device)
+        self.step_bound = step_bound
+        for name, buffer in GradientMemory.empty(num_features, device)._asdict().items():
+            self.register_buffer(f"gradient_{name}", buffer)
         if dtype is not None:
             self.to(dtype)
 
     def reset_running_stats(self) -> None:
-        """Forget every batch: mean 0, variance 1, counts 0."""
+        """Forget every batch: mean 0, variance 1, gradients 0."""
         super().reset_running_stats()
-        if "count" in self._buffers:  # torch's constructor resets once before it is there
-            self.count.zero_()
-            self.num_samples_tracked.zero_()
-            self._settled = False
+        if "gradient_pace" in self._buffers:  # torch's constructor resets once before they are there
+            for buffer in self._memory():
+                buffer.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         if not self.training or x.numel() == 0:  # an empty batch has nothing to add
-            return F.normalize_running(x, self._state(), self.weight, self.bias, self.eps, self._min_var())
+            mean, var = (F.per_channel(part, x) for part in (self.running_mean, self.running_var))
+            return F.normalize(x, mean, var, self.weight, self.bias, self.eps)
         with torch.no_grad():
-            if self._settled:
-                self.count.fill_(x.numel() // x.shape[1])
-                self._settled = False
-            state, share = F.update_running(x, self._state(), F.lesson_alpha(x.shape[0], self.momentum))
-            self._remember(state, x.shape[0])
-            var = state.var.maximum(self._min_var())
-            var_share = share * (var == state.var)  # a variance held at its minimum is a constant
-        return normalize_with_share(x, state.mean, var, self.weight, self.bias, share, var_share, self.eps)
+            mean, var, rate = settle(*self._updated(x))
+        return normalize_with_memory(
+            x, mean, var, self.weight, self.bias, rate, self._memory(), self.step_bound, self.eps
+        )
 
-    def _min_var(self) -> Tensor:
-        return (self.num_samples_tracked < FEW_SAMPLES).to(self.running_var.dtype) * MIN_VAR
+    def _updated(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and variance with this batch in them, which are kept, and the rate of the moving averages."""
+        alpha = 1 - (1 - self.momentum) ** (x.shape[0] / IMAGES)
+        if recomputing():  # they are in already
+            return self.running_mean, self.running_var, self._rate(alpha, self.num_batches_tracked)
+        batches = self.num_batches_tracked + 1
+        rate = self._rate(alpha, batches)
+        mean, var = F.follow_batch(x, self.running_mean, self.running_var, rate, self.eps)
+        remember((self.running_mean, mean), (self.running_var, var), (self.num_batches_tracked, batches))
+        return mean, var, rate
 
-    def _state(self) -> F.RunningState:
-        return F.RunningState(self.running_mean, self.running_var, self.count)
+    def _memory(self) -> GradientMemory:
+        return GradientMemory(*(self.get_buffer(f"gradient_{name}") for name in GradientMemory._fields))
 
-    def _remember(self, state: F.RunningState, batch_size: int) -> None:
-        self.running_mean.copy_(state.mean)
-        self.running_var.copy_(state.var)
-        self.count.copy_(state.total)
-        self.num_batches_tracked.add_(1)
-        self.num_samples_tracked.add_(batch_size)
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() not in self.accepted_dims or input.shape[1] != self.num_features:
-            dims = " or ".join(map(str, self.accepted_dims))
-            accepted = f"{dims} dimensions, the second of {self.num_features} channels"
-            check(False, "x.shape", tuple(input.shape), accepted)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningBatchNorm2d":
-        statistics = {name: getattr(self, name) for name in ("running_mean", "running_var", "count")}
-        super()._apply(fn, recurse)
-        for name, before in statistics.items():
-            after = getattr(self, name)
-            if after.dtype in (torch.float16, torch.bfloat16):
-                setattr(self, name, before.to(after.device, torch.float32))
-        return self
+    def _rate(self, alpha: float, batches: Tensor) -> Tensor:
+        """max(α, 1/t): the mean of the first batches, then a moving average."""
+        return batches.to(self.running_mean.dtype).reciprocal().clamp(min=alpha)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if prefix + "running_mean" in state_dict and prefix + "count" not in state_dict:  # a batch norm's state
-            # Files older than the count of batches do not say how many there were: then there were some.
-            batches = state_dict.get(prefix + "num_batches_tracked", torch.tensor(1))
-            state_dict[prefix + "count"] = torch.where(batches > 0, SETTLED, 0.0)
-            state_dict[prefix + "num_samples_tracked"] = batches * FEW_SAMPLES
-        self._settled = bool(state_dict.get(prefix + "count", self.count) == SETTLED)
+        if prefix + "running_mean" in state_dict:  # what a batch norm's state has not
+            state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(1))
+            for name, buffer in GradientMemory.empty(self.num_features)._asdict().items():
+                state_dict.setdefault(f"{prefix}gradient_{name}", buffer)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -63,11 +63,20 @@ def series_of(groups: list[Group]) -> list[Series]:
 
 
 def _styles(norms: list[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each norm: always the same for those of `COLOURS`, what is left for others."""
-    markers = itertools.cycle(MARKERS)
-    styles = {norm: (colour, next(markers)) for norm, colour in COLOURS.items()}
-    left = itertools.cycle([colour for norm, colour in COLOURS.items() if norm not in norms] or COLOURS.values())
-    return {norm: styles.get(norm) or (next(left), next(markers)) for norm in norms}
+    """Colour and marker of each norm: always the same for those of `COLOURS`, the least used of both for others."""
+    known = dict(zip(COLOURS, zip(COLOURS.values(), itertools.cycle(MARKERS), strict=False), strict=True))
+    styles = {norm: known[norm] for norm in norms if norm in known}
+    for norm in norms:
+        if norm not in known:
+            styles[norm] = _least_used(list(styles.values()))
+    return styles
+
+
+def _least_used(styles: list[tuple[str, str]]) -> tuple[str, str]:
+    """The pair of colour and marker that is in `styles` least often; of those, colour first, then marker."""
+    colours, markers = zip(*styles, strict=True) if styles else ((), ())
+    pairs = itertools.product(COLOURS.values(), MARKERS)
+    return min(pairs, key=lambda pair: (styles.count(pair), colours.count(pair[0]), markers.count(pair[1])))
 
 
 def curve_of(record: Record) -> list[tuple[int, float | None]]:

@@ -1,0 +1,109 @@
+"""What every norm with running statistics does alike: what it accepts, and how its buffers are kept."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..errors import check
+
+
+def remember(*updates: tuple[Tensor, Tensor]) -> None:
+    """Write new statistics `(buffer, value)` into their buffers: all of them, or none.
+
+    None of them if any value is infinite or NaN: such a batch would spoil the buffers for good. None either while a
+    checkpoint runs the forward pass a second time: the statistics of this batch are in already.
+    """
+    if recomputing():
+        return
+    values = [value.detach().to(buffer.dtype) for buffer, value in updates]
+    finite = torch.stack([value.isfinite().all() for value in values]).all()
+    for (buffer, _), value in zip(updates, values, strict=True):
+        buffer.copy_(torch.where(finite, value, buffer))
+
+
+def settle(*constants: Tensor) -> tuple[Tensor, ...]:
+    """The same tensors, for a backward pass that needs what was computed from buffers before they were written.
+
+    A compiler may compute such a tensor a second time in the backward pass, from buffers that hold other values by
+    then; it does not see into the operator that they go through here.
+    """
+    return tuple(_settle(constant) for constant in constants) if torch.compiler.is_compiling() else constants
+
+
+@torch.library.custom_op("normlab::settle", mutates_args=())
+def _settle(constant: Tensor) -> Tensor:
+    return constant.clone()
+
+
+@_settle.register_fake
+def _(constant: Tensor) -> Tensor:
+    return torch.empty_like(constant)
+
+
+def recomputing() -> bool:
+    """Whether this forward pass runs inside a backward pass, as an activation checkpoint does.
+
+    Compiled code is not told: a checkpoint around a compiled layer enters its batch twice.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class PreciseStatistics(nn.Module):
+    """A module whose buffers stay in float32 at least, also when it is cast to half precision."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PreciseStatistics":
+        statistics = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, before in statistics.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = before.to(after.device, torch.float32)
+        return self
+
+
+class RunningStatistics(PreciseStatistics, _NormBase):
+    """A norm of (N, C, *space) with buffers `running_mean`, `running_var` and `num_batches_tracked`, as in torch.
+
+    It checks the shape of its input, and keeps the statistics in float32 at least, also when the module is cast to
+    half precision.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: weight of a new batch in the running statistics, above 0, to 1.
+        affine: learn γ and β.
+        device: of parameters and statistics.
+        dtype: of the parameters.
+
+    Raises:
+        InputError: an argument or the shape of an input is out of range.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float  # torch's base class would also admit None
+    accepted_dims: tuple[int, ...] = (4,)
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        check(num_features >= 1, "num_features", num_features, "a whole number from 1")
+        check(0 < momentum <= 1, "momentum", momentum, "a number above 0, to 1")
+        super().__init__(num_features, eps, momentum, affine, True, device)
+        if dtype is not None:
+            self.to(dtype)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in self.accepted_dims or input.shape[1] != self.num_features:
+            dims = " or ".join(map(str, self.accepted_dims))
+            accepted = f"{dims} dimensions, the second of {self.num_features} channels"
+            check(False, "x.shape", tuple(input.shape), accepted)

@@ -1,0 +1,80 @@
+"""Layers that bound their input value by value in the place of a norm: dynamic tanh and dynamic erf."""
+
+import torch
+from torch import Tensor, nn
+
+from .per_image import PerImageNorm, check_channels, in_float32, scale_shift
+
+
+class DynamicTanh(PerImageNorm):
+    """Dynamic tanh of (N, C, *space): y = γ tanh(α x) + β, value by value.
+
+    `alpha` α is one learned number for the layer, γ and β are per channel. There are no statistics: training and
+    evaluation are alike.
+
+    Args:
+        num_features: C.
+        alpha: α at first.
+        affine: learn γ and β; α is learned in any case.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        InputError: an argument or the shape of an input is out of range.
+
+    Source: Zhu, Chen, He, LeCun and Liu 2025, "Transformers without Normalization", equation 2.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        alpha: float = 0.5,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(num_features, affine, device, dtype)
+        self.alpha = nn.Parameter(torch.full((1,), float(alpha), device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_channels(x, self.num_features)
+        return scale_shift(torch.tanh(self.alpha * in_float32(x)), self.weight, self.bias).to(x.dtype)
+
+
+class DynamicErf(PerImageNorm):
+    """Dynamic erf of (N, C, *space): y = γ erf(α x + s) + β, value by value.
+
+    `alpha` α and `shift` s are one learned number each for the layer, γ and β are per channel. There are no
+    statistics: training and evaluation are alike.
+
+    Args:
+        num_features: C.
+        alpha: α at first.
+        shift: s at first.
+        affine: learn γ and β; α and s are learned in any case.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        InputError: an argument or the shape of an input is out of range.
+
+    Source: Chen, Lu, Zhu, Sun and Liu 2025, "Stronger Normalization-Free Transformers", equation 10.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        alpha: float = 0.5,
+        shift: float = 0.0,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(num_features, affine, device, dtype)
+        self.alpha = nn.Parameter(torch.full((1,), float(alpha), device=device, dtype=dtype))
+        self.shift = nn.Parameter(torch.full((1,), float(shift), device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_channels(x, self.num_features)
+        bounded = torch.erf(self.alpha * in_float32(x) + self.shift)
+        return scale_shift(bounded, self.weight, self.bias).to(x.dtype)

@@ -1,0 +1,178 @@
+"""EvoNorm: two layers, found by search, that are norm and activation in one."""
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import check
+from .base import RunningStatistics, remember
+from .functional import moments, per_channel
+from .per_image import PerImageNorm, check_channels, in_float32, instance_moments, scale_shift
+
+
+class EvoNormS0(PerImageNorm):
+    """EvoNorm-S0 of (N, C, *space): y = γ x sigmoid(v x) / √(σ² + eps) + β, each image by itself.
+
+    σ² is the biased variance over a group of C / num_groups channels and all of space, in training and in evaluation;
+    no mean is taken off. γ, β and v are per channel, v at first 1. It stands in the place of a norm and the activation
+    after it. A group of one value has variance 0: it is divided by √eps alone.
+
+    Args:
+        num_features: C.
+        num_groups: a divisor of C; the paper has 32.
+        eps: added to the variance.
+        affine: learn γ and β; v is learned in any case.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        InputError: an argument or the shape of an input is out of range.
+
+    Source: Liu, Brock, Simonyan and Le 2020, "Evolving Normalization-Activation Layers", EvoNorm-S0.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int = 8,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(num_features, affine, device, dtype)
+        divides = num_groups >= 1 and num_features % num_groups == 0
+        check(divides, "num_groups", num_groups, f"a divisor of num_features={num_features}")
+        self.num_groups, self.eps = num_groups, eps
+        self.v = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_channels(x, self.num_features)
+        return evonorm_s0(x, self.v, self.num_groups, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_groups={self.num_groups}, eps={self.eps}"
+
+
+class EvoNorm2dB0(RunningStatistics):
+    """EvoNorm-B0 of (N, C, H, W): y = γ x / max(√(σ_B² + eps), v x + √(σ_I² + eps)) + β.
+
+    σ_I² is the biased variance over space, per channel of each image. σ_B² is per channel: in training the biased
+    variance over batch and space, and the gradient flows through it; in evaluation the running variance, which moves
+    by `momentum` towards the unbiased one, as batch norm's does. No mean is taken off and none is kept. γ, β and v are
+    per channel, v at first 1. It stands in the place of a norm and the activation after it.
+
+    A batch of one value a channel has both variances 0, which gives x / max(√eps, v x + √eps); the running variance,
+    of which one value says nothing, stays.
+
+    Args:
+        num_features: C.
+        eps: added to the variances.
+        momentum: weight of a new batch in the running variance, above 0, to 1.
+        affine: learn γ and β; v is learned in any case.
+        device: of parameters and statistics.
+        dtype: of the parameters.
+
+    Raises:
+        InputError: an argument or the shape of an input is out of range.
+
+    Source: Liu, Brock, Simonyan and Le 2020, "Evolving Normalization-Activation Layers", EvoNorm-B0.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(num_features, eps, momentum, affine, device, dtype)
+        self.register_buffer("running_mean", None)
+        self.v = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+
+    def reset_running_stats(self) -> None:
+        """Forget every batch: variance 1, count 0."""
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
+
+    def reset_parameters(self) -> None:
+        """Forget every batch, and set v and γ to 1, β to 0."""
+        super().reset_parameters()
+        if "v" in self._parameters:  # torch's constructor resets once before it is there
+            nn.init.ones_(self.v)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        if not self.training or x.numel() == 0:
+            return evonorm_b0(x, self.v, self.running_var, self.weight, self.bias, self.eps)
+        _, var = moments(x, (0, *range(2, x.dim())))
+        self._remember(var.detach().flatten(), x.numel() // self.num_features)
+        return evonorm_b0(x, self.v, var.flatten(), self.weight, self.bias, self.eps)
+
+    def _remember(self, var: Tensor, n: int) -> None:
+        kept, batches = self.running_var, self.num_batches_tracked
+        new = kept if n == 1 else (1 - self.momentum) * kept + self.momentum * n / (n - 1) * var
+        remember((kept, new), (batches, batches + 1))
+
+
+class EvoNorm1dB0(EvoNorm2dB0):
+    """EvoNorm-B0 of (N, C) or (N, C, L); see `EvoNorm2dB0`. Without space σ_I² is 0."""
+
+    accepted_dims = (2, 3)
+
+
+class EvoNorm3dB0(EvoNorm2dB0):
+    """EvoNorm-B0 of (N, C, D, H, W); see `EvoNorm2dB0`."""
+
+    accepted_dims = (5,)
+
+
+def evonorm_s0(
+    x: Tensor,
+    v: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """γ x sigmoid(v x) / √(σ² + eps) + β, σ² per image and group of channels, in the dtype of `x`.
+
+    Args:
+        x: (N, C, *space).
+        v: (C,).
+        num_groups: a divisor of C.
+        weight: γ, (C,) or None for 1.
+        bias: β, (C,) or None for 0.
+        eps: added to the variance.
+    """
+    grouped = x.unflatten(1, (num_groups, -1))
+    _, var = moments(grouped, tuple(range(2, grouped.dim())))
+    var = var.squeeze(2).repeat_interleave(x.shape[1] // num_groups, 1)
+    wide = in_float32(x)
+    return scale_shift(wide * (wide * per_channel(v, x)).sigmoid() * (var + eps).rsqrt(), weight, bias).to(x.dtype)
+
+
+def evonorm_b0(
+    x: Tensor,
+    v: Tensor,
+    batch_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """γ x / max(√(σ_B² + eps), v x + √(σ_I² + eps)) + β, σ_I² per channel of each image, in the dtype of `x`.
+
+    Args:
+        x: (N, C, *space).
+        v: (C,).
+        batch_var: σ_B², (C,).
+        weight: γ, (C,) or None for 1.
+        bias: β, (C,) or None for 0.
+        eps: added to the variances.
+    """
+    _, instance_var = instance_moments(x)
+    wide = in_float32(x)
+    of_image = wide * per_channel(v, x) + (instance_var + eps).sqrt()
+    of_batch = per_channel((batch_var + eps).sqrt(), x)
+    return scale_shift(wide / torch.maximum(of_batch, of_image), weight, bias).to(x.dtype)

@@ -1,0 +1,168 @@
+"""Moving-average batch norm: what batch norm computes from a batch, averaged over many, in both directions."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import check
+from . import functional as F
+from .base import RunningStatistics, recomputing, remember, settle
+from .per_image import in_float32, scale_shift
+
+
+class MovingAverageBatchNorm2d(RunningStatistics):
+    """Moving-average batch norm (MABN) of (N, C, H, W): y = γ r x / χ + β, per channel, for centred convolutions.
+
+    Nothing is subtracted: the convolution before it has weights of mean 0 (`CenteredConv2d`). With q_B the mean of x²
+    over this batch and space, training divides by the root of its simple average over the last `buffer_size` batches,
+    this one included; r leads from there to the exponential average q̂ of evaluation, as it was before this batch:
+
+        q = average of the last q_B            r = clip(χ / √(q̂ + eps), 1/max_correction, max_correction)
+        χ = √(q + eps)                         q̂ ← q̂ + momentum (q − q̂)
+
+    The gradient's own statistic ψ_B is averaged likewise, and r is a constant to it. With z = x / χ and g the gradient
+    of r z:
+
+        ψ_B = mean(r g z)                      ∂L/∂x = (r g − z · average of the last ψ_B) / χ
+
+    The first `warmup_iters` batches use q_B and ψ_B alone, and r is 1 for the first `correction_iters`. Evaluation is
+    y = γ x / √(q̂ + eps) + β: q̂ is `running_var`, and `running_mean` stays 0, so that what folds a batch norm folds
+    this norm. Changed against the authors' code: batches that had a backward pass are counted by themselves, so that
+    forward passes alone leave no gaps in the average of ψ_B.
+
+    Args:
+        num_features: C.
+        eps: added to the second moments.
+        momentum: weight of a new batch in the statistics of evaluation, above 0, to 1.
+        affine: learn γ and β.
+        device: of parameters and statistics.
+        dtype: of the parameters.
+        buffer_size: batches in the simple averages; the authors take 32 images in all.
+        warmup_iters: batches before the simple averages are used, at least `buffer_size`.
+        correction_iters: batches before r may leave 1.
+        max_correction: the limit of r, from 1.
+
+    Raises:
+        InputError: an argument or the shape of an input is out of range.
+
+    Source: Yan et al. 2020, "Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization",
+    section 4; warm-up and constants from the authors' code, megvii-model/MABN.
+    """
+
+    recent_moments: Tensor
+    recent_products: Tensor
+    num_gradients_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.02,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        buffer_size: int = 16,
+        warmup_iters: int = 100,
+        correction_iters: int = 1000,
+        max_correction: float = 5.0,
+    ):
+        super().__init__(num_features, eps, momentum, affine, device)
+        check(buffer_size >= 1, "buffer_size", buffer_size, "a whole number from 1")
+        check(warmup_iters >= buffer_size, "warmup_iters", warmup_iters, f"a whole number from {buffer_size=}")
+        check(correction_iters >= 0, "correction_iters", correction_iters, "a whole number from 0")
+        check(max_correction >= 1, "max_correction", max_correction, "a number from 1")
+        self.warmup_iters, self.correction_iters, self.max_correction = warmup_iters, correction_iters, max_correction
+        self.register_buffer("recent_moments", torch.zeros(buffer_size, num_features, device=device))
+        self.register_buffer("recent_products", torch.zeros(buffer_size, num_features, device=device))
+        self.register_buffer("num_gradients_tracked", torch.zeros((), dtype=torch.long, device=device))
+        self._scales: tuple[Tensor, ...] | None = None  # of the last batch, for a checkpoint's second run
+        if dtype is not None:
+            self.to(dtype)
+
+    def reset_running_stats(self) -> None:
+        """Forget every batch: second moment 1, counts 0."""
+        super().reset_running_stats()
+        if "num_gradients_tracked" in self._buffers:  # torch's constructor resets once before it is there
+            self.recent_moments.zero_()
+            self.recent_products.zero_()
+            self.num_gradients_tracked.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        if not self.training or x.numel() == 0:  # an empty batch has nothing to add
+            mean, var = (F.per_channel(statistic, x) for statistic in (self.running_mean, self.running_var))
+            return F.normalize(x, mean, var, self.weight, self.bias, self.eps)
+        if self._scales is None or not recomputing():
+            self._scales = self._track(x.detach())
+        averages = (self.recent_products, self.num_gradients_tracked, self.warmup_iters)
+        y = _Divide.apply(x, *(F.per_channel(scale, x) for scale in self._scales), *averages)
+        return scale_shift(y, self.weight, self.bias).to(x.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_scales": None}  # a copy has no pass to run again
+
+    def _track(self, x: Tensor) -> tuple[Tensor, ...]:
+        """1/χ and r of this batch, which enters the statistics."""
+        moment = in_float32(x).square().mean(_all_but_channel(x)).to(self.running_var.dtype)
+        recent = torch.cat([self.recent_moments[1:], moment[None]])
+        batches = self.num_batches_tracked
+        used = torch.where(batches < self.warmup_iters, moment, recent.mean(0))
+        r = ((used + self.eps) / (self.running_var + self.eps)).sqrt()
+        r = r.clamp(1 / self.max_correction, self.max_correction)
+        r = torch.where(batches < self.correction_iters, torch.ones_like(r), r)
+        remember(
+            (self.recent_moments, recent),
+            (self.running_var, torch.lerp(self.running_var, used, self.momentum)),
+            (self.num_batches_tracked, batches + 1),
+        )
+        return settle((used + self.eps).rsqrt(), r)
+
+
+class MovingAverageBatchNorm1d(MovingAverageBatchNorm2d):
+    """Moving-average batch norm of (N, C) or (N, C, L); see `MovingAverageBatchNorm2d`."""
+
+    accepted_dims = (2, 3)
+
+
+class MovingAverageBatchNorm3d(MovingAverageBatchNorm2d):
+    """Moving-average batch norm of (N, C, D, H, W); see `MovingAverageBatchNorm2d`."""
+
+    accepted_dims = (5,)
+
+
+class _Divide(torch.autograd.Function):
+    """r x / χ, with the gradient of `MovingAverageBatchNorm2d`, whose averages the backward pass keeps."""
+
+    @staticmethod
+    def forward(x, inverse, r, recent_products, num_gradients_tracked, warmup_iters):
+        return x * (inverse * r)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, inverse, r, *averages = inputs
+        ctx.save_for_backward(x, inverse, r)
+        # Not saved for backward: another backward pass may write them before this one.
+        ctx.averages = averages
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor):
+        x, inverse, r = ctx.saved_tensors
+        recent_products, num_gradients_tracked, warmup_iters = ctx.averages
+        grad = grads[0] * r
+        z = x * inverse
+        product = (grad * z).mean(_all_but_channel(x)).to(recent_products.dtype)
+        recent = torch.cat([recent_products[1:], product[None]])
+        used = torch.where(num_gradients_tracked < warmup_iters, product, recent.mean(0))
+        finite = product.isfinite().all()
+        values = [torch.where(finite, recent, recent_products), num_gradients_tracked + finite]
+        # torch.func, which refuses copy_ here, takes this.
+        torch._foreach_copy_([recent_products, num_gradients_tracked], values)  # pyright: ignore[reportPrivateImportUsage]
+        grad_x = (grad - z * F.per_channel(used, x)) * inverse
+        return grad_x.to(x.dtype), None, None, None, None, None
+
+
+def _all_but_channel(x: Tensor) -> tuple[int, ...]:
+    return (0, *range(2, x.dim()))

@@ -1,0 +1,180 @@
+"""Online norm: image by image, with the statistics of all images before; the gradient is kept in hand the same way."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import check
+from . import functional as F
+from .base import RunningStatistics, recomputing, remember, settle
+from .per_image import in_float32, scale_shift
+
+GUARDS = ("scale", "clamp", "none")
+CLAMP = 5.0  # the authors'
+
+
+class OnlineNorm2d(RunningStatistics):
+    """Online norm of (N, C, H, W): y = (x − μ) / σ with the statistics before each image, then γ y + β and a guard.
+
+    In training the images of a batch pass one after the other, as if each were a batch of its own. With m and v the
+    mean and biased variance of image t over space, α = 1 − momentum, σ = √(σ² + eps), per channel:
+
+        y_t = (x_t − μ_{t−1}) / σ_{t−1}
+        μ_t = α μ_{t−1} + (1−α) m          σ²_t = α σ²_{t−1} + (1−α) v + α(1−α)(m − μ_{t−1})²
+
+    The gradient g_t of y_t is steered, image after image, towards what batch norm's obeys: no mean, no product with y.
+    With α_b = 1 − backward_momentum and e, h the errors gathered so far, means over space:
+
+        g'_t = g_t − (1−α_b) e_{t−1} y_t                 e_t = e_{t−1} + mean(g'_t y_t)
+        ∂L/∂x_t = g'_t / σ_{t−1} − (1−α_b) h_{t−1}       h_t = h_{t−1} + mean(∂L/∂x_t)
+
+    The guard keeps errors of the statistics from growing through the layers. "scale" divides γ y + β by its root mean
+    square (plus eps) over channels and space of the image; "clamp" holds it between −5 and 5; "none" leaves it.
+    Evaluation uses the μ and σ reached, and the guard: only "none" folds into a convolution.
+
+    A batch of N images costs log₂ N rounds over arrays of (N, C) on top of the passes over x.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: weight of a new image (not batch) in the running statistics, 1 − α, above 0, to 1.
+        affine: learn γ and β.
+        device: of parameters and statistics.
+        dtype: of the parameters.
+        backward_momentum: likewise in the backward pass, 1 − α_b.
+        guard: "scale", "clamp" or "none".
+
+    Raises:
+        InputError: an argument or the shape of an input is out of range.
+
+    Source: Chiley et al. 2019, "Online Normalization for Training Neural Networks", sections 3 and 4; the clamp is
+    from the authors' code, Cerebras/online-normalization.
+    """
+
+    error_product: Tensor
+    error_mean: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.001,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backward_momentum: float = 0.01,
+        guard: str = "scale",
+    ):
+        super().__init__(num_features, eps, momentum, affine, device)
+        check(0 < backward_momentum <= 1, "backward_momentum", backward_momentum, "a number above 0, to 1")
+        check(guard in GUARDS, "guard", guard, ", ".join(GUARDS))
+        self.backward_momentum, self.guard = backward_momentum, guard
+        self.register_buffer("error_product", torch.zeros(num_features, device=device))
+        self.register_buffer("error_mean", torch.zeros(num_features, device=device))
+        self._statistics: tuple[Tensor, ...] | None = None  # of the last batch, for a checkpoint's second run
+        if dtype is not None:
+            self.to(dtype)
+
+    def reset_running_stats(self) -> None:
+        """Forget every image: mean 0, variance 1, errors 0."""
+        super().reset_running_stats()
+        if "error_mean" in self._buffers:  # torch's constructor resets once before it is there
+            self.error_product.zero_()
+            self.error_mean.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        if not self.training or x.numel() == 0:  # an empty batch has nothing to add
+            mean, var = (F.per_channel(statistic, x) for statistic in (self.running_mean, self.running_var))
+            y = F.normalize(in_float32(x), mean, var, self.weight, self.bias, self.eps)
+        else:
+            flat = x.reshape(*x.shape[:2], -1)
+            if self._statistics is None or not recomputing():
+                self._statistics = self._track(flat.detach())
+            errors = (self.error_product, self.error_mean, self.backward_momentum)
+            y = _NormalizeInTurn.apply(flat, *self._statistics, *errors).reshape(x.shape)
+            y = scale_shift(y, self.weight, self.bias)
+        return self._guarded(y).to(x.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_statistics": None}  # a copy has no pass to run again
+
+    def _track(self, x: Tensor) -> tuple[Tensor, ...]:
+        """μ and 1/σ before each image, (N, C, 1), of `x`, (N, C, L), whose images enter the statistics."""
+        mean, var = (part[..., 0].to(self.running_mean.dtype) for part in F.moments(x, (2,)))
+        keep = 1 - self.momentum
+        decay = torch.full_like(mean, keep)
+        means = _recur(decay, self.momentum * mean, self.running_mean)
+        distance = mean - means[:-1]
+        variances = _recur(decay, self.momentum * (var + keep * distance.square()), self.running_var)
+        remember(
+            (self.running_mean, means[-1]),
+            (self.running_var, variances[-1]),
+            (self.num_batches_tracked, self.num_batches_tracked + 1),
+        )
+        return settle(means[:-1, :, None], (variances[:-1, :, None] + self.eps).rsqrt())
+
+    def _guarded(self, y: Tensor) -> Tensor:
+        if self.guard == "scale":
+            return y * (y.square().mean(tuple(range(1, y.dim())), keepdim=True) + self.eps).rsqrt()
+        return y.clamp(-CLAMP, CLAMP) if self.guard == "clamp" else y
+
+
+class OnlineNorm1d(OnlineNorm2d):
+    """Online norm of (N, C) or (N, C, L); see `OnlineNorm2d`."""
+
+    accepted_dims = (2, 3)
+
+
+class OnlineNorm3d(OnlineNorm2d):
+    """Online norm of (N, C, D, H, W); see `OnlineNorm2d`."""
+
+    accepted_dims = (5,)
+
+
+def _recur(decay: Tensor, values: Tensor, start: Tensor) -> Tensor:
+    """`start`, (C,), and every state after it, (N + 1, C): s_t = decay_t s_{t−1} + values_t.
+
+    In log₂ N rounds: after each, `decay` and `values` of t stand for twice as many steps up to t.
+    """
+    steps = 1
+    while steps < len(values):
+        values = torch.cat([values[:steps], torch.addcmul(values[steps:], decay[steps:], values[:-steps])])
+        decay = torch.cat([decay[:steps], decay[steps:] * decay[:-steps]])
+        steps *= 2
+    return torch.cat([start[None], torch.addcmul(values, decay, start)])
+
+
+class _NormalizeInTurn(torch.autograd.Function):
+    """(x − μ) / σ of (N, C, L), with the gradient of `OnlineNorm2d`, whose errors the backward pass keeps."""
+
+    @staticmethod
+    def forward(x, mean, inverse, error_product, error_mean, rate):
+        return (x - mean) * inverse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, mean, inverse, *errors = inputs
+        ctx.save_for_backward(x, mean, inverse)
+        # Not saved for backward: another backward pass may write them before this one.
+        ctx.errors = errors
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor):
+        x, mean, inverse = ctx.saved_tensors
+        error_product, error_mean, rate = ctx.errors
+        y = (x - mean) * inverse
+        # e_t = (1 − (1−α_b) mean(y²)) e_{t−1} + mean(g y), which is the docstring's with g' written out
+        products = _recur(1 - rate * y.square().mean(2), (grads[0] * y).mean(2), error_product)
+        grad = (grads[0] - rate * products[:-1, :, None] * y) * inverse
+        means = _recur(torch.full_like(products[1:], 1 - rate), grad.mean(2), error_mean)
+        errors = torch.stack([error_product, error_mean])
+        new = torch.stack([products[-1], means[-1]])
+        new = torch.where(new.isfinite().all(), new, errors)
+        # torch.func, which refuses copy_ here, takes this.
+        torch._foreach_copy_([error_product, error_mean], new.unbind())  # pyright: ignore[reportPrivateImportUsage]
+        grad_x = grad - rate * means[:-1, :, None]
+        return grad_x.to(x.dtype), None, None, None, None, None

@@ -1,0 +1,132 @@
+"""The lesson's running batch norm: running statistics in training too, the gradient through this batch's share."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.ops import normalize_with_share
+from . import functional as F
+from .base import RunningStatistics, recomputing, remember, settle
+
+# The lesson's guard of the first steps: until so many images were seen, no variance counts as less than MIN_VAR.
+FEW_SAMPLES = 20
+MIN_VAR = 0.01
+
+# The count of statistics that come from elsewhere: the next batch is to enter them with the share α.
+SETTLED = -1.0
+
+
+class LessonRunningNorm2d(RunningStatistics):
+    """The lesson's running batch norm of (N, C, H, W): y = γ (x − μ) / √(σ² + eps) + β, per channel.
+
+    μ and σ² are running statistics, in training and in evaluation alike; in training this batch enters them first.
+    A batch of `bs` images with n values a channel, mean m and biased variance v has the weight α(bs) and the share w:
+
+        α = 1 − (1 − momentum) / √max(bs − 1, 1)
+        C' = (1−α)C + αn            w = αn / C'
+        μ' = μ + w(m − μ)           σ²' = (1−w)σ² + w v + w(1−w)(m − μ)²
+
+    The gradient flows through the batch's share, the earlier part is a constant:
+
+        ∂L/∂xᵢ = γ/√(σ²'+eps) · [gᵢ − (w/n)(Σg + x̂ᵢ Σ g x̂)]
+
+    While fewer than 20 images were seen σ² counts as 0.01 at least. A batch of one value a channel is as good as any
+    other. Statistics are kept and computed in float32 at least, also when the module is cast to half precision.
+
+    The arguments are those of `torch.nn.BatchNorm2d`, and so are `weight`, `bias`, `running_mean`, `running_var` and
+    `num_batches_tracked`; `count` (C above) and `num_samples_tracked` (images seen) come on top. The state of a
+    batch norm loads into this layer; its own loads into a batch norm with `strict=False`.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: weight of a new batch of one or two images, above 0, to 1.
+        affine: learn γ and β.
+        device: of parameters and statistics.
+        dtype: of the parameters.
+
+    Raises:
+        InputError: an argument or the shape of an input is out of range.
+
+    Source: fastai course v3 part 2, lesson 10; here in the form that neither cancels nor overflows.
+    """
+
+    count: Tensor
+    num_samples_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(num_features, eps, momentum, affine, device)
+        self.register_buffer("count", torch.zeros((), device=device))
+        self.register_buffer("num_samples_tracked", torch.zeros((), dtype=torch.long, device=device))
+        if dtype is not None:
+            self.to(dtype)
+
+    def reset_running_stats(self) -> None:
+        """Forget every batch: mean 0, variance 1, counts 0."""
+        super().reset_running_stats()
+        if "count" in self._buffers:  # torch's constructor resets once before it is there
+            self.count.zero_()
+            self.num_samples_tracked.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        if not self.training or x.numel() == 0:  # an empty batch has nothing to add
+            return F.normalize_running(x, self._state(), self.weight, self.bias, self.eps, self._min_var())
+        with torch.no_grad():
+            state, share = self._updated(x)
+            var = state.var.maximum(self._min_var())
+            var_share = share * (var == state.var)  # a variance held at its minimum is a constant
+            mean, var, share, var_share = settle(state.mean, var, share, var_share)
+        return normalize_with_share(x, mean, var, self.weight, self.bias, share, var_share, self.eps)
+
+    def _updated(self, x: Tensor) -> tuple[F.RunningState, Tensor]:
+        """The statistics with this batch in them, which are kept, and its share."""
+        alpha = F.lesson_alpha(x.shape[0], self.momentum)
+        values = x.numel() // x.shape[1]
+        if recomputing():  # they are in already
+            return self._state(), alpha * values / self.count
+        count = torch.where(self.count < 0, float(values), self.count)
+        state, share = F.update_running(x, F.RunningState(self.running_mean, self.running_var, count), alpha)
+        remember(
+            (self.running_mean, state.mean),
+            (self.running_var, state.var),
+            (self.count, state.total),
+            (self.num_batches_tracked, self.num_batches_tracked + 1),
+            (self.num_samples_tracked, self.num_samples_tracked + x.shape[0]),
+        )
+        return state, share
+
+    def _min_var(self) -> Tensor:
+        return (self.num_samples_tracked < FEW_SAMPLES).to(self.running_var.dtype) * MIN_VAR
+
+    def _state(self) -> F.RunningState:
+        return F.RunningState(self.running_mean, self.running_var, self.count)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if prefix + "running_mean" in state_dict and prefix + "count" not in state_dict:  # a batch norm's state
+            # Files older than the count of batches do not say how many there were: then there were some.
+            batches = state_dict.get(prefix + "num_batches_tracked", torch.tensor(1))
+            state_dict[prefix + "count"] = torch.where(batches > 0, SETTLED, 0.0)
+            state_dict[prefix + "num_samples_tracked"] = batches * FEW_SAMPLES
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class LessonRunningNorm1d(LessonRunningNorm2d):
+    """The lesson's running batch norm of (N, C) or (N, C, L); see `LessonRunningNorm2d`."""
+
+    accepted_dims = (2, 3)
+
+
+class LessonRunningNorm3d(LessonRunningNorm2d):
+    """The lesson's running batch norm of (N, C, D, H, W); see `LessonRunningNorm2d`."""
+
+    accepted_dims = (5,)

@@ -1,0 +1,143 @@
+"""Switchable norm: a learned mixture of instance, layer and batch norm."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .base import RunningStatistics, remember
+from .functional import moments, normalize, per_channel
+from .per_image import instance_moments
+
+Moments = tuple[Tensor, Tensor]
+
+
+class SwitchableNorm2d(RunningStatistics):
+    """Switchable norm of (N, C, H, W): y = γ (x − Σₖ wₖ μₖ) / √(Σₖ w'ₖ σₖ² + eps) + β, k = instance, layer, batch.
+
+    The means and biased variances are taken over space (instance), over channels and space (layer), over batch and
+    space (batch). w is the softmax of the three learned numbers `mean_weight`, w' that of `var_weight`, both thirds at
+    first. In training the gradient flows through every part. In evaluation the running statistics stand for the batch
+    part; they move by `momentum` towards μ and the unbiased variance, as batch norm's do.
+
+    With one image the batch part is the instance part. A batch of one value a channel moves the running mean, while
+    the running variance, of which one value says nothing, stays.
+
+    The paper evaluates with a plain average over some batches of the trained net ("batch average"), the moving average
+    here is the other choice of the authors' code.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: weight of a new batch in the running statistics, above 0, to 1.
+        affine: learn γ and β; the mixture is learned in any case.
+        device: of parameters and statistics.
+        dtype: of the parameters.
+
+    Raises:
+        InputError: an argument or the shape of an input is out of range.
+
+    Source: Luo, Ren, Peng, Zhang and Li 2018, "Differentiable Learning-to-Normalize via Switchable Normalization",
+    equations 3 to 5.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(num_features, eps, momentum, affine, device, dtype)
+        self.mean_weight = nn.Parameter(torch.ones(3, device=device, dtype=dtype))
+        self.var_weight = nn.Parameter(torch.ones(3, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Forget every batch, set γ to 1, β to 0 and the mixture to thirds."""
+        super().reset_parameters()
+        if "var_weight" in self._parameters:  # torch's constructor resets once before it is there
+            nn.init.ones_(self.mean_weight)
+            nn.init.ones_(self.var_weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        mixture = (self.mean_weight, self.var_weight, self.weight, self.bias, self.eps)
+        if not self.training or x.numel() == 0:
+            # Copies, because the gradient of the mixture needs them as they are now.
+            mean, var = self.running_mean.clone(), self.running_var.clone()
+            return switchable_norm(x, *mixture, batch=(per_channel(mean, x), per_channel(var, x)))[0]
+        y, batch = switchable_norm(x, *mixture)
+        self._remember(*batch, x.numel() // self.num_features)
+        return y
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, var: Tensor, n: int) -> None:
+        momentum, batches = self.momentum, self.num_batches_tracked
+        new_mean = (1 - momentum) * self.running_mean + momentum * mean.flatten()
+        new_var = self.running_var
+        if n > 1:
+            new_var = (1 - momentum) * new_var + momentum * n / (n - 1) * var.flatten()
+        remember((self.running_mean, new_mean), (self.running_var, new_var), (batches, batches + 1))
+
+
+class SwitchableNorm1d(SwitchableNorm2d):
+    """Switchable norm of (N, C) or (N, C, L); see `SwitchableNorm2d`.
+
+    (N, C) has no space for an instance part: there the mixture is of layer and batch alone, as in the authors' code.
+    """
+
+    accepted_dims = (2, 3)
+
+
+class SwitchableNorm3d(SwitchableNorm2d):
+    """Switchable norm of (N, C, D, H, W); see `SwitchableNorm2d`."""
+
+    accepted_dims = (5,)
+
+
+def switchable_norm(
+    x: Tensor,
+    mean_weight: Tensor,
+    var_weight: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    batch: Moments | None = None,
+) -> tuple[Tensor, Moments]:
+    """γ (x − Σₖ wₖ μₖ) / √(Σₖ w'ₖ σₖ² + eps) + β, in the dtype of `x`; see `SwitchableNorm2d`.
+
+    Args:
+        x: (N, C, *space).
+        mean_weight: (3,), for instance, layer and batch; its softmax is w. (N, C) leaves out the first.
+        var_weight: likewise, for w'.
+        weight: γ, (C,) or None for 1.
+        bias: β, (C,) or None for 0.
+        eps: added to the variance.
+        batch: mean and variance of the batch part, which broadcast against `x`, or None for those of `x`.
+
+    Returns:
+        y, and the mean and the biased variance of the batch part.
+    """
+    instance = instance_moments(x)
+    batch = _pooled(*instance, dim=0) if batch is None else batch
+    parts = (_pooled(*instance, dim=1), batch) if x.dim() == 2 else (instance, _pooled(*instance, dim=1), batch)
+    mean = _mixed(mean_weight, [mean for mean, _ in parts])
+    var = _mixed(var_weight, [var for _, var in parts])
+    return normalize(x, mean, var, weight, bias, eps), batch
+
+
+def _pooled(mean: Tensor, var: Tensor, dim: int) -> Moments:
+    """Mean and variance over `dim` too: the mean of the variances there plus the variance of the means."""
+    pooled, between = moments(mean, (dim,))
+    return pooled, var.mean(dim, keepdim=True) + between
+
+
+def _mixed(weight: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Σₖ softmax(weight)ₖ partₖ, over as many of the last weights as there are parts."""
+    shares = weight[-len(parts) :].to(parts[0].dtype).softmax(0)
+    mixed = shares[0] * parts[0]
+    for share, part in zip(shares[1:], parts[1:], strict=True):
+        mixed = mixed + share * part
+    return mixed

@@ -1,0 +1,152 @@
+"""Sync batch norm: batch norm over the batches of every rank of a process group, as if they were one batch."""
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import functional as F
+from .base import RunningStatistics, remember
+
+
+class SyncBatchNorm2d(RunningStatistics):
+    """Batch norm of (N, C, H, W) over all ranks: y = γ (x − μ) / √(σ² + eps) + β, per channel.
+
+    In training μ and σ² are the mean and the biased variance over batch and space of every rank, and the gradient
+    flows through them; the running statistics, the same on every rank, move by `momentum` towards μ and the unbiased
+    variance. With n values a channel on rank r, of mean m and biased variance v:
+
+        N = Σᵣ n        μ = Σᵣ (n/N) m        σ² = Σᵣ (n/N) (v + (m − μ)²)
+        ∂ΣL/∂xᵢ = γ/√(σ²+eps) · [gᵢ − (1/N) Σᵣ (Σg + x̂ᵢ Σ g x̂)]
+
+    One all-gather forward and one all-reduce backward, on CPU (gloo) and GPU. Each rank takes part in each of them, so
+    each has to call the layer, and the backward pass of its loss, as often as the others: with an empty batch too, for
+    which y is empty. The gradients of γ and β are this rank's share of those of ΣL: they add up over the ranks, while
+    `DistributedDataParallel` takes their mean. In evaluation μ and σ² are the running statistics, and nothing is
+    exchanged. One process, or no process group, is plain batch norm.
+
+    One value a channel in all gives y = β and leaves the running variance as it is. An inf or NaN on any rank leaves
+    the statistics of all as they are, and so does a batch that is empty on all.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: weight of a new batch in the running statistics, above 0, to 1.
+        affine: learn γ and β.
+        device: of parameters and statistics.
+        dtype: of the parameters.
+        process_group: the ranks to share statistics with; None for all there are.
+
+    Raises:
+        InputError: an argument or the shape of an input is out of range.
+
+    Source: Ioffe and Szegedy 2015, "Batch Normalization", algorithm 1; over devices Peng et al. 2018, "MegDet: A Large
+    Mini-Batch Object Detector". The moments of parts are put together as by Chan, Golub and LeVeque 1979, "Updating
+    Formulae and a Pairwise Algorithm for Computing Sample Variances".
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ):
+        super().__init__(num_features, eps, momentum, affine, device, dtype)
+        self.process_group = process_group
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        if self.training:
+            mean, var, count = moments_over_ranks(x, self.process_group)
+            self._remember(mean.detach(), var.detach(), count)
+        else:
+            mean, var = self.running_mean, self.running_var
+        return F.normalize(x, F.per_channel(mean, x), F.per_channel(var, x), self.weight, self.bias, self.eps)
+
+    def _remember(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        unbiased = var * (count / (count - 1).clamp(min=1))
+        mean_share, var_share = self.momentum * (count > 0), self.momentum * (count > 1)
+        remember(
+            (self.running_mean, self.running_mean + mean_share * (mean - self.running_mean)),
+            (self.running_var, self.running_var + var_share * (unbiased - self.running_var)),
+            (self.num_batches_tracked, self.num_batches_tracked + (count > 0)),
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SyncBatchNorm2d":
+        memo[id(self.process_group)] = self.process_group  # ranks are shared, and cannot be copied
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+
+class SyncBatchNorm1d(SyncBatchNorm2d):
+    """Sync batch norm of (N, C) or (N, C, L); see `SyncBatchNorm2d`."""
+
+    accepted_dims = (2, 3)
+
+
+class SyncBatchNorm3d(SyncBatchNorm2d):
+    """Sync batch norm of (N, C, D, H, W); see `SyncBatchNorm2d`."""
+
+    accepted_dims = (5,)
+
+
+def moments_over_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance per channel over `x` of every rank, (C,) each, and the number of values, 0-d.
+
+    The gradient of a rank's `x` is that of the sum of what all ranks compute from these moments. Every rank has to call
+    it, and every rank its backward pass.
+
+    An empty batch has the mean and the variance 0.
+
+    Args:
+        x: (N, C, *space), N may differ from rank to rank and be 0.
+        group: the ranks; None for all. Without a process group, or of one rank, nothing is exchanged.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+        return _MomentsOverRanks.apply(x, group)
+    return _moments(x)
+
+
+class _MomentsOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+        mean, var, count = _moments(x)
+        row = torch.cat([mean, var, count.view(1)])
+        rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(rows, row, group)
+        means, variances, counts = torch.stack(rows).split([len(mean), len(mean), 1], dim=1)
+        count = counts.sum()
+        share = counts / count.clamp(min=1)
+        mean = (share * means).sum(0)
+        var = (share * (variances + (means - mean) ** 2)).sum(0)
+        return mean, var, count
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, ctx.group = inputs
+        mean, _, count = output
+        ctx.save_for_backward(x, mean, count)
+        ctx.mark_non_differentiable(count)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor):
+        x, mean, count = ctx.saved_tensors
+        both = torch.stack([grads[0], grads[1]])
+        dist.all_reduce(both, group=ctx.group)
+        grad_mean, grad_var = (F.per_channel(grad / count, x) for grad in both)
+        return (grad_mean + 2 * grad_var * (x - F.per_channel(mean, x))).to(x.dtype), None
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mean, var = (part.flatten() for part in F.moments(x, (0, *range(2, x.dim()))))
+    if x.numel() == 0:  # 0/0 so far
+        mean, var = torch.zeros_like(mean), torch.zeros_like(var)
+    return mean, var, mean.new_full((), x.numel() // x.shape[1])

@@ -1,0 +1,353 @@
+"""What holds for every registered norm, whatever its rule; a new norm enters these tests by being registered."""
+
+import copy
+import io
+
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+
+from normlab.nn import NORMS, build_norm
+
+CHANNELS = 8
+SPACE = {1: (6,), 2: (4, 3), 3: (2, 3, 2)}
+# Gradients of a loss that is a mean over images are small; some norms bound larger ones.
+LOSS = 0.005
+NAMES = sorted(NORMS)
+ALL = [(name, dims) for name in NAMES for dims in (1, 2, 3)]
+TRACKING = [name for name in NAMES if any(True for _ in build_norm(name, CHANNELS).buffers())]
+
+every_norm = pytest.mark.parametrize("name", NAMES)
+every_norm_and_dims = pytest.mark.parametrize(("name", "dims"), ALL)
+every_tracking_norm = pytest.mark.parametrize("name", TRACKING)
+
+
+def images(batch: int = 4, dims: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A batch whose channels differ in mean and deviation."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, CHANNELS, *SPACE[dims], generator=generator, dtype=torch.float64)
+    along = (-1, *[1] * dims)
+    scale = torch.linspace(0.5, 3, CHANNELS, dtype=torch.float64).view(along)
+    return (x * scale + torch.linspace(-2, 2, CHANNELS, dtype=torch.float64).view(along)).to(dtype)
+
+
+def trained(name: str, dims: int = 2, steps: int = 3, **options) -> nn.Module:
+    """A layer with drawn parameters that has seen some batches."""
+    torch.manual_seed(0)
+    layer = build_norm(name, CHANNELS, dims, **options)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    for seed in range(steps):
+        step(layer, images(dims=dims, seed=10 + seed, dtype=options.get("dtype", torch.float32)))
+    return layer
+
+
+def step(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and input gradient (over LOSS) of one training step without an update."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = layer(x)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(y.dtype)
+    (y * weights * LOSS).sum().backward()
+    assert x.grad is not None
+    return y.detach(), x.grad / LOSS
+
+
+def buffers(layer: nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach().clone() for key, value in layer.named_buffers()}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], **tolerance: float) -> None:
+    assert one.keys() == other.keys()
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], **tolerance, equal_nan=True, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def gradients(layer: nn.Module) -> dict[str, Tensor]:
+    """Of the parameters, over LOSS."""
+    return {key: value.grad / LOSS for key, value in layer.named_parameters() if value.grad is not None}
+
+
+class TestPrecision:
+    @every_norm
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_input_of_a_float32_layer(self, name, dtype):
+        layer, exact = trained(name), trained(name)
+        x = images(dtype=dtype)
+        y, grad = step(layer, x)
+        expected, expected_grad = step(exact, x.float())
+        assert y.dtype == dtype
+        assert grad.dtype == dtype
+        tolerance = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(y.float(), expected, rtol=tolerance, atol=4 * tolerance)
+        scale = expected_grad.abs().max().item()
+        torch.testing.assert_close(grad.float(), expected_grad, rtol=4 * tolerance, atol=4 * tolerance * scale)
+
+    @every_norm
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_a_layer_cast_to_half_precision_keeps_float32_statistics(self, name, dtype):
+        layer = trained(name).to(dtype)
+        y, _ = step(layer, images(dtype=dtype))
+        assert y.dtype == dtype
+        assert y.isfinite().all()
+        halves = [key for key, value in layer.named_buffers() if value.dtype == dtype]
+        assert not halves
+
+    @every_norm_and_dims
+    def test_float64_is_computed_in_float64(self, name, dims):
+        layer = trained(name, dims, dtype=torch.float64)
+        single = trained(name, dims)
+        x = images(dims=dims, dtype=torch.float64)
+        y, grad = step(layer, x)
+        assert y.dtype == grad.dtype == torch.float64
+        y32, _ = step(single, x.float())
+        torch.testing.assert_close(y.float(), y32, rtol=1e-3, atol=1e-3)
+        # Digits beyond float32 must reach the output.
+        nudged, _ = step(trained(name, dims, dtype=torch.float64), x * (1 + 1e-10))
+        assert name == "none" or not torch.equal(nudged, y)
+
+
+class TestLayout:
+    @every_norm
+    def test_channels_last(self, name):
+        x = images()
+        y, grad = step(trained(name), x)
+        y_last, grad_last = step(trained(name), x.to(memory_format=torch.channels_last))
+        torch.testing.assert_close(y_last, y, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grad_last, grad, rtol=1e-4, atol=1e-5)
+
+    @every_norm_and_dims
+    def test_permuted_and_strided_input(self, name, dims):
+        x = images(dims=dims)
+        permuted = x.transpose(0, -1).contiguous().transpose(0, -1)
+        strided = torch.stack([x, x + 1], -1)[..., 0]
+        expected, expected_grad = step(trained(name, dims), x)
+        for other in (permuted, strided):
+            y, grad = step(trained(name, dims), other)
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
+
+
+class TestCompile:
+    @every_norm
+    def test_training_has_no_graph_break(self, name):
+        torch.compiler.reset()
+        layer, plain = trained(name), trained(name)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        for seed in range(3):
+            layer.zero_grad(), plain.zero_grad()
+            y, grad = step(compiled, images(seed=seed))
+            expected, expected_grad = step(plain, images(seed=seed))
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
+            assert_same(buffers(layer), buffers(plain), rtol=1e-4, atol=1e-5)
+            assert_same(gradients(layer), gradients(plain), rtol=1e-4, atol=1e-4)
+
+    @every_norm
+    def test_evaluation_has_no_graph_break(self, name):
+        torch.compiler.reset()
+        layer = trained(name).eval()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(images()), layer(images()), rtol=1e-4, atol=1e-5)
+
+
+class TestExport:
+    @every_norm
+    def test_exported_program(self, name):
+        layer = trained(name).eval()
+        batch = torch.export.Dim("batch", min=2, max=64)
+        program = torch.export.export(layer, (images(),), dynamic_shapes=({0: batch},))
+        for size in (2, 5):
+            x = images(size, seed=1)
+            torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-5)
+
+    @every_norm
+    def test_onnx(self, name):
+        layer = trained(name).eval()
+        program = torch.onnx.export(layer, (images(),), dynamo=True, verbose=False)
+        assert program is not None
+        session = ReferenceEvaluator(program.model_proto)
+        x = images(seed=1)
+        (y,) = session.run(None, {session.input_names[0]: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), layer(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+class TestCopies:
+    @every_norm
+    def test_state_dict_round_trip(self, name):
+        layer = trained(name)
+        file = io.BytesIO()
+        torch.save(layer.state_dict(), file)
+        file.seek(0)
+        other = build_norm(name, CHANNELS)
+        other.load_state_dict(torch.load(file, weights_only=True))
+        one, two = step(layer, images()), step(other, images())
+        assert torch.equal(one[0], two[0])
+        assert torch.equal(one[1], two[1])
+        assert_same(buffers(layer), buffers(other), rtol=0, atol=0)
+
+    @every_norm
+    def test_a_deep_copy_goes_its_own_way(self, name):
+        layer = trained(name)
+        before = buffers(layer)
+        other = copy.deepcopy(layer)
+        step(other, images())
+        assert_same(buffers(layer), before, rtol=0, atol=0)
+        y, grad = step(layer, images())
+        again, grad_again = step(copy.deepcopy(trained(name)), images())
+        assert torch.equal(y, again)
+        assert torch.equal(grad, grad_again)
+
+    @every_norm
+    def test_averaged_copy(self, name):
+        layer = trained(name)
+        average = AveragedModel(layer, use_buffers=True)
+        average.update_parameters(layer)
+        torch.testing.assert_close(average.eval()(images()), layer.eval()(images()), rtol=1e-5, atol=1e-6)
+
+
+class TestCheckpointing:
+    @every_norm
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    def test_recomputed_forward_changes_nothing(self, name, use_reentrant):
+        plain, layer = trained(name), trained(name)
+        for seed in range(2):
+            plain.zero_grad(), layer.zero_grad()
+            expected, expected_grad = step(plain, images(seed=seed))
+            y, grad = step(lambda x: checkpoint(layer, x, use_reentrant=use_reentrant), images(seed=seed))  # pyright: ignore[reportArgumentType]
+            assert torch.equal(y, expected)
+            torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6)
+            assert_same(gradients(layer), gradients(plain), rtol=1e-5, atol=1e-5)
+            assert_same(buffers(layer), buffers(plain), rtol=1e-6, atol=1e-6)
+
+
+class TestAccumulation:
+    @every_norm
+    def test_two_forward_passes_before_the_backward_pass(self, name):
+        layer = trained(name)
+        one, two = (images(seed=seed).requires_grad_() for seed in (0, 1))
+        (layer(one).square().sum() + layer(two).pow(3).sum()).backward()
+        for x in (one, two):
+            assert x.grad is not None
+            assert x.grad.isfinite().all()
+
+
+class TestPoison:
+    @every_tracking_norm
+    @pytest.mark.parametrize("poison", [float("inf"), float("-inf"), float("nan")])
+    def test_a_poisoned_batch_leaves_the_buffers_as_they_were(self, name, poison):
+        layer = trained(name)
+        before = buffers(layer)
+        x = images()
+        x[1, 3, 0, 0] = poison
+        step(layer, x)
+        counters = {key for key, value in before.items() if not value.is_floating_point()}
+        kept = {key: value for key, value in buffers(layer).items() if key not in counters}
+        assert_same(kept, {key: value for key, value in before.items() if key not in counters}, rtol=0, atol=0)
+        y, grad = step(layer, images())
+        assert y.isfinite().all()
+        assert grad.isfinite().all()
+
+    @every_tracking_norm
+    def test_a_poisoned_gradient_leaves_the_buffers_finite(self, name):
+        layer = trained(name)
+        x = images().requires_grad_()
+        layer(x).backward(torch.full_like(x, float("nan")))
+        assert all(value.isfinite().all() for value in buffers(layer).values())
+
+    @every_tracking_norm
+    def test_overflow_of_half_precision(self, name):
+        layer = trained(name)
+        layer(images(dtype=torch.float16) * 6e4)  # beyond the largest half
+        assert all(value.isfinite().all() for value in buffers(layer).values())
+
+
+class TestSmall:
+    @every_norm_and_dims
+    @pytest.mark.parametrize("training", [True, False])
+    def test_empty_batch(self, name, dims, training):
+        layer = trained(name, dims).train(training)
+        before = buffers(layer)
+        x = torch.zeros(0, CHANNELS, *SPACE[dims], requires_grad=True)
+        y = layer(x)
+        assert y.shape == x.shape
+        y.sum().backward()
+        assert x.grad is not None
+        assert all(gradient.isfinite().all() for gradient in gradients(layer).values())
+        assert_same(buffers(layer), before, rtol=0, atol=0)
+
+    @every_norm_and_dims
+    @pytest.mark.parametrize("steps", [0, 3])
+    def test_one_image_of_one_pixel(self, name, dims, steps):
+        layer = trained(name, dims, steps=steps)
+        x = images(1, dims)[(..., *[slice(0, 1)] * dims)]
+        for _ in range(3):
+            y, grad = step(layer, x)
+            assert y.isfinite().all()
+            assert grad.isfinite().all()
+        assert all(value.isfinite().all() for value in buffers(layer).values())
+        assert layer.eval()(x).isfinite().all()
+
+    @every_norm_and_dims
+    def test_a_constant_batch(self, name, dims):
+        layer = trained(name, dims, steps=0)
+        for _ in range(3):
+            y, grad = step(layer, torch.full((2, CHANNELS, *SPACE[dims]), 7.0))
+            assert y.isfinite().all()
+            assert grad.isfinite().all()
+
+
+class TestEvaluation:
+    @every_tracking_norm
+    def test_changes_no_buffer(self, name):
+        layer = trained(name).eval()
+        before = buffers(layer)
+        step(layer, images())
+        assert_same(buffers(layer), before, rtol=0, atol=0)
+
+    @every_norm
+    def test_each_image_is_by_itself(self, name):
+        layer = trained(name).eval()
+        x = images(5)
+        torch.testing.assert_close(layer(x)[:2], layer(x[:2]), rtol=1e-5, atol=1e-5)
+
+    @every_norm
+    def test_functional_transforms(self, name):
+        layer = trained(name).eval()
+        x = images()
+        state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+
+        def loss(state: dict[str, Tensor], image: Tensor) -> Tensor:
+            return torch.func.functional_call(layer, state, (image[None],)).square().sum()
+
+        each = torch.stack([torch.func.grad(loss, argnums=1)(state, image) for image in x])
+        at_once = torch.func.vmap(torch.func.grad(loss, argnums=1), in_dims=(None, 0))(state, x)
+        torch.testing.assert_close(at_once, each, rtol=1e-4, atol=1e-5)
+
+
+class TestTraining:
+    @pytest.mark.parametrize("name", [name for name in NAMES if name != "none"])
+    def test_gradient_of_a_function_of_the_parameters(self, name):
+        """`torch.func.grad` through a training step gives what `backward` gives, where parameters are concerned."""
+        layer, plain = trained(name), trained(name)
+        x = images()
+        parameters = {key: value.detach() for key, value in layer.named_parameters()}
+
+        def loss(parameters: dict[str, Tensor], state: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(layer, {**parameters, **state}, (x,)).pow(3).sum() * LOSS * 1e-3
+
+        found = torch.func.grad(loss)(parameters, buffers(layer))
+        plain.zero_grad()
+        (plain(x).pow(3).sum() * LOSS * 1e-3).backward()
+        found = {key: value / LOSS for key, value in found.items()}
+        assert_same({k: v for k, v in found.items() if k in gradients(plain)}, gradients(plain), rtol=1e-4, atol=1e-6)
+
+    @every_norm
+    def test_wrong_number_of_channels_is_refused(self, name):
+        if name == "none":
+            pytest.skip("takes any tensor")
+        with pytest.raises((ValueError, RuntimeError)):
+            build_norm(name, CHANNELS)(torch.randn(2, CHANNELS + 2, 4, 3))
