@@ -1,0 +1,121 @@
+"""Running batch norm against every rival: the lesson's net, one epoch of plain SGD, the same settings for every norm.
+
+    python studies/flagship/study.py screen  [--batch-sizes 2 1 …] [--norms …]    # one seed, few images, all settings
+    python studies/flagship/study.py confirm [--data fashion-mnist] …             # best two settings, all images, seeds
+    python studies/flagship/study.py table                                        # what there is, as tables.md
+
+A setting is a learning rate, a schedule and whether the gradient's norm is clipped at 1. `screen` tries all of them on
+MNIST alone; `confirm` takes the two best of each norm and batch size. Runs are kept as they end, in `screen.jsonl` and
+`confirm-DATA.jsonl`; a command started again goes on where it stopped.
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+
+from normlab.nn import NORMS
+from normlab.study.compare import make_job
+from normlab.study.executors import run_jobs
+from normlab.study.plan import Trial
+from normlab.study.store import Record, RunStore, write_whole
+from normlab.study.summary import Group, best, summarize
+
+FOLDER = Path(__file__).parent
+BATCH_SIZES = (2, 1, 4, 8, 32, 128, 512)
+LRS = (0.01, 0.03, 0.1, 0.3, 1.0)
+SCHEDULES = ("constant", "one-cycle")
+CLIPS = (None, 1.0)
+FEW_IMAGES = 5_000  # in the screening, where a batch is small; large batches take all, which is as quick
+NORMS_STUDIED = [name for name in NORMS if name != "sync"]  # in one process sync is batch norm
+MOST_SEEDS = ("running", "group")
+
+
+def screening(norms: Iterable[str], batch_sizes: Iterable[int]) -> list[Trial]:
+    """Every setting of these norms at these batch sizes."""
+    return [
+        Trial(norm, size, lr, 0, schedule=schedule, clip=clip, images=FEW_IMAGES if size < 32 else None)
+        for size, norm, lr, schedule, clip in itertools.product(batch_sizes, norms, LRS, SCHEDULES, CLIPS)
+    ]
+
+
+def confirmation(groups: list[Group], norms: Iterable[str], batch_sizes: Iterable[int], data: str) -> list[Trial]:
+    """The two best settings of each norm and batch size that were screened, on all images, three or five seeds."""
+    trials = []
+    for norm, size in itertools.product(norms, batch_sizes):
+        screened = [g for g in groups if (g.settings["norm"], g.settings["batch_size"]) == (norm, size)]
+        for group in sorted((g for g in screened if g.trains), key=lambda g: -g.score)[:2]:
+            chosen = {name: group.settings[name] for name in ("lr", "schedule", "clip")}
+            seeds = range(5 if norm in MOST_SEEDS else 3)
+            trials += [Trial(norm, size, seed=seed, data=data, **chosen) for seed in seeds]
+    return trials
+
+
+def run(trials: list[Trial], store: RunStore, data_dir: str | None, workers: int) -> None:
+    """Those that the store does not hold yet."""
+    kept = {record["key"] for record in store.read() if record["status"] != "failed"}
+    run_jobs([make_job(trial, data_dir) for trial in trials if trial.key not in kept], store, workers, Console())
+
+
+def tables() -> str:
+    """Share of settings that train, and best accuracy, norm by batch size, of each store there is."""
+    made_by = "Made by `python studies/flagship/study.py table`. A run trains if it ends at half or more."
+    parts = [f"# Results so far\n\n{made_by}\n"]
+    for path in sorted(FOLDER.glob("screen.jsonl")) + sorted(FOLDER.glob("confirm-*.jsonl")):
+        records: list[Record] = RunStore(path).read()
+        if records:
+            groups = summarize(records)
+            parts.append(f"## {path.stem}\n\nBest setting: accuracy, and what it is (lr, schedule, clipping).\n")
+            parts.append(_table(groups, _best_cell))
+            if path.stem == "screen":
+                parts.append("Share of the settings that train; in brackets without clipping.\n")
+                parts.append(_table(groups, _share_cell))
+    return "\n".join(parts)
+
+
+def _table(groups: list[Group], cell) -> str:
+    sizes = sorted({group.settings["batch_size"] for group in groups})
+    lines = ["| norm | " + " | ".join(f"batch {size}" for size in sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
+    for norm in sorted({group.settings["norm"] for group in groups}):
+        found = [[g for g in groups if (g.settings["norm"], g.settings["batch_size"]) == (norm, s)] for s in sizes]
+        lines.append(f"| `{norm}` | " + " | ".join(cell(part) if part else "–" for part in found) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _best_cell(groups: list[Group]) -> str:
+    leader = best(groups)
+    if leader is None or not leader.trains:
+        return "none trains"
+    setting = leader.settings
+    clip = ", clip 1" if setting["clip"] else ""
+    return f"{leader.accuracy} ({setting['lr']:g}, {setting['schedule']}{clip})"
+
+
+def _share_cell(groups: list[Group]) -> str:
+    free = [group for group in groups if not group.settings["clip"]]
+    share = f"{sum(group.trains for group in groups)}/{len(groups)}"
+    return f"{share} ({sum(group.trains for group in free)}/{len(free)})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["screen", "confirm", "table"])
+    parser.add_argument("--norms", nargs="+", default=NORMS_STUDIED, choices=list(NORMS))
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
+    parser.add_argument("--data", default="mnist")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--workers", type=int, default=2)
+    a = parser.parse_args()
+    screened = RunStore(FOLDER / "screen.jsonl")
+    if a.part == "screen":
+        run(screening(a.norms, a.batch_sizes), screened, None, a.workers)
+    elif a.part == "confirm":
+        trials = confirmation(summarize(screened.read()), a.norms, a.batch_sizes, a.data)
+        run(trials, RunStore(FOLDER / f"confirm-{a.data}.jsonl"), a.data_dir, a.workers)
+    write_whole(FOLDER / "tables.md", tables().encode())
+
+
+if __name__ == "__main__":
+    main()
