@@ -1,6 +1,6 @@
 """Screens rules for running batch norm, four times as fast as training them in torch: the lesson's net in JAX.
 
-    pip install jax && python studies/flagship/screening.py --rates 0.02 0.02 --bound measured 0.025 --batch 2 \
+    pip install jax && python studies/flagship/screening.py --rates 0.02 0.02 --bound measured 0.0125 --batch 2 \
         --schedule one-cycle --lrs 0.05 0.2 1 --seeds 0 1
 
 One epoch of MNIST, plain SGD, every (learning rate, seed) at once, one thread. Prints, and appends to
@@ -132,7 +132,7 @@ def normalize(x, weight, bias, mean, var, memory, lr, rule: Rule):
         x, weight, bias, (average_grad, average_slope, t) = saved
         inverse = jax.lax.rsqrt(var + EPS)
         x_hat = (x - mean) * inverse
-        norms = jnp.sqrt((grad**2).sum((1, 2, 3))) * len(grad)
+        norms = jnp.sqrt((grad**2).sum((1, 2, 3)))
         limit = {
             "none": jnp.inf,
             "absolute": rule.bound_value,
@@ -208,7 +208,9 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs=2, default=(0.02, 0.02), help="smallest, forward and backward")
     parser.add_argument("--start", type=float, nargs=2, default=(1.0, 1.0), help="c, p: rates begin as c / t^p")
     parser.add_argument("--disagreement", type=float, default=1.5, help="mean square that widens the share")
-    parser.add_argument("--bound", nargs=2, default=("measured", "0.025"), help="none|absolute|measured, and its value")
+    parser.add_argument(
+        "--bound", nargs=2, default=("measured", "0.0125"), help="none|absolute|measured, and its value"
+    )
     parser.add_argument("--clip", type=float, default=float("inf"), help="of the global norm of the gradient")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--schedule", choices=["constant", "one-cycle"], default="one-cycle")

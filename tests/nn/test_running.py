@@ -65,7 +65,7 @@ class Formula:
             return [1.0] * len(grad)
         lr = self.moved / self.pushed
         size = max(now.norm().item(), math.sqrt(len(now) / 2))
-        return [min(1.0, self.bound * size / (lr * len(grad) * g.norm().item())) for g in grad]
+        return [min(1.0, self.bound * size / (lr * g.norm().item())) for g in grad]
 
 
 @settings(max_examples=60, deadline=None)

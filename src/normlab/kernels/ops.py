@@ -110,8 +110,8 @@ def normalize_with_memory(
         A ← A + rate (Σg/n − A)         B ← B + rate (Σ g x̂/n − B)
         ∂L/∂x = γ/√(var+eps) · (g − A − x̂ B)        ∂L/∂γ = Σ g x̂        ∂L/∂β = Σ g
 
-    where a rate of 1 is batch norm. Before, the gradient g of each of the N images is bounded: it is multiplied by
-    min(1, step_bound · s / (η N ‖g of the image‖)), with s = max(√C, ‖(γ, β)‖), and η the learning rate, which is
+    where a rate of 1 is batch norm. Before, the gradient g of each image is bounded: it is multiplied by
+    min(1, step_bound · s / (η ‖g of the image‖)), with s = max(√C, ‖(γ, β)‖), and η the learning rate, which is
     measured: by how much γ and β have moved over how far their gradient pushed them, summed over the last steps. So no
     image moves γ and β by more than about `step_bound` of their size, whatever the learning rate and the scale of the
     loss are; what flows on to the layers below is bounded with it.
@@ -159,7 +159,7 @@ class _NormalizeWithMemory(torch.autograd.Function):
         pace = torch.where((step > 0).all(), PACE_KEPT * memory.pace + step, memory.pace)
         if bound is not None:
             size = parameters.norm().clamp(min=x.shape[1] ** 0.5)
-            norms = grad.flatten(1).norm(dim=1) * len(x)
+            norms = grad.flatten(1).norm(dim=1)
             excess = norms * pace[0] / (pace[1].clamp(min=torch.finfo(pace.dtype).tiny) * size * bound)
             grad = grad / excess.clamp(min=1).view(-1, *[1] * (x.dim() - 1))
         x_hat = (x - mean.view(along)).mul_(inverse.view(along))

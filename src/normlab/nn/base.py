@@ -18,7 +18,7 @@ def remember(*updates: tuple[Tensor, Tensor]) -> None:
     if recomputing():
         return
     values = [value.detach().to(buffer.dtype) for buffer, value in updates]
-    finite = torch.stack([value.isfinite().all() for value in values]).all()
+    finite = torch.cat([value.flatten() for value in values if value.is_floating_point()]).isfinite().all()
     for (buffer, _), value in zip(updates, values, strict=True):
         buffer.copy_(torch.where(finite, value, buffer))
 

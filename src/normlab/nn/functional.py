@@ -143,7 +143,7 @@ def follow_batch(x: Tensor, mean: Tensor, var: Tensor, rate: Tensor, eps: float)
         rate: 0-d, above 0, to 1.
         eps: added to the variance.
     """
-    batch_mean, batch_var = (part.view(-1) for part in moments(x, _all_but_channel(x)))
+    batch_var, batch_mean = torch.var_mean(x.to(mean.dtype), _all_but_channel(x), correction=0)
     distance = batch_mean - mean
     square = ((batch_var + distance * distance) / (var + eps)).clamp(max=LARGEST_SQUARE).mean()
     catch_up = (square / DISAGREEMENT - 1) / (square - 1).clamp(min=DISAGREEMENT - 1)

@@ -51,7 +51,7 @@ class RunningBatchNorm2d(RunningStatistics):
         affine: learn γ and β.
         device: of parameters and statistics.
         dtype: of the parameters.
-        step_bound: as above, for a loss that is a mean over images; no bound if None, or without γ and β.
+        step_bound: as above; no bound if None, or without γ and β.
 
     Raises:
         InputError: an argument or the shape of an input is out of range.
@@ -69,7 +69,7 @@ class RunningBatchNorm2d(RunningStatistics):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        step_bound: float | None = 0.025,
+        step_bound: float | None = 0.0125,
     ):
         check(0 < momentum < 1, "momentum", momentum, "a number above 0, below 1")
         bounded = step_bound is None or step_bound > 0
