@@ -60,6 +60,11 @@ class RunningBatchNorm2d(RunningStatistics):
     Backward Propagation of Batch Normalization".
     """
 
+    gradient_average: Tensor
+    gradient_parameters: Tensor
+    gradient_push: Tensor
+    gradient_pace: Tensor
+
     def __init__(
         self,
         num_features: int,
@@ -111,7 +116,7 @@ class RunningBatchNorm2d(RunningStatistics):
         return mean, var, rate
 
     def _memory(self) -> GradientMemory:
-        return GradientMemory(*(self.get_buffer(f"gradient_{name}") for name in GradientMemory._fields))
+        return GradientMemory(self.gradient_average, self.gradient_parameters, self.gradient_push, self.gradient_pace)
 
     def _rate(self, alpha: float, batches: Tensor) -> Tensor:
         """max(α, 1/t): the mean of the first batches, then a moving average."""
