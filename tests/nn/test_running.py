@@ -233,6 +233,11 @@ def test_a_state_without_a_count_of_batches_has_seen_some():
     assert layer.running_mean.min() > 0.4  # not thrown away by the first batch
 
 
+def test_representation():
+    text = "RunningBatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, step_bound=None)"
+    assert repr(RunningBatchNorm2d(3, step_bound=None)) == text
+
+
 def test_reset_forgets_everything():
     layer = RunningBatchNorm2d(3)
     layer(torch.randn(2, 3, 2, 2)).square().sum().backward()

@@ -104,6 +104,10 @@ class RunningBatchNorm2d(RunningStatistics):
             x, mean, var, self.weight, self.bias, rate, self._memory(), self.step_bound, self.eps
         )
 
+    def extra_repr(self) -> str:
+        options = f"eps={self.eps}, momentum={self.momentum}, affine={self.affine}, step_bound={self.step_bound}"
+        return f"{self.num_features}, {options}"
+
     def _updated(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and variance with this batch in them, which are kept, and the rate of the moving averages."""
         alpha = 1 - (1 - self.momentum) ** (x.shape[0] / IMAGES)
