@@ -6,8 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Of the sums that the learning rate is measured by, so much is kept at each step.
-PACE_KEPT = 0.9
+# The learning rate is the geometric mean of what this many steps, about, show it to be.
+STEPS_REMEMBERED = 100
+# γ and β learn at this share of the learning rate: their gradient is a sum over all positions, and noisy.
+PARAMETER_SHARE = 0.1
+# How much of γ and β is taken away in a step in which every image meets the bound.
+PULL = 0.1
 
 
 class GradientMemory(NamedTuple):
@@ -16,20 +20,21 @@ class GradientMemory(NamedTuple):
     Attributes:
         average: moving averages of g x̂ and of g, (2, C).
         parameters: γ and β at the last backward pass, (2, C).
-        push: their gradient, summed over the backward passes since they last moved, (2, C).
-        pace: how far they moved and how far they were pushed, sums over the last steps, (2,).
+        push: the gradient they were given, summed over the backward passes since they last moved, (2, C).
+        measured: the learning rate's logarithm, the steps it is known from, and the moving average of the squared
+            length of an image's output, (3,).
     """
 
     average: Tensor
     parameters: Tensor
     push: Tensor
-    pace: Tensor
+    measured: Tensor
 
     @classmethod
     def empty(cls, channels: int, device: torch.device | str | None = None) -> "GradientMemory":
         """That of no backward pass."""
         zeros = partial(torch.zeros, device=device)
-        return cls(zeros(2, channels), zeros(2, channels), zeros(2, channels), zeros(2))
+        return cls(zeros(2, channels), zeros(2, channels), zeros(2, channels), zeros(3))
 
 
 def normalize_with_share(
@@ -105,16 +110,24 @@ def normalize_with_memory(
 ) -> Tensor:
     """γ (x − mean) / √(var + eps) + β, whose backward pass remembers the batches before.
 
-    With n values a channel and x̂ the normalised input, the backward pass is
+    With N images, n values a channel and x̂ the normalised input, the backward pass is
 
+        g ← g · min(1, step_bound · s / (η ‖g of the image‖))        s = max(√C, ‖(γ, β)‖)
         A ← A + rate (Σg/n − A)         B ← B + rate (Σ g x̂/n − B)
-        ∂L/∂x = γ/√(var+eps) · (g − A − x̂ B)        ∂L/∂γ = Σ g x̂        ∂L/∂β = Σ g
+        ∂L/∂x = γ/√(var+eps) · (g − A − x̂ B)
+        ∂L/∂γ = Σ g x̂/10 + k γ          ∂L/∂β = Σ g/10 + k β
 
-    where a rate of 1 is batch norm. Before, the gradient g of each image is bounded: it is multiplied by
-    min(1, step_bound · s / (η ‖g of the image‖)), with s = max(√C, ‖(γ, β)‖), and η the learning rate, which is
-    measured: by how much γ and β have moved over how far their gradient pushed them, summed over the last steps. So no
-    image moves γ and β by more than about `step_bound` of their size, whatever the learning rate and the scale of the
-    loss are; what flows on to the layers below is bounded with it.
+    where A and B at a rate of 1 are batch norm's. η is the learning rate. It is measured, by how far γ and β have moved
+    after they were pushed by their gradient: the geometric mean over the last steps, so that a step that was clipped,
+    and one that momentum made long, count as one step each. Without `step_bound` (or γ and β) nothing is bounded
+    and k = 0. Otherwise
+
+        k = (b/10η) (1 − N/(ηH)) where ηH > N, else 0
+
+    with b the share of the images that met the bound, and H the moving average of ‖mean of y over space‖², the squared
+    length of an image's output. A step of plain gradient descent on a linear layer above moves what that layer says of
+    an image by ηH/N times the error: far above 1 it overshoots, and only a smaller output helps. Where a norm follows
+    the scale is nothing, and k does no harm.
 
     Args:
         x: (N, C, *space).
@@ -132,7 +145,7 @@ def normalize_with_memory(
 
 class _NormalizeWithMemory(torch.autograd.Function):
     @staticmethod
-    def forward(x, mean, var, weight, bias, rate, average, parameters, push, pace, step_bound, eps):
+    def forward(x, mean, var, weight, bias, rate, average, parameters, push, measured, step_bound, eps):
         return _scale_and_shift(x, mean, (var + eps).rsqrt_(), weight, bias)
 
     @staticmethod
@@ -151,30 +164,52 @@ class _NormalizeWithMemory(torch.autograd.Function):
         dims = (0, *range(2, x.dim()))
         inverse = (var + ctx.eps).rsqrt()
         grad = grads[0].to(mean.dtype)
-        bound, parameters = None, memory.parameters
-        if weight is not None and bias is not None:
-            bound, parameters = ctx.step_bound, torch.stack([weight, bias]).to(mean.dtype)
-        moved = (parameters - memory.parameters).norm()
-        step = torch.stack([moved, memory.push.norm()])
-        pace = torch.where((step > 0).all(), PACE_KEPT * memory.pace + step, memory.pace)
-        if bound is not None:
-            size = parameters.norm().clamp(min=x.shape[1] ** 0.5)
-            norms = grad.flatten(1).norm(dim=1)
-            excess = norms * pace[0] / (pace[1].clamp(min=torch.finfo(pace.dtype).tiny) * size * bound)
-            grad = grad / excess.clamp(min=1).view(-1, *[1] * (x.dim() - 1))
         x_hat = (x - mean.view(along)).mul_(inverse.view(along))
+        parameters, measured, moved, pull = memory.parameters, memory.measured, None, None
+        if ctx.step_bound is not None and weight is not None and bias is not None:
+            parameters = torch.stack([weight, bias]).to(mean.dtype)
+            moved = (parameters - memory.parameters).norm()
+            lr, measured = _measure(memory, moved, _squared_length(x_hat, parameters), rate)
+            size = parameters.norm().clamp(min=x.shape[1] ** 0.5)
+            excess = grad.flatten(1).norm(dim=1) * (lr / (size * ctx.step_bound))
+            grad = grad / excess.clamp(min=1).view(-1, *[1] * (x.dim() - 1))
+            tiny = torch.finfo(lr.dtype).tiny
+            overshoot = 1 - len(x) / (lr * measured[2]).clamp(min=tiny)
+            pull = (excess > 1).to(lr.dtype).mean() * overshoot.clamp(min=0) * PULL / lr.clamp(min=tiny)
         sums = torch.stack([(grad * x_hat).sum(dims), grad.sum(dims)])
         average = torch.lerp(memory.average, sums * (x.shape[1] / x.numel()), rate)
+        given = sums * PARAMETER_SHARE
+        if pull is not None:
+            given = torch.addcmul(given, parameters, pull)
+        push = given + memory.push if moved is None else given + memory.push * (moved == 0)
         finite = sums.isfinite().all()
-        push = torch.where(moved > 0, sums, memory.push + sums)
-        for kept, new in zip(memory, (average, parameters, push, pace), strict=True):
+        for kept, new in zip(memory, (average, parameters, push, measured), strict=True):
             kept.copy_(torch.where(finite, new, kept))
         scale = inverse if weight is None else inverse * weight
         grad_x = x_hat.mul_((scale * average[0]).view(along)).add_((scale * average[1]).view(along)).neg_()
         grad_x.addcmul_(grad, scale.view(along))
-        grad_weight = sums[0] if ctx.needs_input_grad[3] else None
-        grad_bias = sums[1] if ctx.needs_input_grad[4] else None
+        grad_weight = given[0] if ctx.needs_input_grad[3] else None
+        grad_bias = given[1] if ctx.needs_input_grad[4] else None
         return grad_x.to(x.dtype), None, None, grad_weight, grad_bias, *[None] * 7
+
+
+def _measure(memory: GradientMemory, moved: Tensor, squared_length: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+    """The learning rate (0 while it is not known), and what `memory.measured` becomes."""
+    log_lr, steps, average_length = memory.measured.unbind()
+    pushed = memory.push.norm()
+    shows = (moved > 0) & (pushed > 0)
+    steps = steps + shows
+    new = torch.where(shows, moved / pushed, 1).log()
+    share = steps.clamp(min=1).reciprocal().clamp(min=1 / STEPS_REMEMBERED) * shows
+    log_lr = torch.lerp(log_lr, new, share)
+    measured = torch.stack([log_lr, steps, torch.lerp(average_length, squared_length, rate)])
+    return log_lr.exp() * (steps > 0), measured
+
+
+def _squared_length(x_hat: Tensor, parameters: Tensor) -> Tensor:
+    """Mean over images of the squared length of the output's mean over space."""
+    pooled = x_hat.flatten(2).mean(2) if x_hat.dim() > 2 else x_hat
+    return torch.addcmul(parameters[1], pooled, parameters[0]).square_().sum(1).mean()
 
 
 def _scale_and_shift(x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A batch disagrees with running statistics when its mean square, normalised by them, is above this; it should be 1.
-DISAGREEMENT = 1.5
+# A batch disagrees with running statistics when its mean square, normalised by them, is above this; it should be 1, and
+# a single image with much ink in it may well have 2.
+DISAGREEMENT = 2.5
 # No channel counts as more than this: a few that have come to life are no disagreement.
 LARGEST_SQUARE = 16.0
 
@@ -123,33 +124,48 @@ def update_running(x: Tensor, state: RunningState, alpha: float) -> tuple[Runnin
     return RunningState(batch_mean - beside, var, total), share
 
 
-def follow_batch(x: Tensor, mean: Tensor, var: Tensor, rate: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Running mean and variance that take in this batch with the share w: `rate`, or more where they disagree with it.
+def share_of_batch(
+    batch_mean: Tensor, batch_var: Tensor, mean: Tensor, var: Tensor, rate: Tensor, eps: float
+) -> Tensor:
+    """The share of a new batch in running statistics: `rate`, or more where they disagree with it. 0-d.
 
     With batch mean m and batch variance v:
 
         q = mean over channels of min(16, (v + (m − μ)²) / (σ² + eps))
-        d = (q/1.5 − 1) / (q − 1) where q > 1.5, else 0         w = max(rate, d)
-        μ' = μ + w(m − μ)           σ²' = (1−w)σ² + w v + w(1−w)(m − μ)²
+        d = (q/2.5 − 1) / (q − 1) where q > 2.5, else 0         w = max(rate, d)
 
     q is the mean square of the batch as the statistics up to now would normalise it. It is about 1 where they hold, and
-    more when the layers below have changed faster than the statistics follow; a share of d brings it to 1.5. Pooled
+    more when the layers below have changed faster than the statistics follow; a share of d brings it to 2.5. Pooled
     over channels it is known well also from one image.
 
     Args:
-        x: (N, C, *space).
+        batch_mean: m, (C,).
+        batch_var: v, (C,).
         mean: μ, (C,).
         var: σ², (C,).
         rate: 0-d, above 0, to 1.
         eps: added to the variance.
     """
-    batch_var, batch_mean = torch.var_mean(x.to(mean.dtype), _all_but_channel(x), correction=0)
     distance = batch_mean - mean
     square = ((batch_var + distance * distance) / (var + eps)).clamp(max=LARGEST_SQUARE).mean()
     catch_up = (square / DISAGREEMENT - 1) / (square - 1).clamp(min=DISAGREEMENT - 1)
-    share = torch.maximum(rate, catch_up)
-    beside = (1 - share) * distance
-    return batch_mean - beside, torch.lerp(var, torch.addcmul(batch_var, beside, distance), share)
+    return torch.maximum(rate, catch_up)
+
+
+def take_in(batch_mean: Tensor, batch_var: Tensor, mean: Tensor, var: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Running mean and variance in which this batch has the share w.
+
+        μ' = μ + w(m − μ)           σ²' = (1−w)σ² + w v + w(1−w)(m − μ)²
+
+    Args:
+        batch_mean: m, (C,).
+        batch_var: v, (C,).
+        mean: μ, (C,).
+        var: σ², (C,).
+        share: w, 0-d, between 0 and 1.
+    """
+    beside = (1 - share) * (batch_mean - mean)
+    return batch_mean - beside, torch.lerp(var, torch.addcmul(batch_var, beside, batch_mean - mean), share)
 
 
 def running_batch_norm(

@@ -10,48 +10,53 @@ from ..kernels.ops import GradientMemory, normalize_with_memory
 from . import functional as F
 from .base import RunningStatistics, recomputing, remember, settle
 
-# The number of new images of which `momentum` is the weight.
-IMAGES = 10
+# The number of new images of which `momentum` is the weight, in the statistics of training and in those of evaluation.
+RECENT, LONG = 10, 100
 
 
 class RunningBatchNorm2d(RunningStatistics):
     """Running batch norm of (N, C, H, W): y = γ (x − μ) / √(σ² + eps) + β, per channel.
 
-    μ and σ² are running statistics, in training and in evaluation alike; in training this batch enters them first. A
-    batch of N images, the t-th, with mean m and biased variance v, has the share
+    μ and σ² are running statistics. In training they are those of the last hundred images or so, `recent_mean` and
+    `recent_var`, which this batch enters first. A batch of N images, the t-th, with mean m and biased variance v, has
+    the share
 
         w = max(α, 1/t, d)          α = 1 − (1 − momentum)^(N/10)
         μ' = μ + w(m − μ)           σ²' = (1−w)σ² + w v + w(1−w)(m − μ)²
 
-    so that the statistics are those of the last images, some 100 of them, whatever the batch size. d is above 0 only
-    where the weights have moved so fast that the statistics lag behind: with q the mean over channels of
-    (v + (m − μ)²) / (σ² + eps), each counted as 16 at most, d = (q/1.5 − 1) / (q − 1) for q > 1.5, which brings the
-    mean square of the normalised batch back to 1.5.
+    so that they reach back as many images at any batch size. d is above 0 only where the weights have moved so fast
+    that the statistics lag behind: with q the mean over channels of (v + (m − μ)²) / (σ² + eps), each counted as 16 at
+    most, d = (q/2.5 − 1) / (q − 1) for q > 2.5, which brings the mean square of the normalised batch back to 2.5.
+    In evaluation μ and σ² are those of the last thousand images or so, `running_mean` and `running_var`, with
+    N/100 in the place of N/10, and d = 0.
 
     The gradient is batch norm's, with moving averages A and B (rates max(α, 1/t)) in the place of the two means that a
     small batch knows too badly:
 
         ∂L/∂x = γ/√(σ²'+eps) · (g − A − x̂ B)        A ≈ mean g, B ≈ mean g x̂
 
-    where each image's gradient is first bounded so that one image moves γ and β by `step_bound` of their size at most.
-    At a high learning rate they and the layer above would otherwise drive each other without limit. The learning rate
-    is measured, by how far γ and β have moved, so that neither it nor the scale of the loss need be known; at a usual
-    one the bound is seldom met. With N in the hundreds this is batch norm.
+    with three restraints, for at a high learning rate a small batch drives γ, β and the layer above without limit.
+    Each image's gradient is bounded, so that no image moves γ and β by more than `step_bound` of their size; γ and β
+    learn at a tenth of the learning rate; and while the bound is met and the output is so large that a linear layer
+    above overshoots, γ and β are pulled towards 0. The learning rate is measured, by how far γ and β have moved, so
+    that neither it nor the scale of the loss need be known. `normlab.kernels.ops.normalize_with_memory` has the
+    formulas. At a usual learning rate the bound is seldom met, and with N in the hundreds this is batch norm.
 
     The arguments are those of `torch.nn.BatchNorm2d`, and so are `weight`, `bias`, `running_mean`, `running_var` and
-    `num_batches_tracked`; four buffers `gradient_…` (see `GradientMemory`) come on top. The state of a batch norm loads
-    into this layer; its own loads into a batch norm with `strict=False`. Statistics are kept and computed in float32 at
-    least. Each forward pass in training mode moves μ and σ², each backward pass A and B: under gradient accumulation
-    every part of the batch counts as a batch. A batch with an infinite value or NaN changes none of them.
+    `num_batches_tracked`; the recent statistics and four buffers `gradient_…` (see `GradientMemory`) come on top. The
+    state of a batch norm loads into this layer; its own loads into a batch norm with `strict=False`. Statistics are
+    kept and computed in float32 at least. Each forward pass in training mode moves μ and σ², each backward pass A and
+    B: under gradient accumulation every part of the batch counts as a batch. A batch with an infinite value or NaN
+    changes none of them.
 
     Args:
         num_features: C.
         eps: added to the variance.
-        momentum: weight of 10 new images in the running statistics, above 0, below 1.
+        momentum: weight of 10 new images in the recent statistics, of 100 in the running ones, above 0, below 1.
         affine: learn γ and β.
         device: of parameters and statistics.
         dtype: of the parameters.
-        step_bound: as above; no bound if None, or without γ and β.
+        step_bound: as above; if None, or without γ and β, there is neither bound nor pull.
 
     Raises:
         InputError: an argument or the shape of an input is out of range.
@@ -60,10 +65,12 @@ class RunningBatchNorm2d(RunningStatistics):
     Backward Propagation of Batch Normalization".
     """
 
+    recent_mean: Tensor
+    recent_var: Tensor
     gradient_average: Tensor
     gradient_parameters: Tensor
     gradient_push: Tensor
-    gradient_pace: Tensor
+    gradient_measured: Tensor
 
     def __init__(
         self,
@@ -74,23 +81,26 @@ class RunningBatchNorm2d(RunningStatistics):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        step_bound: float | None = 0.0125,
+        step_bound: float | None = 0.006,
     ):
         check(0 < momentum < 1, "momentum", momentum, "a number above 0, below 1")
         bounded = step_bound is None or step_bound > 0
         check(bounded, "step_bound", step_bound, "a number above 0, or None for no bound")
         super().__init__(num_features, eps, momentum, affine, device)
         self.step_bound = step_bound
+        self.register_buffer("recent_mean", torch.zeros(num_features, device=device))
+        self.register_buffer("recent_var", torch.ones(num_features, device=device))
         for name, buffer in GradientMemory.empty(num_features, device)._asdict().items():
             self.register_buffer(f"gradient_{name}", buffer)
         if dtype is not None:
             self.to(dtype)
 
     def reset_running_stats(self) -> None:
-        """Forget every batch: mean 0, variance 1, gradients 0."""
+        """Forget every batch: means 0, variances 1, gradients 0."""
         super().reset_running_stats()
-        if "gradient_pace" in self._buffers:  # torch's constructor resets once before they are there
-            for buffer in self._memory():
+        if "gradient_measured" in self._buffers:  # torch's constructor resets once before they are there
+            self.recent_var.fill_(1)
+            for buffer in (self.recent_mean, *self._memory()):
                 buffer.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,26 +119,33 @@ class RunningBatchNorm2d(RunningStatistics):
         return f"{self.num_features}, {options}"
 
     def _updated(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and variance with this batch in them, which are kept, and the rate of the moving averages."""
-        alpha = 1 - (1 - self.momentum) ** (x.shape[0] / IMAGES)
+        """Recent mean and variance with this batch in them, which are kept, and the rate of the moving averages."""
         if recomputing():  # they are in already
-            return self.running_mean, self.running_var, self._rate(alpha, self.num_batches_tracked)
+            return self.recent_mean, self.recent_var, self._rate(x, RECENT, self.num_batches_tracked)
         batches = self.num_batches_tracked + 1
-        rate = self._rate(alpha, batches)
-        mean, var = F.follow_batch(x, self.running_mean, self.running_var, rate, self.eps)
-        remember((self.running_mean, mean), (self.running_var, var), (self.num_batches_tracked, batches))
-        return mean, var, rate
+        rate = self._rate(x, RECENT, batches)
+        var, mean = torch.var_mean(x.to(self.running_mean.dtype), (0, *range(2, x.dim())), correction=0)
+        share = F.share_of_batch(mean, var, self.recent_mean, self.recent_var, rate, self.eps)
+        recent = F.take_in(mean, var, self.recent_mean, self.recent_var, share)
+        running = F.take_in(mean, var, self.running_mean, self.running_var, self._rate(x, LONG, batches))
+        buffers = (self.recent_mean, self.recent_var, self.running_mean, self.running_var, self.num_batches_tracked)
+        remember(*zip(buffers, (*recent, *running, batches), strict=True))
+        return *recent, rate
 
     def _memory(self) -> GradientMemory:
-        return GradientMemory(self.gradient_average, self.gradient_parameters, self.gradient_push, self.gradient_pace)
+        names = GradientMemory._fields
+        return GradientMemory(*(getattr(self, f"gradient_{name}") for name in names))
 
-    def _rate(self, alpha: float, batches: Tensor) -> Tensor:
+    def _rate(self, x: Tensor, images: int, batches: Tensor) -> Tensor:
         """max(α, 1/t): the mean of the first batches, then a moving average."""
+        alpha = 1 - (1 - self.momentum) ** (x.shape[0] / images)
         return batches.to(self.running_mean.dtype).reciprocal().clamp(min=alpha)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if prefix + "running_mean" in state_dict:  # what a batch norm's state has not
             state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(1))
+            for name in ("mean", "var"):
+                state_dict.setdefault(f"{prefix}recent_{name}", state_dict[f"{prefix}running_{name}"])
             for name, buffer in GradientMemory.empty(self.num_features)._asdict().items():
                 state_dict.setdefault(f"{prefix}gradient_{name}", buffer)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
