@@ -185,7 +185,7 @@ def test_with_memory_at_rate_one_it_is_batch_norm(case):
     memory = GradientMemory(*(part.to(dtype) for part in GradientMemory.empty(channels)))
 
     def fast_function(x, weight, bias):
-        return normalize_with_memory(x, mean, var, weight, bias, torch.ones((), dtype=dtype), memory, 0.1, EPS)
+        return normalize_with_memory(x, mean, var, weight, bias, torch.ones((), dtype=dtype), memory, None, EPS)
 
     fast = gradients(fast_function, grad, x, *parameters)
     values = double([x, *parameters])

@@ -119,8 +119,8 @@ def normalize_with_memory(
 
     where A and B at a rate of 1 are batch norm's. η is the learning rate. It is measured, by how far γ and β have moved
     after they were pushed by their gradient: the geometric mean over the last steps, so that a step that was clipped,
-    and one that momentum made long, count as one step each. Without `step_bound` (or γ and β) nothing is bounded
-    and k = 0. Otherwise
+    and one that momentum made long, count as one step each. Before the first step it is taken to be 1. Without
+    `step_bound`, and where γ and β are absent or frozen, nothing is bounded and k = 0. Otherwise
 
         k = (b/10η) (1 − N/(ηH)) where ηH > N, else 0
 
@@ -133,7 +133,7 @@ def normalize_with_memory(
         x: (N, C, *space).
         mean: (C,), a constant.
         var: (C,), a constant.
-        weight: γ, (C,) or None for 1; without γ or β nothing is bounded.
+        weight: γ, (C,) or None for 1.
         bias: β, (C,) or None for 0.
         rate: of the moving averages, 0-d, between 0 and 1.
         memory: changed in place by each backward pass, but not by a gradient that is infinite or NaN.
@@ -166,7 +166,7 @@ class _NormalizeWithMemory(torch.autograd.Function):
         grad = grads[0].to(mean.dtype)
         x_hat = (x - mean.view(along)).mul_(inverse.view(along))
         parameters, measured, moved, pull = memory.parameters, memory.measured, None, None
-        if ctx.step_bound is not None and weight is not None and bias is not None:
+        if ctx.step_bound is not None and all(ctx.needs_input_grad[3:5]):
             parameters = torch.stack([weight, bias]).to(mean.dtype)
             moved = (parameters - memory.parameters).norm()
             lr, measured = _measure(memory, moved, _squared_length(x_hat, parameters), rate)
@@ -194,7 +194,7 @@ class _NormalizeWithMemory(torch.autograd.Function):
 
 
 def _measure(memory: GradientMemory, moved: Tensor, squared_length: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-    """The learning rate (0 while it is not known), and what `memory.measured` becomes."""
+    """The learning rate, 1 until it shows, and what `memory.measured` becomes."""
     log_lr, steps, average_length = memory.measured.unbind()
     pushed = memory.push.norm()
     shows = (moved > 0) & (pushed > 0)
@@ -203,7 +203,7 @@ def _measure(memory: GradientMemory, moved: Tensor, squared_length: Tensor, rate
     share = steps.clamp(min=1).reciprocal().clamp(min=1 / STEPS_REMEMBERED) * shows
     log_lr = torch.lerp(log_lr, new, share)
     measured = torch.stack([log_lr, steps, torch.lerp(average_length, squared_length, rate)])
-    return log_lr.exp() * (steps > 0), measured
+    return log_lr.exp(), measured
 
 
 def _squared_length(x_hat: Tensor, parameters: Tensor) -> Tensor:
