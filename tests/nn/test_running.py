@@ -34,7 +34,8 @@ class Formula:
     def step(self, x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
         """Output, and the gradients of x, γ and β."""
         self.t += 1
-        rate, slow = (max(1 - (1 - self.momentum) ** (len(x) / images), 1 / self.t) for images in (10, 100))
+        n = x.numel() / x.shape[1]
+        rate, slow = (max(1 - (1 - self.momentum) ** size, 1 / self.t) for size in (n / 20, len(x) / 100))
         moments = reference.channel_moments(x)
         self.recent = self.mixed(*self.recent, *moments, max(rate, self.disagreement(*moments)))
         self.running = self.mixed(*self.running, *moments, slow)
@@ -47,7 +48,6 @@ class Formula:
         grad = grad * reference.per_image(factors, x)
         dims = [0, *range(2, x.dim())]
         sum_weight, sum_bias = (grad * x_hat).sum(dims), grad.sum(dims)
-        n = x.numel() / x.shape[1]
         self.a = (1 - rate) * self.a + rate * sum_bias / n
         self.b = (1 - rate) * self.b + rate * sum_weight / n
         pulled = grad - reference.per_channel(self.a, x) - x_hat * reference.per_channel(self.b, x)
@@ -143,7 +143,7 @@ def test_statistics_of_the_first_batches_are_their_mean():
 
 
 def test_the_same_images_in_smaller_batches_are_forgotten_at_the_same_rate():
-    """After the start, what is left of old statistics depends on the number of images alone."""
+    """After the start, what is left of old statistics depends on the number of values, or of images, alone."""
     recent, running = [], []
     for size in (1, 2, 4):
         layer = RunningBatchNorm2d(2).double()
@@ -155,7 +155,7 @@ def test_the_same_images_in_smaller_batches_are_forgotten_at_the_same_rate():
             layer(torch.tensor([1.0, -1.0] * 4 * size).double().view(size, 2, 2, 2))
         recent.append(layer.recent_mean[0].item())
         running.append(layer.running_mean[0].item())
-    assert recent == pytest.approx([0.5 * 0.9**0.8] * 3)
+    assert recent == pytest.approx([0.5 * 0.9**1.6] * 3)
     assert running == pytest.approx([0.5 * 0.9**0.08] * 3)
 
 

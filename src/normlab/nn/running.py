@@ -10,25 +10,26 @@ from ..kernels.ops import GradientMemory, normalize_with_memory
 from . import functional as F
 from .base import RunningStatistics, recomputing, remember, settle
 
-# The number of new images of which `momentum` is the weight, in the statistics of training and in those of evaluation.
-RECENT, LONG = 10, 100
+# What `momentum` is the weight of: so many new values a channel in the statistics of training, so many new images in
+# those of evaluation.
+RECENT_VALUES, LONG_IMAGES = 20, 100
 
 
 class RunningBatchNorm2d(RunningStatistics):
     """Running batch norm of (N, C, H, W): y = γ (x − μ) / √(σ² + eps) + β, per channel.
 
-    μ and σ² are running statistics. In training they are those of the last hundred images or so, `recent_mean` and
-    `recent_var`, which this batch enters first. A batch of N images, the t-th, with mean m and biased variance v, has
-    the share
+    μ and σ² are running statistics. In training they are `recent_mean` and `recent_var`, which this batch enters first.
+    The t-th batch, of n = N·H·W values a channel with mean m and biased variance v, has the share
 
-        w = max(α, 1/t, d)          α = 1 − (1 − momentum)^(N/10)
+        w = max(α, 1/t, d)          α = 1 − (1 − momentum)^(n/20)
         μ' = μ + w(m − μ)           σ²' = (1−w)σ² + w v + w(1−w)(m − μ)²
 
-    so that they reach back as many images at any batch size. d is above 0 only where the weights have moved so fast
-    that the statistics lag behind: with q the mean over channels of (v + (m − μ)²) / (σ² + eps), each counted as 16 at
-    most, d = (q/2.5 − 1) / (q − 1) for q > 2.5, which brings the mean square of the normalised batch back to 2.5.
-    In evaluation μ and σ² are those of the last thousand images or so, `running_mean` and `running_var`, with
-    N/100 in the place of N/10, and d = 0.
+    so that they reach back as far as it takes to have some two hundred values: where maps are large this batch has them
+    and the statistics are its own, as in batch norm; a map of one pixel is normalised by the last two hundred images,
+    whatever the batch size. d is above 0 only where the weights have moved so fast that the statistics lag behind: with
+    q the mean over channels of (v + (m − μ)²) / (σ² + eps), each counted as 16 at most, d = (q/2.5 − 1) / (q − 1) for
+    q > 2.5, which brings the mean square of the normalised batch back to 2.5. In evaluation μ and σ² are those of the
+    last thousand images or so, `running_mean` and `running_var`: with N/100 in the place of n/20, and d = 0.
 
     The gradient is batch norm's, with moving averages A and B (rates max(α, 1/t)) in the place of the two means that a
     small batch knows too badly:
@@ -52,7 +53,8 @@ class RunningBatchNorm2d(RunningStatistics):
     Args:
         num_features: C.
         eps: added to the variance.
-        momentum: weight of 10 new images in the recent statistics, of 100 in the running ones, above 0, below 1.
+        momentum: weight of 20 new values in the recent statistics, of 100 new images in the running ones; above 0,
+            below 1.
         affine: learn γ and β.
         device: of parameters and statistics.
         dtype: of the parameters.
@@ -121,13 +123,18 @@ class RunningBatchNorm2d(RunningStatistics):
     def _updated(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Recent mean and variance with this batch in them, which are kept, and the rate of the moving averages."""
         if recomputing():  # they are in already
-            return self.recent_mean, self.recent_var, self._rate(x, RECENT, self.num_batches_tracked)
+            return (
+                self.recent_mean,
+                self.recent_var,
+                self._rate(x.numel() / x.shape[1] / RECENT_VALUES, self.num_batches_tracked),
+            )
         batches = self.num_batches_tracked + 1
-        rate = self._rate(x, RECENT, batches)
+        rate = self._rate(x.numel() / x.shape[1] / RECENT_VALUES, batches)
         var, mean = torch.var_mean(x.to(self.running_mean.dtype), (0, *range(2, x.dim())), correction=0)
         share = F.share_of_batch(mean, var, self.recent_mean, self.recent_var, rate, self.eps)
         recent = F.take_in(mean, var, self.recent_mean, self.recent_var, share)
-        running = F.take_in(mean, var, self.running_mean, self.running_var, self._rate(x, LONG, batches))
+        slow = self._rate(x.shape[0] / LONG_IMAGES, batches)
+        running = F.take_in(mean, var, self.running_mean, self.running_var, slow)
         buffers = (self.recent_mean, self.recent_var, self.running_mean, self.running_var, self.num_batches_tracked)
         remember(*zip(buffers, (*recent, *running, batches), strict=True))
         return *recent, rate
@@ -136,9 +143,9 @@ class RunningBatchNorm2d(RunningStatistics):
         names = GradientMemory._fields
         return GradientMemory(*(getattr(self, f"gradient_{name}") for name in names))
 
-    def _rate(self, x: Tensor, images: int, batches: Tensor) -> Tensor:
+    def _rate(self, size: float, batches: Tensor) -> Tensor:
         """max(α, 1/t): the mean of the first batches, then a moving average."""
-        alpha = 1 - (1 - self.momentum) ** (x.shape[0] / images)
+        alpha = 1 - (1 - self.momentum) ** size
         return batches.to(self.running_mean.dtype).reciprocal().clamp(min=alpha)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
