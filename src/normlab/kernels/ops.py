@@ -181,7 +181,7 @@ class _NormalizeWithMemory(torch.autograd.Function):
         given = sums * PARAMETER_SHARE
         if pull is not None:
             given = torch.addcmul(given, parameters, pull)
-        push = given + memory.push if moved is None else given + memory.push * (moved == 0)
+        push = memory.push if moved is None else given + memory.push * (moved == 0)
         finite = sums.isfinite().all()
         for kept, new in zip(memory, (average, parameters, push, measured), strict=True):
             kept.copy_(torch.where(finite, new, kept))

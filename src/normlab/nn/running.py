@@ -37,7 +37,7 @@ class RunningBatchNorm2d(RunningStatistics):
         ∂L/∂x = γ/√(σ²'+eps) · (g − A − x̂ B)        A ≈ mean g, B ≈ mean g x̂
 
     with three restraints, for at a high learning rate a small batch drives γ, β and the layer above without limit.
-    Each image's gradient is bounded, so that no image moves γ and β by more than `step_bound` of their size; γ and β
+    Each image's gradient g is bounded: times the learning rate it is no longer than `step_bound` times (γ, β); γ and β
     learn at a tenth of the learning rate; and while the bound is met and the output is so large that a linear layer
     above overshoots, γ and β are pulled towards 0. The learning rate is measured, by how far γ and β have moved, so
     that neither it nor the scale of the loss need be known. `normlab.kernels.ops.normalize_with_memory` has the
@@ -122,14 +122,11 @@ class RunningBatchNorm2d(RunningStatistics):
 
     def _updated(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Recent mean and variance with this batch in them, which are kept, and the rate of the moving averages."""
+        values = x.numel() / x.shape[1]
         if recomputing():  # they are in already
-            return (
-                self.recent_mean,
-                self.recent_var,
-                self._rate(x.numel() / x.shape[1] / RECENT_VALUES, self.num_batches_tracked),
-            )
+            return self.recent_mean, self.recent_var, self._rate(values / RECENT_VALUES, self.num_batches_tracked)
         batches = self.num_batches_tracked + 1
-        rate = self._rate(x.numel() / x.shape[1] / RECENT_VALUES, batches)
+        rate = self._rate(values / RECENT_VALUES, batches)
         var, mean = torch.var_mean(x.to(self.running_mean.dtype), (0, *range(2, x.dim())), correction=0)
         share = F.share_of_batch(mean, var, self.recent_mean, self.recent_var, rate, self.eps)
         recent = F.take_in(mean, var, self.recent_mean, self.recent_var, share)
@@ -140,8 +137,7 @@ class RunningBatchNorm2d(RunningStatistics):
         return *recent, rate
 
     def _memory(self) -> GradientMemory:
-        names = GradientMemory._fields
-        return GradientMemory(*(getattr(self, f"gradient_{name}") for name in names))
+        return GradientMemory(*(getattr(self, f"gradient_{name}") for name in GradientMemory._fields))
 
     def _rate(self, size: float, batches: Tensor) -> Tensor:
         """max(α, 1/t): the mean of the first batches, then a moving average."""
