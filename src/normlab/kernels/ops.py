@@ -9,7 +9,9 @@ from torch import Tensor
 # The learning rate is the geometric mean of what this many steps, about, show it to be.
 STEPS_REMEMBERED = 100
 # γ and β learn at this share of the learning rate: their gradient is a sum over all positions, and noisy.
-PARAMETER_SHARE = 0.1
+PARAMETER_SHARE = 0.3
+# The least cosine between a step and its gradient at which the step is taken to be along it.
+ALONG = 0.99
 # How much of γ and β is taken away in a step in which every image meets the bound.
 PULL = 0.1
 
@@ -18,14 +20,16 @@ class GradientMemory(NamedTuple):
     """What `normalize_with_memory` keeps of the backward passes so far.
 
     Attributes:
-        average: moving averages of g x̂ and of g, (2, C).
+        average: moving averages of g x̂ and of g, (2, C), without the last batch.
+        latest: the means of g x̂ and of g over the last batch, (2, C).
         parameters: γ and β at the last backward pass, (2, C).
         push: the gradient they were given, summed over the backward passes since they last moved, (2, C).
-        measured: the learning rate's logarithm, the steps it is known from, and the moving average of the squared
-            length of an image's output, (3,).
+        measured: the learning rate's logarithm; the steps it is known from; the moving averages of the squared length
+            of an image's output and of the length of a step over its gradient's; the last batch's rate, (5,).
     """
 
     average: Tensor
+    latest: Tensor
     parameters: Tensor
     push: Tensor
     measured: Tensor
@@ -33,8 +37,8 @@ class GradientMemory(NamedTuple):
     @classmethod
     def empty(cls, channels: int, device: torch.device | str | None = None) -> "GradientMemory":
         """That of no backward pass."""
-        zeros = partial(torch.zeros, device=device)
-        return cls(zeros(2, channels), zeros(2, channels), zeros(2, channels), zeros(3))
+        zeros = partial(torch.zeros, 2, channels, device=device)
+        return cls(zeros(), zeros(), zeros(), zeros(), torch.zeros(5, device=device))
 
 
 def normalize_with_share(
@@ -115,12 +119,17 @@ def normalize_with_memory(
         g ← g · min(1, step_bound · s / (η ‖g of the image‖))        s = max(√C, ‖(γ, β)‖)
         A ← A + rate (Σg/n − A)         B ← B + rate (Σ g x̂/n − B)
         ∂L/∂x = γ/√(var+eps) · (g − A − x̂ B)
-        ∂L/∂γ = Σ g x̂/10 + k γ          ∂L/∂β = Σ g/10 + k β
+        ∂L/∂γ = .3 Σ g x̂ + k γ          ∂L/∂β = .3 Σ g + k β
 
-    where A and B at a rate of 1 are batch norm's. η is the learning rate. It is measured, by how far γ and β have moved
-    after they were pushed by their gradient: the geometric mean over the last steps, so that a step that was clipped,
-    and one that momentum made long, count as one step each. Before the first step it is taken to be 1. Without
-    `step_bound`, and where γ and β are absent or frozen, nothing is bounded and k = 0. Otherwise
+    where A and B at a rate of 1 are batch norm's. What A and B take from a batch in one step they must give back in the
+    others, and a step whose gradient is clipped is a short one: so before the next batch the rate of the last one is
+    multiplied by the length of its step over their average. A step that is not along the gradient (momentum, an
+    adaptive optimizer) says nothing of this and counts as an average one.
+
+    η is the learning rate. It is measured, by how far γ and β have moved after they were pushed by their gradient: the
+    geometric mean over the last steps, so that a step that was clipped, and one that momentum made long, count as one
+    step each. Before the first step it is taken to be 1. Where γ and β are absent or frozen nothing is measured, and
+    there and without `step_bound` nothing is bounded and k = 0. Otherwise
 
         k = (b/10η) (1 − N/(ηH)) where ηH > N, else 0
 
@@ -145,7 +154,7 @@ def normalize_with_memory(
 
 class _NormalizeWithMemory(torch.autograd.Function):
     @staticmethod
-    def forward(x, mean, var, weight, bias, rate, average, parameters, push, measured, step_bound, eps):
+    def forward(x, mean, var, weight, bias, rate, average, latest, parameters, push, measured, step_bound, eps):
         return _scale_and_shift(x, mean, (var + eps).rsqrt_(), weight, bias)
 
     @staticmethod
@@ -165,45 +174,68 @@ class _NormalizeWithMemory(torch.autograd.Function):
         inverse = (var + ctx.eps).rsqrt()
         grad = grads[0].to(mean.dtype)
         x_hat = (x - mean.view(along)).mul_(inverse.view(along))
-        parameters, measured, moved, pull = memory.parameters, memory.measured, None, None
-        if ctx.step_bound is not None and all(ctx.needs_input_grad[3:5]):
+        average, parameters, push = memory.average, memory.parameters, memory.push
+        log_lr, steps, squared_length, step_length, last_rate = memory.measured.unbind()
+        given_more = 0.0
+        if all(ctx.needs_input_grad[3:5]):
             parameters = torch.stack([weight, bias]).to(mean.dtype)
-            moved = (parameters - memory.parameters).norm()
-            lr, measured = _measure(memory, moved, _squared_length(x_hat, parameters), rate)
-            size = parameters.norm().clamp(min=x.shape[1] ** 0.5)
-            excess = grad.flatten(1).norm(dim=1) * (lr / (size * ctx.step_bound))
-            grad = grad / excess.clamp(min=1).view(-1, *[1] * (x.dim() - 1))
-            tiny = torch.finfo(lr.dtype).tiny
-            overshoot = 1 - len(x) / (lr * measured[2]).clamp(min=tiny)
-            pull = (excess > 1).to(lr.dtype).mean() * overshoot.clamp(min=0) * PULL / lr.clamp(min=tiny)
+            step = _Step.between(memory, parameters)
+            log_lr, steps = step.enter(log_lr, steps)
+            last_rate, step_length = step.weigh(last_rate, step_length)
+            squared_length = torch.lerp(squared_length, _squared_length(x_hat, parameters), rate)
+            push = push * step.waits
+            if ctx.step_bound is not None:
+                lr = log_lr.exp()
+                size = parameters.norm().clamp(min=x.shape[1] ** 0.5)
+                excess = grad.flatten(1).norm(dim=1) * (lr / (size * ctx.step_bound))
+                grad = grad / excess.clamp(min=1).view(-1, *[1] * (x.dim() - 1))
+                tiny = torch.finfo(lr.dtype).tiny
+                overshoot = 1 - len(x) / (lr * squared_length).clamp(min=tiny)
+                given_more = (excess > 1).to(lr.dtype).mean() * overshoot.clamp(min=0) * PULL / lr.clamp(min=tiny)
         sums = torch.stack([(grad * x_hat).sum(dims), grad.sum(dims)])
-        average = torch.lerp(memory.average, sums * (x.shape[1] / x.numel()), rate)
-        given = sums * PARAMETER_SHARE
-        if pull is not None:
-            given = torch.addcmul(given, parameters, pull)
-        push = memory.push if moved is None else given + memory.push * (moved == 0)
+        latest = sums * (x.shape[1] / x.numel())
+        average = torch.lerp(average, memory.latest, last_rate)
+        subtracted = torch.lerp(average, latest, rate)
+        given = torch.add(sums * PARAMETER_SHARE, parameters * given_more)
+        measured = torch.stack([log_lr, steps, squared_length, step_length, rate.to(log_lr.dtype)])
         finite = sums.isfinite().all()
-        for kept, new in zip(memory, (average, parameters, push, measured), strict=True):
+        for kept, new in zip(memory, (average, latest, parameters, push + given, measured), strict=True):
             kept.copy_(torch.where(finite, new, kept))
         scale = inverse if weight is None else inverse * weight
-        grad_x = x_hat.mul_((scale * average[0]).view(along)).add_((scale * average[1]).view(along)).neg_()
+        grad_x = x_hat.mul_((scale * subtracted[0]).view(along)).add_((scale * subtracted[1]).view(along)).neg_()
         grad_x.addcmul_(grad, scale.view(along))
         grad_weight = given[0] if ctx.needs_input_grad[3] else None
         grad_bias = given[1] if ctx.needs_input_grad[4] else None
-        return grad_x.to(x.dtype), None, None, grad_weight, grad_bias, *[None] * 7
+        return grad_x.to(x.dtype), None, None, grad_weight, grad_bias, *[None] * 8
 
 
-def _measure(memory: GradientMemory, moved: Tensor, squared_length: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-    """The learning rate, 1 until it shows, and what `memory.measured` becomes."""
-    log_lr, steps, average_length = memory.measured.unbind()
-    pushed = memory.push.norm()
-    shows = (moved > 0) & (pushed > 0)
-    steps = steps + shows
-    new = torch.where(shows, moved / pushed, 1).log()
-    share = steps.clamp(min=1).reciprocal().clamp(min=1 / STEPS_REMEMBERED) * shows
-    log_lr = torch.lerp(log_lr, new, share)
-    measured = torch.stack([log_lr, steps, torch.lerp(average_length, squared_length, rate)])
-    return log_lr.exp(), measured
+class _Step(NamedTuple):
+    """How γ and β have moved since the last backward pass: all 0-d."""
+
+    waits: Tensor  # they have not: gradients are being accumulated
+    shows: Tensor  # they have, and were pushed
+    along: Tensor  # and along the gradient
+    length: Tensor  # how far, over the length of the gradient; 1 if it does not show
+
+    @classmethod
+    def between(cls, memory: GradientMemory, parameters: Tensor) -> "_Step":
+        moved = parameters - memory.parameters
+        far, pushed = moved.norm(), memory.push.norm()
+        shows = (far > 0) & (pushed > 0)
+        along = shows & ((moved * memory.push).sum() < -ALONG * far * pushed)
+        return cls(far == 0, shows, along, torch.where(shows, far / pushed, 1))
+
+    def enter(self, log_lr: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """The logarithm of the learning rate with this step in it, 0 until one shows it; the number of steps."""
+        steps = steps + self.shows
+        share = steps.clamp(min=1).reciprocal().clamp(min=1 / STEPS_REMEMBERED) * self.shows
+        return torch.lerp(log_lr, self.length.log(), share), steps
+
+    def weigh(self, rate: Tensor, step_length: Tensor) -> tuple[Tensor, Tensor]:
+        """The rate at which a batch enters moving averages, times the length of its step over the average length."""
+        new = torch.where(step_length > 0, torch.lerp(step_length, self.length, rate), self.length)
+        new = torch.where(self.along, new, step_length)
+        return rate * torch.where(self.along, self.length / new, 1), new
 
 
 def _squared_length(x_hat: Tensor, parameters: Tensor) -> Tensor:

@@ -11,12 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A batch disagrees with running statistics when its mean square, normalised by them, is above this; it should be 1, and
-# a single image with much ink in it may well have 2.
-DISAGREEMENT = 2.5
-# No channel counts as more than this: a few that have come to life are no disagreement.
-LARGEST_SQUARE = 16.0
-
 
 class RunningState(NamedTuple):
     """What running batch norm remembers: per channel `mean` and `var`, (C,), and `total`, their weight, 0-d."""
@@ -124,32 +118,27 @@ def update_running(x: Tensor, state: RunningState, alpha: float) -> tuple[Runnin
     return RunningState(batch_mean - beside, var, total), share
 
 
-def share_of_batch(
-    batch_mean: Tensor, batch_var: Tensor, mean: Tensor, var: Tensor, rate: Tensor, eps: float
-) -> Tensor:
-    """The share of a new batch in running statistics: `rate`, or more where they disagree with it. 0-d.
+def adapted_share(share: Tensor, innovation: Tensor, last: Tensor, gain: Tensor) -> Tensor:
+    """The share w of a batch in running statistics, moved by how this batch and the last one depart from them.
 
-    With batch mean m and batch variance v:
+        log w ← log w + gain · cos(e, e')
 
-        q = mean over channels of min(16, (v + (m − μ)²) / (σ² + eps))
-        d = (q/2.5 − 1) / (q − 1) where q > 2.5, else 0         w = max(rate, d)
-
-    q is the mean square of the batch as the statistics up to now would normalise it. It is about 1 where they hold, and
-    more when the layers below have changed faster than the statistics follow; a share of d brings it to 2.5. Pooled
-    over channels it is known well also from one image.
+    e is how far the mean of a batch lies from the running mean before it, per channel: the innovation. While the layers
+    below move, the running mean lags, successive innovations point the same way, and w grows. Where nothing moves they
+    point apart, the more so the larger w, and w falls. In between they are uncorrelated, which marks the share whose
+    running mean is closest to the true one: the more images a batch has and the larger its maps, the larger it is.
 
     Args:
-        batch_mean: m, (C,).
-        batch_var: v, (C,).
-        mean: μ, (C,).
-        var: σ², (C,).
-        rate: 0-d, above 0, to 1.
-        eps: added to the variance.
+        share: w, 0-d, above 0.
+        innovation: e of this batch, (C,).
+        last: e' of the batch before, (C,).
+        gain: 0-d.
+
+    Source: Mehra 1970, "On the Identification of Variances and Adaptive Kalman Filtering": the gain of a Kalman filter
+    is best where innovations are white.
     """
-    distance = batch_mean - mean
-    square = ((batch_var + distance * distance) / (var + eps)).clamp(max=LARGEST_SQUARE).mean()
-    catch_up = (square / DISAGREEMENT - 1) / (square - 1).clamp(min=DISAGREEMENT - 1)
-    return torch.maximum(rate, catch_up)
+    lengths = (innovation.norm() * last.norm()).clamp(min=torch.finfo(share.dtype).tiny)
+    return share * ((innovation * last).sum() / lengths * gain).exp()
 
 
 def take_in(batch_mean: Tensor, batch_var: Tensor, mean: Tensor, var: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
