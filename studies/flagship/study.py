@@ -2,6 +2,7 @@
 
     python studies/flagship/study.py screen  [--batch-sizes 2 1 …] [--norms …]    # one seed, few images, all settings
     python studies/flagship/study.py confirm [--data fashion-mnist] …             # best two settings, all images, seeds
+    python studies/flagship/study.py bars                                         # running against group, high rates
     python studies/flagship/study.py table                                        # what there is, as tables.md
 
 A setting is a learning rate, a schedule and whether the gradient's norm is clipped at 1. `screen` tries all of them on
@@ -53,6 +54,15 @@ def confirmation(groups: list[Group], norms: Iterable[str], batch_sizes: Iterabl
     return trials
 
 
+def high_rates() -> list[Trial]:
+    """Batch 2 at constant rates at which others diverge, on all images; at 1 also clipped."""
+    settings = [(0.4, None), (1.0, None), (1.0, 1.0)]
+    return [
+        Trial(norm, 2, lr, seed, schedule="constant", clip=clip)
+        for (lr, clip), seed, norm in itertools.product(settings, range(3), ("running", "group"))
+    ]
+
+
 def run(trials: list[Trial], store: RunStore, data_dir: str | None, workers: int) -> None:
     """Those that the store does not hold yet."""
     kept = {record["key"] for record in store.read() if record["status"] != "failed"}
@@ -101,7 +111,7 @@ def _share_cell(groups: list[Group]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["screen", "confirm", "table"])
+    parser.add_argument("part", choices=["screen", "confirm", "bars", "table"])
     parser.add_argument("--norms", nargs="+", default=NORMS_STUDIED, choices=list(NORMS))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
     parser.add_argument("--data", default="mnist")
@@ -114,6 +124,8 @@ def main() -> None:
     elif a.part == "confirm":
         trials = confirmation(summarize(screened.read()), a.norms, a.batch_sizes, a.data)
         run(trials, RunStore(FOLDER / f"confirm-{a.data}.jsonl"), a.data_dir, a.workers)
+    elif a.part == "bars":
+        run(high_rates(), RunStore(FOLDER / "bars.jsonl"), a.data_dir, a.workers)
     write_whole(FOLDER / "tables.md", tables().encode())
 
 
