@@ -90,6 +90,15 @@ static Rule make_rule(const Hp& h) {
   r.gate = h("gate", 0);
   r.pf = h("pf", 0);
   r.pb = h("pb", 0);
+  r.gcap = h("gcap", 0);
+  r.gpow = h("gpow", 0);
+  r.kal = h("kal", 0);
+  r.cw = h("cw", 0);
+  r.kcos = h("kcos", 0);
+  r.kfloor = h("kfloor", 0.00105);
+  r.kback = h("kback", 0);
+  r.kceil = h("kceil", 1);
+  r.tau = h("tau", 0);
   return r;
 }
 static void normf(Norm& n, const float* a, float* y, int B, int P, const Rule& R, Mode m, int li) {
@@ -145,6 +154,25 @@ static void normf(Norm& n, const float* a, float* y, int B, int P, const Rule& R
     } else {
       n.t++;
       double rate = max(1 - pow(1 - R.rf, pow(P, R.pf)), 1 / n.t);
+      if (R.kal > 0) {
+        if (n.kprev.empty()) n.kprev.assign(C, 0);
+        double num = 0, d2 = 0, p2 = 0;
+        for (int c = 0; c < C; c++) {
+          float u = (mean[c] - n.mu[c]) / sqrtf(n.var[c] + EPS);
+          num += u * n.kprev[c];
+          p2 += n.kprev[c] * n.kprev[c];
+          d2 += R.kcos > 0 ? u * u : min(25.f, u * u);
+          n.kprev[c] = u;
+        }
+        if (R.kcos > 0)
+          n.kden = sqrt(d2 * p2);
+        else
+          n.kden += max(.02, 1 / n.t) * (d2 - n.kden);
+        if (n.t > 2) n.kla += (R.kcos > 1 ? R.kal : max(R.kal, 1 / n.t)) * max(-1., min(1., num / max(n.kden, 1e-12)));
+        n.kla = min(log(R.kceil), max(log(R.kfloor), n.kla));
+        rate = max(exp(n.kla), 1 / n.t);
+        n.ksum += rate;
+      }
       double share = rate;
       if (R.norm == "running") {
         float q = 0;
@@ -292,15 +320,29 @@ static void normb(Norm& n, float* g, const float* a, float* da, int B, int P, co
       for (int c = 0; c < C; c++) g[i * C + c] = o[c];
     }
   }
+  double G0 = R.glr * pow(P, -R.gpow);
+  if (R.gcap > 0) G0 *= min(1., R.gcap / lr);
   for (int c = 0; c < C; c++) s1[c] = s2[c] = 0;
   for (int i = 0; i < N; i++)
     for (int c = 0; c < C; c++) {
       s1[c] += g[i * C + c];
       s2[c] += g[i * C + c] * (a[i * C + c] - n.um[c]) * n.inv[c];
     }
+  {
+    double q = 0, z = 0;
+    for (int c = 0; c < C; c++) {
+      q += s1[c] * s1[c] + s2[c] * s2[c];
+      z += n.g[c] * n.g[c] + n.b[c] * n.b[c];
+    }
+    double r = lr * sqrt(q / max(z, (double)C));
+    n.nr++;
+    n.rbar += max(.01, 1 / n.nr) * (r - n.rbar);
+    n.rmean += r;
+    if (R.tau > 0) G0 *= min(1., R.tau / (n.rbar + 1e-30));
+  }
   for (int c = 0; c < C; c++) {
-    n.gb[c] = (R.wh > 0 ? sg1 : s1)[c] * R.glr;
-    n.gg[c] = (R.wh > 0 ? sg2 : s2)[c] * R.glr;
+    n.gb[c] = (R.wh > 0 ? sg1 : s1)[c] * G0;
+    n.gg[c] = (R.wh > 0 ? sg2 : s2)[c] * G0;
   }
   if (R.c2 > 0) {
     double q0 = 0;
@@ -362,8 +404,30 @@ static void normb(Norm& n, float* g, const float* a, float* da, int B, int P, co
       }
     }
   }
-  double rate = R.norm == "batch" ? 1 : max(1 - pow(1 - R.rb, pow(P, R.pb)), 1 / (++n.tb));
+  double rate = R.norm == "batch" ? 1 : R.kback > 0 ? exp(n.kla) : max(1 - pow(1 - R.rb, pow(P, R.pb)), 1 / (++n.tb));
   float k1[64], k2[64], k0[64];
+  if (R.cw > 0) {
+    if (n.A0.empty()) {
+      n.A0.assign(C, 0);
+      n.B0 = n.pA = n.pB = n.A0;
+    }
+    if (n.tb > 1 || R.kback) {
+      n.sden += max(.01, 1 / n.tb) * (g_s - n.sden);
+      n.sden = max(n.sden, 1e-9);
+      double f = g_s / n.sden;
+      for (int c = 0; c < C; c++) {
+        n.A0[c] += n.prate * (f * n.pA[c] - n.A0[c]);
+        n.B0[c] += n.prate * (f * n.pB[c] - n.B0[c]);
+      }
+    }
+    for (int c = 0; c < C; c++) {
+      n.A[c] = n.A0[c];
+      n.Bv[c] = n.B0[c];
+      n.pA[c] = s1[c] / N;
+      n.pB[c] = s2[c] / N;
+    }
+    n.prate = rate;
+  }
   for (int c = 0; c < C; c++) {
     n.A[c] += rate * (s1[c] / N - n.A[c]);
     n.Bv[c] += rate * (s2[c] / N - n.Bv[c]);

@@ -1,4 +1,5 @@
-// Screens rules for running batch norm: the lesson's net, plain SGD, every option NAME=VALUE of the command line; see NOTES.md.
+// Screens rules for running batch norm: the lesson's net, plain SGD, every option NAME=VALUE of the command line; see
+// NOTES.md.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -53,7 +54,10 @@ struct Norm {  // state of one norm
   double tb = 0;
   V inv, um, uv;  // used in forward
   V ivs;          // group norm
-  double H = 0, dshare = 0, dq = 0, dex = 0, dn = 0;
+  V A0, B0, pA, pB;
+  double sden = 0, prate = 1, kden = 0, kla = 0, ksum = 0;
+  V kprev;
+  double rbar = 0, nr = 0, rmean = 0, H = 0, dshare = 0, dq = 0, dex = 0, dn = 0;
   V extra, extra2, M, S, GM, GS, gq;
   double gt = 0;
   void init(int c) {
@@ -76,6 +80,7 @@ struct Norm {  // state of one norm
     extra2.assign(c, 0);
   }
 };
+static thread_local double g_s = 1;
 enum Mode { TRAIN, EVAL, MEASURE, SLOW };
 struct Rule {
   string norm;
@@ -85,7 +90,8 @@ struct Rule {
   double fm, blockmin;
   double rfp;
   double varfloor;
-  double gp, gw, wh, whr, whp, s0, rho, last, fl, g2, c2, hm, gate, pf, pb;
+  double gp, gw, wh, whr, whp, s0, rho, last, fl, g2, c2, hm, gate, pf, pb, cw, kcos, kal, kfloor, kback, kceil, gcap,
+      gpow, tau;
 };
 
 template <int K, int CI, int CO, int H>
@@ -428,9 +434,10 @@ static Out run(const Data& tr, const Data& va, const Hp& hp, double lr, int seed
               q += n->g[c] * n->g[c];
               u += n->b[c] * n->b[c];
             }
-            printf(" | sh %.3f q %.2f ex %.2f |g| %.1e g %.2f b %.2f", n->dshare / every, n->dq / every,
-                   n->dex / every / B, n->dn / every / B, sqrt(q / n->C), sqrt(u / n->C));
-            n->dshare = n->dq = n->dex = n->dn = 0;
+            printf(" | al %.4f r %.4f sh %.3f q %.2f ex %.2f |g| %.1e g %.2f b %.2f", n->ksum / every, n->rmean / every,
+                   n->dshare / every, n->dq / every, n->dex / every / B, n->dn / every / B, sqrt(q / n->C),
+                   sqrt(u / n->C));
+            n->ksum = n->rmean = n->dshare = n->dq = n->dex = n->dn = 0;
           }
           double q = 0;
           for (auto& w : net->L)
@@ -439,6 +446,25 @@ static Out run(const Data& tr, const Data& va, const Hp& hp, double lr, int seed
         }
       }
       if (t >= steps * .9) tail += loss / (steps * .1);
+      if (hp("gtr", 0) > 0) {
+        static double k[3] = {0}, w5[5] = {0};
+        static int kk = 0;
+        int wi = 0;
+        net->params([&](float*, float* g, int n, int kind) {
+          double q = 0;
+          for (int i = 0; i < n; i++) q += (double)g[i] * g[i];
+          k[kind] += q;
+          if (kind == 0) w5[wi++] += q;
+        });
+        if (++kk % (int)hp("gtr", 0) == 0) {
+          double e = hp("gtr", 0);
+          printf("%d rms grad conv %.2f (%.2f %.2f %.2f %.2f %.2f) norm %.2f lin %.2f\n", kk, sqrt(k[0] / e),
+                 sqrt(w5[0] / e), sqrt(w5[1] / e), sqrt(w5[2] / e), sqrt(w5[3] / e), sqrt(w5[4] / e), sqrt(k[1] / e),
+                 sqrt(k[2] / e));
+          k[0] = k[1] = k[2] = 0;
+          for (auto& v : w5) v = 0;
+        }
+      }
       double s = 1;
       if (clip > 0) {
         double q = 0;
@@ -450,6 +476,7 @@ static Out run(const Data& tr, const Data& va, const Hp& hp, double lr, int seed
         double kp = hp("kept", .9);
         eff = hp("geo", 1) > 0 ? exp(kp * log(eff) + (1 - kp) * log(s)) : s;
       }
+      g_s = s;
       if (mom > 0) {
         vector<float*> vs;
         vel->params([&](float* p, float*, int, int) { vs.push_back(p); });
