@@ -1,0 +1,87 @@
+"""Fine-tuning at batch 1 and 2: a net with batch norm, trained on MNIST at batch 128, goes on to Fashion-MNIST.
+
+    python studies/flagship/finetune.py [--batch-sizes 2 1] [--norms …]
+
+The lesson's net is trained for one epoch with batch norm; then it gets other norms, with γ, β and, where they have them,
+the running statistics of the batch norms, and a new last layer; and it learns 5,000 images of Fashion-MNIST in one
+epoch, one-cycle, plain SGD. `frozen` is batch norm in evaluation mode whose γ and β learn; `scratch` starts running
+batch norm from nothing. Runs are kept as they end, in `finetune.jsonl`; a command started again goes on where it
+stopped.
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from normlab.study.plan import Trial
+from normlab.study.store import Record, RunStore
+from normlab.study.trial import build_learner, run_learner
+from normlab.training import Callback
+
+STORE = RunStore(Path(__file__).parent / "finetune.jsonl")
+NORMS = ("running", "batch", "frozen", "renorm", "group", "scratch")
+LRS = (0.01, 0.03, 0.1, 0.3)
+FEW_IMAGES = 5_000
+
+
+class Freeze(Callback):
+    """Keeps batch norms in evaluation mode while the rest of the net trains."""
+
+    def begin_batch(self) -> None:
+        for layer in self.learner.model.modules():
+            if isinstance(layer, _NormBase):
+                layer.eval()
+
+
+@lru_cache
+def pretrained(seed: int) -> dict[str, Tensor]:
+    """The state of the net without its last layer."""
+    learner = build_learner(Trial("batch", 128, lr=1.0, seed=seed, schedule="one-cycle"))
+    learner.fit(1)
+    last = [name for name, layer in learner.model.named_modules() if isinstance(layer, nn.Linear)][-1]
+    return {name: value for name, value in learner.model.state_dict().items() if not name.startswith(last)}
+
+
+def finetune(trial: Trial, data_dir: str | None) -> Record:
+    """Train as `trial` says; its norm may be `frozen` or `scratch`."""
+    norm = {"frozen": "batch", "scratch": "running"}.get(trial.norm, trial.norm)
+    learner = build_learner(replace(trial, norm=norm), data_dir, (Freeze(),) if trial.norm == "frozen" else ())
+    if trial.norm != "scratch":
+        learner.model.load_state_dict(deepcopy(pretrained(trial.seed)), strict=False)
+    return run_learner(trial, learner)[0]
+
+
+def trials(norms: list[str], batch_sizes: list[int]) -> Iterator[Trial]:
+    """Every setting that is not kept yet."""
+    kept = {record["key"] for record in STORE.read()}
+    for size, seed, lr, norm in itertools.product(batch_sizes, range(3), LRS, norms):
+        trial = Trial(norm, size, lr, seed, schedule="one-cycle", data="fashion_mnist", images=FEW_IMAGES)
+        if trial.key not in kept:
+            yield trial
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--norms", nargs="+", default=NORMS, choices=NORMS)
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=(2, 1))
+    parser.add_argument("--data-dir")
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    for trial in trials(a.norms, a.batch_sizes):
+        record = finetune(trial, a.data_dir)
+        STORE.append(record)
+        epochs = record["epochs"]
+        outcome = f"{epochs[-1]['valid']['accuracy']:.4f}" if epochs else record["status"]
+        print(f"{trial.norm:8} batch {trial.batch_size}  lr {trial.lr:<5g} seed {trial.seed}  {outcome}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
