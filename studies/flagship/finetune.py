@@ -2,8 +2,8 @@
 
     python studies/flagship/finetune.py [--batch-sizes 2 1] [--norms …]
 
-The lesson's net is trained for one epoch with batch norm; then it gets other norms, with γ, β and, where they have them,
-the running statistics of the batch norms, and a new last layer; and it learns 5,000 images of Fashion-MNIST in one
+The lesson's net is trained for one epoch with batch norm; then it gets other norms, with γ and β and, where they have
+any, the running statistics of its batch norms, and a new last layer; and it learns 5,000 images of Fashion-MNIST in one
 epoch, one-cycle, plain SGD. `frozen` is batch norm in evaluation mode whose γ and β learn; `scratch` starts running
 batch norm from nothing. Runs are kept as they end, in `finetune.jsonl`; a command started again goes on where it
 stopped.

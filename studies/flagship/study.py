@@ -1,12 +1,13 @@
-"""Running batch norm against every rival: the lesson's net, one epoch of plain SGD, the same settings for every norm.
+"""Running batch norm against every rival, the same settings for every norm, plain SGD.
 
     python studies/flagship/study.py screen  [--batch-sizes 2 1 …] [--norms …]    # one seed, few images, all settings
-    python studies/flagship/study.py confirm [--data fashion-mnist] …             # best two settings, all images, seeds
+    python studies/flagship/study.py confirm [--data fashion_mnist] …            # best two settings, all images, seeds
     python studies/flagship/study.py bars                                         # running against group, high rates
-    python studies/flagship/study.py table                                        # what there is, as tables.md
+    python studies/flagship/study.py table                                       # what there is, as tables, pictures
 
-A setting is a learning rate, a schedule and whether the gradient's norm is clipped at 1. `screen` tries all of them on
-MNIST alone; `confirm` takes the two best of each norm and batch size. Runs are kept as they end, in `screen.jsonl` and
+The lesson's net learns MNIST or Fashion-MNIST in one epoch, a residual net CIFAR-10 in three. A setting is a learning
+rate, a schedule and whether the gradient's norm is clipped at 1. `screen` tries all of them, on MNIST for both of its
+kind; `confirm` takes the two best of each norm and batch size. Runs are kept as they end, in `screen-DATA.jsonl` and
 `confirm-DATA.jsonl`; a command started again goes on where it stopped.
 """
 
@@ -20,6 +21,7 @@ from rich.console import Console
 from normlab.nn import NORMS
 from normlab.study.compare import make_job
 from normlab.study.executors import run_jobs
+from normlab.study.picture import write_png
 from normlab.study.plan import Trial
 from normlab.study.store import Record, RunStore, write_whole
 from normlab.study.summary import Group, best, summarize
@@ -32,12 +34,15 @@ CLIPS = (None, 1.0)
 FEW_IMAGES = 5_000  # in the screening, where a batch is small; large batches take all, which is as quick
 NORMS_STUDIED = [name for name in NORMS if name != "sync"]  # in one process sync is batch norm
 MOST_SEEDS = ("running", "group")
+SCREENED_ON = {"mnist": "mnist", "fashion_mnist": "mnist", "cifar10": "cifar10"}
+TASKS = {"mnist": {}, "fashion_mnist": {}, "cifar10": {"model": "resnet", "epochs": 3}}
 
 
-def screening(norms: Iterable[str], batch_sizes: Iterable[int]) -> list[Trial]:
+def screening(norms: Iterable[str], batch_sizes: Iterable[int], data: str) -> list[Trial]:
     """Every setting of these norms at these batch sizes."""
+    few = {"data": data, **TASKS[data], "epochs": 1}
     return [
-        Trial(norm, size, lr, 0, schedule=schedule, clip=clip, images=FEW_IMAGES if size < 32 else None)
+        Trial(norm, size, lr, 0, schedule=schedule, clip=clip, images=FEW_IMAGES if size < 32 else None, **few)
         for size, norm, lr, schedule, clip in itertools.product(batch_sizes, norms, LRS, SCHEDULES, CLIPS)
     ]
 
@@ -50,7 +55,7 @@ def confirmation(groups: list[Group], norms: Iterable[str], batch_sizes: Iterabl
         for group in sorted((g for g in screened if g.trains), key=lambda g: -g.score)[:2]:
             chosen = {name: group.settings[name] for name in ("lr", "schedule", "clip")}
             seeds = range(5 if norm in MOST_SEEDS else 3)
-            trials += [Trial(norm, size, seed=seed, data=data, **chosen) for seed in seeds]
+            trials += [Trial(norm, size, seed=seed, data=data, **TASKS[data], **chosen) for seed in seeds]
     return trials
 
 
@@ -70,16 +75,18 @@ def run(trials: list[Trial], store: RunStore, data_dir: str | None, workers: int
 
 
 def tables() -> str:
-    """Share of settings that train, and best accuracy, norm by batch size, of each store there is."""
+    """Best accuracy, and share of settings that train, norm by batch size, of each store there is; writes pictures."""
     made_by = "Made by `python studies/flagship/study.py table`. A run trains if it ends at half or more."
     parts = [f"# Results so far\n\n{made_by}\n"]
-    for path in sorted(FOLDER.glob("screen.jsonl")) + sorted(FOLDER.glob("confirm-*.jsonl")):
+    for path in sorted(FOLDER.glob("screen-*.jsonl")) + sorted(FOLDER.glob("confirm-*.jsonl")):
         records: list[Record] = RunStore(path).read()
         if records:
             groups = summarize(records)
             parts.append(f"## {path.stem}\n\nBest setting: accuracy, and what it is (lr, schedule, clipping).\n")
             parts.append(_table(groups, _best_cell))
-            if path.stem == "screen":
+            if path.stem.startswith("confirm"):
+                write_png(records, path.with_suffix(".png"))
+            else:
                 parts.append("Share of the settings that train; in brackets without clipping.\n")
                 parts.append(_table(groups, _share_cell))
     return "\n".join(parts)
@@ -114,13 +121,13 @@ def main() -> None:
     parser.add_argument("part", choices=["screen", "confirm", "bars", "table"])
     parser.add_argument("--norms", nargs="+", default=NORMS_STUDIED, choices=list(NORMS))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
-    parser.add_argument("--data", default="mnist")
+    parser.add_argument("--data", default="mnist", choices=list(TASKS))
     parser.add_argument("--data-dir")
     parser.add_argument("--workers", type=int, default=2)
     a = parser.parse_args()
-    screened = RunStore(FOLDER / "screen.jsonl")
+    screened = RunStore(FOLDER / f"screen-{SCREENED_ON[a.data]}.jsonl")
     if a.part == "screen":
-        run(screening(a.norms, a.batch_sizes), screened, None, a.workers)
+        run(screening(a.norms, a.batch_sizes, SCREENED_ON[a.data]), screened, a.data_dir, a.workers)
     elif a.part == "confirm":
         trials = confirmation(summarize(screened.read()), a.norms, a.batch_sizes, a.data)
         run(trials, RunStore(FOLDER / f"confirm-{a.data}.jsonl"), a.data_dir, a.workers)
