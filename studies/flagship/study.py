@@ -1,8 +1,8 @@
 """Running batch norm against every rival, the same settings for every norm, plain SGD.
 
-    python studies/flagship/study.py screen  [--batch-sizes 2 1 …] [--norms …]    # one seed, few images, all settings
+    python studies/flagship/study.py screen  [--batch-sizes 2 1 …] [--norms …]   # one seed, few images, all settings
     python studies/flagship/study.py confirm [--data fashion_mnist] …            # best two settings, all images, seeds
-    python studies/flagship/study.py bars                                         # running against group, high rates
+    python studies/flagship/study.py bars                                        # running against group, high rates
     python studies/flagship/study.py table                                       # what there is, as tables, pictures
 
 The lesson's net learns MNIST or Fashion-MNIST in one epoch, a residual net CIFAR-10 in three. A setting is a learning
