@@ -176,7 +176,7 @@ class _NormalizeWithMemory(torch.autograd.Function):
         x_hat = (x - mean.view(along)).mul_(inverse.view(along))
         average, parameters, push = memory.average, memory.parameters, memory.push
         log_lr, steps, squared_length, step_length, last_rate = memory.measured.unbind()
-        given_more = 0.0
+        pull = 0.0
         if all(ctx.needs_input_grad[3:5]):
             parameters = torch.stack([weight, bias]).to(mean.dtype)
             step = _Step.between(memory, parameters)
@@ -191,12 +191,12 @@ class _NormalizeWithMemory(torch.autograd.Function):
                 grad = grad / excess.clamp(min=1).view(-1, *[1] * (x.dim() - 1))
                 tiny = torch.finfo(lr.dtype).tiny
                 overshoot = 1 - len(x) / (lr * squared_length).clamp(min=tiny)
-                given_more = (excess > 1).to(lr.dtype).mean() * overshoot.clamp(min=0) * PULL / lr.clamp(min=tiny)
+                pull = (excess > 1).to(lr.dtype).mean() * overshoot.clamp(min=0) * PULL / lr.clamp(min=tiny)
         sums = torch.stack([(grad * x_hat).sum(dims), grad.sum(dims)])
         latest = sums * (x.shape[1] / x.numel())
         average = torch.lerp(average, memory.latest, last_rate)
         subtracted = torch.lerp(average, latest, rate)
-        given = torch.add(sums * PARAMETER_SHARE, parameters * given_more)
+        given = torch.add(sums * PARAMETER_SHARE, parameters * pull)
         measured = torch.stack([log_lr, steps, squared_length, step_length, rate.to(log_lr.dtype)])
         finite = sums.isfinite().all()
         for kept, new in zip(memory, (average, latest, parameters, push + given, measured), strict=True):
