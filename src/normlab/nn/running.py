@@ -44,8 +44,7 @@ class RunningBatchNorm2d(RunningStatistics):
     learn at .3 of the learning rate; and while the bound is met and the output is so large that a linear layer above
     overshoots, γ and β are pulled towards 0. The learning rate is measured, by how far γ and β have moved, so that
     neither it nor the scale of the loss need be known; a step that was clipped shows too, and counts for less in A and
-    B. `normlab.kernels.ops.normalize_with_memory` has the
-    formulas. At a usual learning rate the bound is seldom met, and with N in the hundreds this is batch norm.
+    B. `normlab.kernels.ops.normalize_with_memory` has the formulas. At a usual learning rate the bound is seldom met.
 
     The arguments are those of `torch.nn.BatchNorm2d`, and so are `weight`, `bias`, `running_mean`, `running_var` and
     `num_batches_tracked`; `share` (w), `innovation` (e) and five buffers `gradient_…` (see `GradientMemory`) come on
