@@ -105,9 +105,10 @@ def test_the_quick_convolutions_give_the_same_numbers_and_leave_no_trace():
     conv, x = torch.nn.Conv2d(8, 16, 3, 2, 1), torch.randn(2, 8, 14, 14)
     usual = conv(x)
     before = torch.backends.mkldnn.is_available(), torch.backends.mkldnn.enabled
-    with quick_convolutions(2):
+    with quick_convolutions("convnet", 2):
         assert not torch.backends.mkldnn.enabled
         torch.testing.assert_close(conv(x), usual)
     assert (torch.backends.mkldnn.is_available(), torch.backends.mkldnn.enabled) == before
-    with quick_convolutions(512):
-        assert torch.backends.mkldnn.enabled == before[1]
+    for model, size in (("convnet", 512), ("resnet", 2)):
+        with quick_convolutions(model, size):
+            assert torch.backends.mkldnn.enabled == before[1]

@@ -158,7 +158,7 @@ def run_row(row: Row, seed: int, tell: Callback | None = None) -> Record:
     layer = partial(getattr(lesson, row.layer), bn=row.bn)
     learn, run = lesson.get_learn_run(NFS, data, row.lr, layer, cbs=cbs)
     start = time.perf_counter()
-    with quick_convolutions(row.bs), redirect_stdout(StringIO()):
+    with quick_convolutions("convnet", row.bs), redirect_stdout(StringIO()):
         run.fit(row.epochs, learn)
     return make_record(
         f"{row.id}-{seed}",
