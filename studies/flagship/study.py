@@ -85,7 +85,7 @@ def tables() -> str:
             parts.append(f"## {path.stem}\n\nBest setting: accuracy, and what it is (lr, schedule, clipping).\n")
             parts.append(_table(groups, _best_cell))
             if path.stem.startswith("confirm"):
-                write_png(records, path.with_suffix(".png"))
+                write_png(records, path.with_suffix(".png"), apart=False)
             else:
                 parts.append("Share of the settings that train; in brackets without clipping.\n")
                 parts.append(_table(groups, _share_cell))

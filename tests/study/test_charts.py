@@ -22,6 +22,19 @@ def test_a_norm_has_one_colour_and_marker_and_its_variants_differ_in_the_dash():
     assert lines[0].colour == COLOURS["batch"]
 
 
+def test_a_norm_can_have_one_line_at_the_best_of_all_settings():
+    runs = [
+        record(accuracy, norm=norm, clip=clip)
+        for norm in ("batch", "mine")
+        for accuracy, clip in ((0.9, None), (0.8, 1.0))
+    ]
+    lines = series_of(summarize(runs), apart=False)
+    assert [line.label for line in lines] == ["batch", "mine"]
+    group = lines[1].best(2)
+    assert group is not None
+    assert group.settings["clip"] is None
+
+
 @pytest.mark.parametrize("well_known", [0, 1, 7, 8])
 def test_all_registered_norms_can_be_told_apart(well_known):
     """However many of those with a colour of their own are among them."""

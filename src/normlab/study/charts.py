@@ -33,7 +33,7 @@ LARGEST_LOSS = 10.0
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart: a norm, with the settings that vary other than batch size and learning rate."""
+    """One line of a chart: a norm, perhaps with some settings, at its best in all others."""
 
     label: str
     colour: str
@@ -42,13 +42,18 @@ class Series:
     groups: tuple[Group, ...]
 
     def best(self, batch_size: int) -> Group | None:
-        """The group with the best learning rate at this batch size."""
+        """The best group at this batch size."""
         return best(group for group in self.groups if group.settings["batch_size"] == batch_size)
 
 
-def series_of(groups: list[Group]) -> list[Series]:
-    """The lines of the charts: a norm has one colour and marker, its variants differ in the dash."""
-    others = [name for name in varying(groups) if name not in ("norm", "batch_size", "lr")]
+def series_of(groups: list[Group], apart: bool = True) -> list[Series]:
+    """The lines of the charts: a norm has one colour and marker, its variants differ in the dash.
+
+    Args:
+        groups: of a study.
+        apart: a line for each of the settings that vary, but for batch size and learning rate; else one for each norm.
+    """
+    others = [name for name in varying(groups) if apart and name not in ("norm", "batch_size", "lr")]
     norms = values_of(groups, "norm")
     styles = _styles(norms)
     variants = sorted({tuple((name, group.settings[name]) for name in others) for group in groups}, key=str)

@@ -12,25 +12,33 @@ from matplotlib.ticker import EngFormatter
 
 from .charts import LARGEST_LOSS, SMALLEST, Series, curve_of, error_ticks, loss_ticks, series_of
 from .store import Record, write_whole
-from .summary import conditions_of, is_number, summarize, values_of
+from .summary import conditions_of, is_number, summarize, values_of, varying
 
 
-def write_png(records: Iterable[Record], path: str | Path) -> None:
+def write_png(records: Iterable[Record], path: str | Path, *, apart: bool = True) -> None:
     """Draw accuracy against batch size, at each norm's best learning rate, and the training loss of those runs.
 
     The accuracy is drawn by its error on a logarithmic scale, so that .95 and .98 lie apart and .1 is still there.
     Runs that diverged are crosses.
 
+    Args:
+        records: of a study.
+        path: of the picture.
+        apart: a line for each of the other settings that vary; else one for each norm, at the best of them all.
+
     Raises:
         InputError: there are no records, or `path` cannot be written.
     """
     groups = summarize(records)
-    series, sizes = series_of(groups), values_of(groups, "batch_size")
+    series, sizes = series_of(groups, apart), values_of(groups, "batch_size")
     columns = min(len(sizes), 4)
     rows = math.ceil(len(sizes) / columns)
     figure = Figure(figsize=(11, 5.2 + 2.3 * rows), layout="constrained")
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[5.2, 0.3 + 2.3 * rows]).flat
-    at_best = ", at each norm's best learning rate" if len(values_of(groups, "lr")) > 1 else ""
+    chosen = {"lr"} if apart else set(varying(groups)) - {"norm", "batch_size"}
+    at_best = (
+        f", at each norm's best {'learning rate' if apart else 'setting'}" if chosen & set(varying(groups)) else ""
+    )
     above.suptitle(f"Validation accuracy{at_best}", x=0.01, ha="left", weight="bold")
     _draw_accuracy(above.subplots(), series, sizes)
     below.suptitle("Training loss of the same runs (×: diverged)", x=0.01, ha="left", weight="bold")
