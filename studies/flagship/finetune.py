@@ -11,16 +11,17 @@ stopped.
 
 import argparse
 import itertools
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
-import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from normlab.study.compare import make_job
+from normlab.study.executors import run_jobs
 from normlab.study.plan import Trial
 from normlab.study.store import Record, RunStore
 from normlab.study.trial import build_learner, run_learner
@@ -50,22 +51,14 @@ def pretrained(seed: int) -> dict[str, Tensor]:
     return {name: value for name, value in learner.model.state_dict().items() if not name.startswith(last)}
 
 
-def finetune(trial: Trial, data_dir: str | None) -> Record:
+def finetune(trial: Trial, data_dir: str | None, tell: Callback) -> Record:
     """Train as `trial` says; its norm may be `frozen` or `scratch`."""
     norm = {"frozen": "batch", "scratch": "running"}.get(trial.norm, trial.norm)
-    learner = build_learner(replace(trial, norm=norm), data_dir, (Freeze(),) if trial.norm == "frozen" else ())
+    callbacks = (tell, Freeze()) if trial.norm == "frozen" else (tell,)
+    learner = build_learner(replace(trial, norm=norm), data_dir, callbacks)
     if trial.norm != "scratch":
         learner.model.load_state_dict(deepcopy(pretrained(trial.seed)), strict=False)
     return run_learner(trial, learner)[0]
-
-
-def trials(norms: list[str], batch_sizes: list[int]) -> Iterator[Trial]:
-    """Every setting that is not kept yet."""
-    kept = {record["key"] for record in STORE.read()}
-    for size, seed, lr, norm in itertools.product(batch_sizes, range(3), LRS, norms):
-        trial = Trial(norm, size, lr, seed, schedule="one-cycle", data="fashion_mnist", images=FEW_IMAGES)
-        if trial.key not in kept:
-            yield trial
 
 
 def main() -> None:
@@ -73,14 +66,19 @@ def main() -> None:
     parser.add_argument("--norms", nargs="+", default=NORMS, choices=NORMS)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=(2, 1))
     parser.add_argument("--data-dir")
+    parser.add_argument("--workers", type=int, default=2)
     a = parser.parse_args()
-    torch.set_num_threads(1)
-    for trial in trials(a.norms, a.batch_sizes):
-        record = finetune(trial, a.data_dir)
-        STORE.append(record)
-        epochs = record["epochs"]
-        outcome = f"{epochs[-1]['valid']['accuracy']:.4f}" if epochs else record["status"]
-        print(f"{trial.norm:8} batch {trial.batch_size}  lr {trial.lr:<5g} seed {trial.seed}  {outcome}", flush=True)
+    kept = {record["key"] for record in STORE.read() if record["status"] != "failed"}
+    trials = [
+        Trial(norm, size, lr, seed, schedule="one-cycle", data="fashion_mnist", images=FEW_IMAGES)
+        for size, seed, lr, norm in itertools.product(a.batch_sizes, range(3), LRS, a.norms)
+    ]
+    jobs = [
+        replace(make_job(trial, a.data_dir), run=partial(finetune, trial, a.data_dir))
+        for trial in trials
+        if trial.key not in kept
+    ]
+    run_jobs(jobs, STORE, a.workers, Console())
 
 
 if __name__ == "__main__":
