@@ -33,7 +33,8 @@ LRS = (0.01, 0.03, 0.1, 0.3, 1.0)
 SCHEDULES = ("constant", "one-cycle")
 CLIPS = (None, 1.0)
 TWICE_CHANCE = 0.2  # of ten classes: what does not come this far in the screening is not confirmed
-FEW_IMAGES = 5_000  # in the screening, where a batch is small; large batches take all, which is as quick
+SMALL_BATCH, FEW_IMAGES = 8, 5_000  # the screening takes so many images up to this batch size, and above it:
+MORE_IMAGES = {"mnist": None, "cifar10": 20_000}
 NORMS_STUDIED = [name for name in NORMS if name != "sync"]  # in one process sync is batch norm
 MOST_SEEDS = ("running", "group")
 SCREENED_ON = {"mnist": "mnist", "fashion_mnist": "mnist", "cifar10": "cifar10"}
@@ -42,9 +43,10 @@ TASKS = {"mnist": {}, "fashion_mnist": {}, "cifar10": {"model": "resnet", "epoch
 
 def screening(norms: Iterable[str], batch_sizes: Iterable[int], data: str) -> list[Trial]:
     """Every setting of these norms at these batch sizes."""
-    few = {"data": data, **TASKS[data], "epochs": 1}
+    task = {"data": data, **TASKS[data], "epochs": 1}
+    images = {size: FEW_IMAGES if size <= SMALL_BATCH else MORE_IMAGES[data] for size in batch_sizes}
     return [
-        Trial(norm, size, lr, 0, schedule=schedule, clip=clip, images=FEW_IMAGES if size < 32 else None, **few)
+        Trial(norm, size, lr, 0, schedule=schedule, clip=clip, images=images[size], **task)
         for size, norm, lr, schedule, clip in itertools.product(batch_sizes, norms, LRS, SCHEDULES, CLIPS)
     ]
 
