@@ -51,14 +51,16 @@ def screening(norms: Iterable[str], batch_sizes: Iterable[int], data: str) -> li
     ]
 
 
-def confirmation(groups: list[Group], norms: Iterable[str], batch_sizes: Iterable[int], data: str) -> list[Trial]:
-    """The two best settings of each norm and batch size that were screened, on all images, three or five seeds."""
+def confirmation(
+    groups: list[Group], norms: Iterable[str], batch_sizes: Iterable[int], data: str, most: int
+) -> list[Trial]:
+    """The two best settings of each norm and batch size that were screened, on all images, three or `most` seeds."""
     trials = []
     for norm, size in itertools.product(norms, batch_sizes):
         screened = [g for g in groups if (g.settings["norm"], g.settings["batch_size"]) == (norm, size)]
         for group in sorted((g for g in screened if g.score > TWICE_CHANCE), key=lambda g: -g.score)[:2]:
             chosen = {name: group.settings[name] for name in ("lr", "schedule", "clip")}
-            seeds = range(5 if norm in MOST_SEEDS else 3)
+            seeds = range(most if norm in MOST_SEEDS else min(most, 3))
             trials += [Trial(norm, size, seed=seed, data=data, **TASKS[data], **chosen) for seed in seeds]
     return trials
 
@@ -126,6 +128,7 @@ def main() -> None:
     parser.add_argument("--norms", nargs="+", default=NORMS_STUDIED, choices=list(NORMS))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
     parser.add_argument("--data", default="mnist", choices=list(TASKS))
+    parser.add_argument("--seeds", type=int, default=5, help="of confirmation, at most; but for running and group, 3")
     parser.add_argument("--data-dir")
     parser.add_argument("--workers", type=int, default=2)
     a = parser.parse_args()
@@ -133,7 +136,7 @@ def main() -> None:
     if a.part == "screen":
         run(screening(a.norms, a.batch_sizes, SCREENED_ON[a.data]), screened, a.data_dir, a.workers)
     elif a.part == "confirm":
-        trials = confirmation(summarize(screened.read()), a.norms, a.batch_sizes, a.data)
+        trials = confirmation(summarize(screened.read()), a.norms, a.batch_sizes, a.data, a.seeds)
         run(trials, RunStore(FOLDER / f"confirm-{a.data}.jsonl"), a.data_dir, a.workers)
     elif a.part == "bars":
         run(high_rates(), RunStore(FOLDER / "bars.jsonl"), a.data_dir, a.workers)
