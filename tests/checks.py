@@ -1,10 +1,15 @@
 """What the tests of the norms share: inputs of many shapes, types and layouts, a step, and how results compare."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
+
+from normlab.kernels import native
 
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
@@ -79,3 +84,10 @@ def assert_close(actual: list, expected: list, tolerance: float) -> None:
 def assert_same_state(one: nn.Module, other: nn.Module) -> None:
     assert list(one.state_dict()) == list(other.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@contextmanager
+def composed() -> Iterator[None]:
+    """Inside, no compiled kernel is used."""
+    with patch.object(native, "_native", None):
+        yield

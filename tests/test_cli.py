@@ -4,9 +4,11 @@ import json
 import sys
 
 import pytest
+import torch
 
 from normlab import cli
 from normlab.data import DATASETS
+from normlab.kernels import native
 from normlab.models import MODELS
 from normlab.nn import NORMS
 from normlab.study.plan import SCHEDULES
@@ -27,6 +29,13 @@ def test_list_names_everything(monkeypatch, capsys):
     assert status == 0
     for name in (*NORMS, *MODELS, *DATASETS, *SCHEDULES):
         assert f" {name} " in out
+
+
+def test_info_says_which_kernels_are_in_use(monkeypatch, capsys):
+    status, out, _ = normlab(monkeypatch, capsys, "info")
+    assert status == 0
+    assert native.PATH in out
+    assert torch.__version__ in out
 
 
 def test_list_fits_a_terminal_of_100_columns(monkeypatch, capsys):

@@ -155,11 +155,33 @@ class List:
         return 0
 
 
+@dataclass
+class Info:
+    """Say what is installed, and whether the compiled kernels are in use, or why not."""
+
+    def run(self, console: Console) -> int:
+        import platform
+        from importlib.metadata import version
+
+        import torch
+
+        from .kernels import native
+
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        table.add_row("normlab", version("normlab"))
+        table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+        table.add_row("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
+        table.add_row("kernels", native.PATH)
+        console.print(table, highlight=False)
+        return 0
+
+
 Command = (
     Annotated[Train, arg(name="train")]
     | Annotated[Compare, arg(name="compare")]
     | Annotated[Reproduce, arg(name="reproduce")]
     | Annotated[List, arg(name="list")]
+    | Annotated[Info, arg(name="info")]
 )
 
 

@@ -1,6 +1,7 @@
 """Running batch norm equals its formula in float64, step by step, and what its formula promises holds."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import reference
-from checks import assert_close, assert_same_state, layouts, with_drawn_parameters
+from checks import assert_close, assert_same_state, composed, layouts, with_drawn_parameters
 from normlab.errors import InputError
 from normlab.nn import BatchNorm2d, RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
 
@@ -107,6 +108,7 @@ def test_steps_equal_the_formula_in_float64(data):
     momentum, lr = data.draw(st.sampled_from([0.1, 0.5])), data.draw(st.sampled_from([0.01, 1.0]))
     clip, inertia = data.draw(st.sampled_from([1e9, 0.5])), data.draw(st.sampled_from([0.0, 0.9]))
     bound = data.draw(st.sampled_from([None, 0.01, 0.1]))
+    kernels = data.draw(st.sampled_from([nullcontext, composed]))
     layer = LAYERS[dims](channels, 0.1, momentum, step_bound=bound)
     with_drawn_parameters(layer)
     if dtype == torch.float64:
@@ -120,7 +122,8 @@ def test_steps_equal_the_formula_in_float64(data):
         grad = torch.randn_like(x)
         expected = formula.step(*(value.detach().double() for value in (x, grad, layer.weight, layer.bias)))
         optimizer.zero_grad()
-        y = layer(x)
+        with kernels():
+            y = layer(x)
         y.backward(grad)
         assert_close([y.detach(), x.grad, layer.weight.grad, layer.bias.grad], expected, TOLERANCE[dtype])
         assert_close([layer.running_mean, layer.running_var], formula.running, TOLERANCE[dtype])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import check
+from ..kernels import native
 from ..kernels.ops import GradientMemory, normalize_with_memory
 from . import functional as F
 from .base import RunningStatistics, recomputing, remember, settle
@@ -111,14 +112,20 @@ class RunningBatchNorm2d(RunningStatistics):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
+        statistics, memory = self._statistics(), self._memory()
+        fast = native.takes(x, self.weight, self.bias, *statistics, *memory)
         if not self.training or x.numel() == 0:  # an empty batch has nothing to add
+            if fast:
+                return native.frozen_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
             mean, var = (F.per_channel(part, x) for part in (self.running_mean, self.running_var))
             return F.normalize(x, mean, var, self.weight, self.bias, self.eps)
+        if fast:
+            least, rate = LEAST_SHARE * self.momentum, self._rate(x)
+            numbers = native.RunningNumbers(self.momentum, self.eps, least, rate, recomputing())
+            return native.running_norm(x, self.weight, self.bias, statistics, memory, numbers, self.step_bound)
         with torch.no_grad():
             mean, var, rate = settle(*self._updated(x))
-        return normalize_with_memory(
-            x, mean, var, self.weight, self.bias, rate, self._memory(), self.step_bound, self.eps
-        )
+        return normalize_with_memory(x, mean, var, self.weight, self.bias, rate, memory, self.step_bound, self.eps)
 
     def extra_repr(self) -> str:
         options = f"eps={self.eps}, momentum={self.momentum}, affine={self.affine}, step_bound={self.step_bound}"
@@ -126,7 +133,7 @@ class RunningBatchNorm2d(RunningStatistics):
 
     def _updated(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and variance with this batch in them, which are kept, and the rate of the backward pass's averages."""
-        fixed = 1 - (1 - self.momentum) ** (x.numel() / x.shape[1] / VALUES)
+        fixed = self._rate(x)
         if recomputing():  # they are in already
             return self.running_mean, self.running_var, self._first_batches(self.num_batches_tracked, fixed)
         batches = self.num_batches_tracked + 1
@@ -136,9 +143,17 @@ class RunningBatchNorm2d(RunningStatistics):
         share = F.adapted_share(self.share, innovation, self.innovation, gain)
         share = share.clamp(LEAST_SHARE * self.momentum, 1)
         mean, var = F.take_in(batch_mean, batch_var, self.running_mean, self.running_var, share)
-        buffers = (self.running_mean, self.running_var, self.share, self.innovation, self.num_batches_tracked)
-        remember(*zip(buffers, (mean, var, share, innovation, batches), strict=True))
+        remember(*zip(self._statistics(), (mean, var, batches, share, innovation), strict=True))
         return mean, var, self._first_batches(batches, fixed)
+
+    def _rate(self, x: Tensor) -> float:
+        """The rate of the backward pass's averages, once they hold many batches."""
+        return 1 - (1 - self.momentum) ** (x.numel() / x.shape[1] / VALUES)
+
+    def _statistics(self) -> native.RunningStatistics:
+        return native.RunningStatistics(
+            self.running_mean, self.running_var, self.num_batches_tracked, self.share, self.innovation
+        )
 
     def _memory(self) -> GradientMemory:
         return GradientMemory(*(getattr(self, f"gradient_{name}") for name in GradientMemory._fields))

@@ -1,0 +1,267 @@
+// Compiled once for each instruction set: NORMLAB_LOOPS names the set's table, NORMLAB_WIDTH is its floats a register.
+#include "loops.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace normlab {
+namespace {
+
+// Two registers at a time, since each addition waits for the one before.
+constexpr int kWidth = 2 * NORMLAB_WIDTH;
+// Single precision sums over this many values are added up in double precision.
+constexpr int64_t kBlock = 4096;
+
+// For compilers that take a vector's type to be known before its width is.
+template <int W, class T>
+struct Of {
+  using type = T;
+};
+
+// W values at a time, whatever their type in memory.
+template <int W>
+struct Register {
+  typedef typename Of<W, float>::type Floats __attribute__((vector_size(4 * W)));
+  typedef typename Of<W, uint32_t>::type Words __attribute__((vector_size(4 * W)));
+  typedef typename Of<W, uint16_t>::type Shorts __attribute__((vector_size(2 * W)));
+
+  static Floats load(const float* from) {
+    Floats value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+  }
+  static Floats load(const BFloat16* from) {
+    Shorts half;
+    std::memcpy(&half, from, sizeof half);
+    Words word = __builtin_convertvector(half, Words) << 16;
+    Floats value;
+    std::memcpy(&value, &word, sizeof value);
+    return value;
+  }
+  static Floats load(const Float16* from) {
+    Floats value;
+    for (int i = 0; i < W; ++i) value[i] = static_cast<float>(from[i]);
+    return value;
+  }
+  static void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
+  static void store(BFloat16* to, Floats value) {
+    Words word;
+    std::memcpy(&word, &value, sizeof word);
+    Words rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;  // to the nearest, ties to even
+    Words quiet = (word >> 16) | 0x40;
+    Words is_nan = reinterpret_cast<Words>(value != value);
+    Shorts half = __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), Shorts);
+    std::memcpy(to, &half, sizeof half);
+  }
+  static void store(Float16* to, Floats value) {
+    for (int i = 0; i < W; ++i) to[i] = static_cast<Float16>(value[i]);
+  }
+  static double sum(Floats value) {
+    double total = 0;
+    for (int i = 0; i < W; ++i) total += value[i];
+    return total;
+  }
+};
+
+template <>
+struct Register<1> {
+  using Floats = float;
+
+  template <class T>
+  static float load(const T* from) {
+    return to_float(*from);
+  }
+  static void store(float* to, float value) { *to = value; }
+  static void store(BFloat16* to, float value) {
+    uint32_t word;
+    std::memcpy(&word, &value, sizeof word);
+    to->bits = static_cast<uint16_t>(value != value ? (word >> 16) | 0x40 : (word + 0x7fff + ((word >> 16) & 1)) >> 16);
+  }
+  static void store(Float16* to, float value) { *to = static_cast<Float16>(value); }
+  static double sum(float value) { return value; }
+};
+
+float at(float value, int) { return value; }
+template <class Floats>
+float at(const Floats& values, int i) {
+  return values[i];
+}
+
+// In each loop below a part takes as many values as it can W at a time and leaves the rest to the part of half the
+// width. In the first form these are values of a channel, from `i` to `end`; in the second channels, from `c`.
+
+template <int W, class T>
+void moments_part(const T* x, int64_t i, int64_t end, float shift, double* sums) {
+  using R = Register<W>;
+  if (i + W <= end) {
+    typename R::Floats sum = {}, squares = {};
+    for (; i + W <= end; i += W) {
+      auto d = R::load(x + i) - shift;
+      sum += d;
+      squares += d * d;
+    }
+    sums[0] += R::sum(sum);
+    sums[1] += R::sum(squares);
+  }
+  if constexpr (W > 1) moments_part<W / 2>(x, i, end, shift, sums);
+}
+
+template <class T>
+void moments(const T* x, int64_t n, float shift, float* sums) {
+  double total[2] = {};
+  for (int64_t i = 0; i < n; i += kBlock) moments_part<kWidth>(x, i, std::min(i + kBlock, n), shift, total);
+  std::copy_n(total, 2, sums);
+}
+
+template <int W, class T>
+void moments_rows_part(const T* x, int64_t n, int64_t channels, int64_t c, const float* shift, float* sums) {
+  using R = Register<W>;
+  for (; c + W <= channels; c += W) {
+    const auto m = R::load(shift + c);
+    typename R::Floats sum = {}, squares = {};
+    for (const T* row = x + c; row < x + n * channels; row += channels) {
+      auto d = R::load(row) - m;
+      sum += d;
+      squares += d * d;
+    }
+    for (int i = 0; i < W; ++i) {
+      sums[2 * (c + i)] = at(sum, i);
+      sums[2 * (c + i) + 1] = at(squares, i);
+    }
+  }
+  if constexpr (W > 1) moments_rows_part<W / 2>(x, n, channels, c, shift, sums);
+}
+
+template <class T>
+void moments_rows(const T* x, int64_t n, int64_t channels, const float* shift, float* sums) {
+  moments_rows_part<kWidth>(x, n, channels, 0, shift, sums);
+}
+
+template <int W, class T>
+void affine_part(const T* x, T* y, int64_t i, int64_t end, float mean, float scale, float bias) {
+  using R = Register<W>;
+  for (; i + W <= end; i += W) R::store(y + i, (R::load(x + i) - mean) * scale + bias);
+  if constexpr (W > 1) affine_part<W / 2>(x, y, i, end, mean, scale, bias);
+}
+
+template <class T>
+void affine(const T* x, T* y, int64_t n, float mean, float scale, float bias) {
+  affine_part<kWidth>(x, y, 0, n, mean, scale, bias);
+}
+
+template <int W, class T>
+void affine_rows_part(const T* x, T* y, int64_t n, int64_t channels, int64_t c, const float* mean, const float* scale,
+                      const float* bias) {
+  using R = Register<W>;
+  for (; c + W <= channels; c += W) {
+    const auto m = R::load(mean + c), s = R::load(scale + c), b = R::load(bias + c);
+    for (int64_t j = c; j < n * channels; j += channels) R::store(y + j, (R::load(x + j) - m) * s + b);
+  }
+  if constexpr (W > 1) affine_rows_part<W / 2>(x, y, n, channels, c, mean, scale, bias);
+}
+
+template <class T>
+void affine_rows(const T* x, T* y, int64_t n, int64_t channels, const float* mean, const float* scale,
+                 const float* bias) {
+  affine_rows_part<kWidth>(x, y, n, channels, 0, mean, scale, bias);
+}
+
+template <int W, class T>
+void products_part(const T* g, const T* x, int64_t i, int64_t end, float mean, double* sums) {
+  using R = Register<W>;
+  if (i + W <= end) {
+    typename R::Floats sum = {}, product = {}, squares = {}, distance = {};
+    for (; i + W <= end; i += W) {
+      const auto grad = R::load(g + i), d = R::load(x + i) - mean;
+      sum += grad;
+      product += grad * d;
+      squares += grad * grad;
+      distance += d;
+    }
+    sums[0] += R::sum(sum);
+    sums[1] += R::sum(product);
+    sums[2] += R::sum(squares);
+    sums[3] += R::sum(distance);
+  }
+  if constexpr (W > 1) products_part<W / 2>(g, x, i, end, mean, sums);
+}
+
+template <class T>
+void products(const T* g, const T* x, int64_t n, float mean, float* sums) {
+  double total[kSums] = {};
+  for (int64_t i = 0; i < n; i += kBlock) products_part<kWidth>(g, x, i, std::min(i + kBlock, n), mean, total);
+  std::copy_n(total, kSums, sums);
+}
+
+template <int W, class T>
+void products_rows_part(const T* g, const T* x, int64_t n, int64_t channels, int64_t c, const float* mean,
+                        float* sums) {
+  using R = Register<W>;
+  for (; c + W <= channels; c += W) {
+    const auto m = R::load(mean + c);
+    typename R::Floats sum = {}, product = {}, squares = {}, distance = {};
+    for (int64_t j = c; j < n * channels; j += channels) {
+      const auto grad = R::load(g + j), d = R::load(x + j) - m;
+      sum += grad;
+      product += grad * d;
+      squares += grad * grad;
+      distance += d;
+    }
+    for (int i = 0; i < W; ++i) {
+      float* to = sums + kSums * (c + i);
+      to[0] = at(sum, i);
+      to[1] = at(product, i);
+      to[2] = at(squares, i);
+      to[3] = at(distance, i);
+    }
+  }
+  if constexpr (W > 1) products_rows_part<W / 2>(g, x, n, channels, c, mean, sums);
+}
+
+template <class T>
+void products_rows(const T* g, const T* x, int64_t n, int64_t channels, const float* mean, float* sums) {
+  products_rows_part<kWidth>(g, x, n, channels, 0, mean, sums);
+}
+
+template <int W, class T>
+void combine_part(const T* g, const T* x, T* out, int64_t i, int64_t end, float mean, float p, float q, float r) {
+  using R = Register<W>;
+  for (; i + W <= end; i += W) R::store(out + i, R::load(g + i) * p + ((R::load(x + i) - mean) * q + r));
+  if constexpr (W > 1) combine_part<W / 2>(g, x, out, i, end, mean, p, q, r);
+}
+
+template <class T>
+void combine(const T* g, const T* x, T* out, int64_t n, float factor, float mean, float p, float q, float r) {
+  combine_part<kWidth>(g, x, out, 0, n, mean, factor * p, q, r);
+}
+
+template <int W, class T>
+void combine_rows_part(const T* g, const T* x, T* out, int64_t n, int64_t channels, int64_t c, float factor,
+                       const float* mean, const float* p, const float* q, const float* r) {
+  using R = Register<W>;
+  for (; c + W <= channels; c += W) {
+    const auto m = R::load(mean + c), of_g = R::load(p + c) * factor, of_x = R::load(q + c), rest = R::load(r + c);
+    for (int64_t j = c; j < n * channels; j += channels) {
+      R::store(out + j, R::load(g + j) * of_g + ((R::load(x + j) - m) * of_x + rest));
+    }
+  }
+  if constexpr (W > 1) combine_rows_part<W / 2>(g, x, out, n, channels, c, factor, mean, p, q, r);
+}
+
+template <class T>
+void combine_rows(const T* g, const T* x, T* out, int64_t n, int64_t channels, float factor, const float* mean,
+                  const float* p, const float* q, const float* r) {
+  combine_rows_part<kWidth>(g, x, out, n, channels, 0, factor, mean, p, q, r);
+}
+
+template <class T>
+constexpr Loops<T> loops() {
+  return {moments<T>,  moments_rows<T>,  affine<T>,  affine_rows<T>,
+          products<T>, products_rows<T>, combine<T>, combine_rows<T>};
+}
+
+}  // namespace
+
+const AllLoops NORMLAB_LOOPS = {loops<float>(), loops<BFloat16>(), loops<Float16>()};
+
+}  // namespace normlab

@@ -1,0 +1,367 @@
+// The norms of channels, forward and backward, on raw pointers; `normlab.kernels.native` calls them.
+#include <nanobind/nanobind.h>
+
+#include <limits>
+
+#include "channels.h"
+
+namespace nb = nanobind;
+
+namespace normlab {
+namespace {
+
+const AllLoops* all_loops = &kLoopsPlain;
+const char* instructions = "plain";
+
+void choose_instructions() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2) all_loops = &kLoopsAvx2, instructions = "AVX2";
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    all_loops = &kLoopsAvx512, instructions = "AVX-512";
+  }
+#endif
+}
+
+// What `normlab.kernels.ops` says of the flagship's constants.
+struct {
+  float steps_remembered, parameter_share, along, pull;
+} constants;
+
+using Pointer = uintptr_t;
+
+template <class T>
+T* at(Pointer pointer) {
+  return reinterpret_cast<T*>(pointer);
+}
+
+// Calls f with a null pointer of the type of the values.
+template <class F>
+auto with_type(int type, F f) {
+  switch (type) {
+    case 0:
+      return f(static_cast<float*>(nullptr));
+    case 1:
+      return f(static_cast<BFloat16*>(nullptr));
+    default:
+      return f(static_cast<Float16*>(nullptr));
+  }
+}
+
+float lerp(float from, float to, float share) {
+  return share < 0.5f ? from + share * (to - from) : to - (to - from) * (1 - share);
+}
+
+float or_one(const float* values, int64_t i) { return values ? values[i] : 1.0f; }
+
+// y = weight (x − mean) inverse + bias.
+template <class T>
+void normalize(const Shape& shape, const T* x, T* y, const float* mean, const float* inverse, const float* weight,
+               const float* bias) {
+  thread_local std::vector<float> scale, zeros;
+  scale.resize(shape.channels);
+  zeros.resize(shape.channels);
+  for (int64_t c = 0; c < shape.channels; ++c) scale[c] = inverse[c] * or_one(weight, c);
+  affine(shape, x, y, mean, scale.data(), bias ? bias : zeros.data());
+}
+
+// Batch norm with the statistics of this batch, which enter the running ones, if there are any, unless they are
+// infinite or NaN. saved: mean, 1/√(var + eps). momentum: below 0 for the mean of all batches.
+void batch_forward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer x, Pointer y,
+                   Pointer weight, Pointer bias, Pointer saved, Pointer running_mean, Pointer running_var,
+                   Pointer num_batches, double momentum, double eps) {
+  const Shape shape{images, channels, space, last};
+  float *mean = at<float>(saved), *inverse = mean + channels;
+  with_type(type, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    moments(shape, at<const T>(x), mean, inverse);
+  });
+  bool finite = true;
+  for (int64_t c = 0; c < channels; ++c) finite &= std::isfinite(mean[c]) && std::isfinite(inverse[c]);
+  if (running_mean && finite) {
+    const double n = static_cast<double>(shape.values());
+    const double batches = static_cast<double>(++*at<int64_t>(num_batches));
+    const auto share = static_cast<float>(momentum < 0 ? 1 / batches : momentum);
+    const auto unbias = static_cast<float>(n / std::max(n - 1, 1.0));
+    float *to_mean = at<float>(running_mean), *to_var = at<float>(running_var);
+    for (int64_t c = 0; c < channels; ++c) {
+      to_mean[c] = lerp(to_mean[c], mean[c], share);
+      to_var[c] = lerp(to_var[c], inverse[c] * unbias, share);
+    }
+  }
+  for (int64_t c = 0; c < channels; ++c) inverse[c] = 1 / std::sqrt(inverse[c] + static_cast<float>(eps));
+  with_type(type, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    normalize(shape, at<const T>(x), at<T>(y), mean, inverse, at<float>(weight), at<float>(bias));
+  });
+}
+
+// The gradient of weight (x − mean) inverse + bias, where the batch has the share `share` in mean and variance. grads:
+// those of weight and of bias.
+void batch_backward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer g, Pointer x,
+                    Pointer out, Pointer weight, Pointer saved, Pointer grads, double share) {
+  const Shape shape = without_images({images, channels, space, last});
+  const float *mean = at<float>(saved), *inverse = mean + channels;
+  float *grad_weight = at<float>(grads), *grad_bias = grad_weight + channels;
+  thread_local std::vector<float> sums, p, q, r;
+  thread_local std::vector<double> total;
+  sums.resize(shape.segments() * channels * kSums);
+  total.assign(channels * kSums, 0);
+  for (auto* part : {&p, &q, &r}) part->resize(channels);
+  with_type(type, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    products(shape, at<const T>(g), at<const T>(x), mean, sums.data());
+    for (int64_t segment = 0; segment < shape.segments(); ++segment) {
+      for (int64_t i = 0; i < channels * kSums; ++i) total[i] += sums[segment * channels * kSums + i];
+    }
+    const double part = share / static_cast<double>(shape.values());
+    for (int64_t c = 0; c < channels; ++c) {
+      grad_bias[c] = static_cast<float>(total[kSums * c]);
+      grad_weight[c] = static_cast<float>(total[kSums * c + 1] * inverse[c]);
+      p[c] = inverse[c] * or_one(at<float>(weight), c);
+      q[c] = static_cast<float>(-part * p[c] * inverse[c] * grad_weight[c]);
+      r[c] = static_cast<float>(-part * p[c] * grad_bias[c]);
+    }
+    combine(shape, at<const T>(g), at<const T>(x), at<T>(out), nullptr, mean, p.data(), q.data(), r.data());
+  });
+}
+
+// weight (x − mean) / √(var + eps) + bias. saved: mean, 1/√(var + eps).
+void frozen_forward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer x, Pointer y,
+                    Pointer weight, Pointer bias, Pointer saved, Pointer mean, Pointer var, double eps) {
+  const Shape shape{images, channels, space, last};
+  float *saved_mean = at<float>(saved), *inverse = saved_mean + channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    saved_mean[c] = at<float>(mean)[c];
+    inverse[c] = 1 / std::sqrt(at<float>(var)[c] + static_cast<float>(eps));
+  }
+  with_type(type, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    normalize(shape, at<const T>(x), at<T>(y), saved_mean, inverse, at<float>(weight), at<float>(bias));
+  });
+}
+
+// Running batch norm, see `RunningBatchNorm2d`; returns the rate of the averages of the backward pass.
+double running_forward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer x, Pointer y,
+                       Pointer weight, Pointer bias, Pointer saved, Pointer running_mean, Pointer running_var,
+                       Pointer num_batches, Pointer share, Pointer innovation, double momentum, double eps,
+                       double least_share, double fixed_rate, bool recomputing) {
+  const Shape shape{images, channels, space, last};
+  float *mean = at<float>(saved), *inverse = mean + channels;
+  float *kept_mean = at<float>(running_mean), *kept_var = at<float>(running_var);
+  int64_t& batches = *at<int64_t>(num_batches);
+  const auto epsilon = static_cast<float>(eps);
+  const int64_t seen = batches + (recomputing ? 0 : 1);
+  if (recomputing) {
+    std::copy_n(kept_mean, channels, mean);
+    std::copy_n(kept_var, channels, inverse);
+  } else {
+    with_type(type, [&](auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      moments(shape, at<const T>(x), mean, inverse);
+    });
+    thread_local std::vector<float> innovations;
+    innovations.resize(channels);
+    float* last_innovation = at<float>(innovation);
+    double along = 0, length = 0, last_length = 0;
+    for (int64_t c = 0; c < channels; ++c) {
+      const float e = (mean[c] - kept_mean[c]) / std::sqrt(kept_var[c] + epsilon);
+      innovations[c] = e;
+      along += double{e} * last_innovation[c];
+      length += double{e} * e;
+      last_length += double{last_innovation[c]} * last_innovation[c];
+    }
+    const double lengths = std::max<double>(std::sqrt(length * last_length), std::numeric_limits<float>::min());
+    const double gain = std::max(momentum, 1.0 / static_cast<double>(seen));
+    double w = *at<float>(share) * std::exp(along / lengths * gain);
+    w = w < least_share ? least_share : w > 1 ? 1 : w;  // NaN stays
+    const auto new_share = static_cast<float>(w);
+    bool finite = std::isfinite(w);
+    for (int64_t c = 0; c < channels; ++c) {
+      const float distance = mean[c] - kept_mean[c], beside = (1 - new_share) * distance;
+      inverse[c] = lerp(kept_var[c], inverse[c] + beside * distance, new_share);
+      mean[c] -= beside;
+      finite &= std::isfinite(mean[c]) && std::isfinite(inverse[c]) && std::isfinite(innovations[c]);
+    }
+    if (finite) {
+      std::copy_n(mean, channels, kept_mean);
+      std::copy_n(inverse, channels, kept_var);
+      std::copy_n(innovations.data(), channels, last_innovation);
+      *at<float>(share) = new_share;
+      batches = seen;
+    }
+  }
+  for (int64_t c = 0; c < channels; ++c) inverse[c] = 1 / std::sqrt(inverse[c] + epsilon);
+  with_type(type, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    normalize(shape, at<const T>(x), at<T>(y), mean, inverse, at<float>(weight), at<float>(bias));
+  });
+  return std::max(fixed_rate, 1.0 / static_cast<double>(std::max<int64_t>(seen, 1)));
+}
+
+// The backward pass of running batch norm, see `normlab.kernels.ops.normalize_with_memory`. grads: those of weight and
+// of bias. step_bound: below 0 for none. learns: weight and bias are there and both want a gradient.
+void running_backward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer g, Pointer x,
+                      Pointer out, Pointer weight, Pointer bias, Pointer saved, Pointer grads, Pointer average,
+                      Pointer latest, Pointer parameters, Pointer push, Pointer measured, double batch_rate,
+                      double step_bound, bool learns) {
+  const Shape shape{images, channels, space, last};
+  const float *mean = at<float>(saved), *inverse = mean + channels;
+  const auto rate = static_cast<float>(batch_rate);
+  const int64_t both = 2 * channels;
+  thread_local std::vector<float> sums, factor, p, q, r, now, pushed;
+  thread_local std::vector<double> total;
+  sums.resize(shape.segments() * channels * kSums);
+  factor.assign(images, 1);
+  total.assign(both, 0);
+  now.resize(both);
+  pushed.assign(at<float>(push), at<float>(push) + both);
+  for (auto* part : {&p, &q, &r}) part->resize(channels);
+  with_type(type, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    products(shape, at<const T>(g), at<const T>(x), mean, sums.data());
+  });
+
+  const float* known = at<float>(measured);
+  float log_lr = known[0], steps = known[1], squared_length = known[2], step_length = known[3], last_rate = known[4];
+  float pull = 0;
+  const int64_t per_image = shape.segments_per_image();
+  if (learns) {
+    std::copy_n(at<float>(weight), channels, now.data());
+    std::copy_n(at<float>(bias), channels, now.data() + channels);
+    // How the parameters have moved since the last backward pass.
+    double far = 0, force = 0, product = 0, size = 0, length = 0;
+    for (int64_t i = 0; i < both; ++i) {
+      const double moved = double{now[i]} - at<float>(parameters)[i];
+      far += moved * moved;
+      force += double{pushed[i]} * pushed[i];
+      product += moved * pushed[i];
+      size += double{now[i]} * now[i];
+    }
+    far = std::sqrt(far);
+    force = std::sqrt(force);
+    const bool shows = far > 0 && force > 0, along = shows && product < -constants.along * far * force;
+    const auto stride = static_cast<float>(shows ? far / force : 1);
+    if (shows) {
+      steps += 1;
+      log_lr = lerp(log_lr, std::log(stride), std::max(1 / steps, 1 / constants.steps_remembered));
+    }
+    if (along) {
+      step_length = step_length > 0 ? lerp(step_length, stride, last_rate) : stride;
+      last_rate *= stride / step_length;
+    }
+    if (far > 0) std::fill(pushed.begin(), pushed.end(), 0.0f);
+    // Squared lengths of the images' outputs, averaged over space, and lengths of their gradients.
+    const float lr = std::exp(log_lr);
+    const double of_parameters = std::max(std::sqrt(size), std::sqrt(static_cast<double>(channels)));
+    int64_t over = 0;
+    for (int64_t image = 0; image < images; ++image) {
+      double gradient = 0;
+      for (int64_t c = 0; c < channels; ++c) {
+        double distance = 0;
+        for (int64_t segment = image * per_image; segment < (image + 1) * per_image; ++segment) {
+          const float* of = sums.data() + (segment * channels + c) * kSums;
+          gradient += of[2];
+          distance += of[3];
+        }
+        const double pooled = distance * inverse[c] / static_cast<double>(space) * now[c] + now[channels + c];
+        length += pooled * pooled;
+      }
+      if (step_bound >= 0) {
+        const double excess = std::sqrt(gradient) * (lr / (of_parameters * step_bound));
+        if (excess > 1) factor[image] = static_cast<float>(1 / excess), ++over;
+      }
+    }
+    squared_length = lerp(squared_length, static_cast<float>(length / static_cast<double>(images)), rate);
+    if (step_bound >= 0) {
+      const float tiny = std::numeric_limits<float>::min(), n = static_cast<float>(images);
+      const float overshoot = 1 - n / std::max(lr * squared_length, tiny);
+      pull = static_cast<float>(over) / n * std::max(overshoot, 0.0f) * constants.pull / std::max(lr, tiny);
+    }
+  }
+
+  for (int64_t segment = 0; segment < shape.segments(); ++segment) {
+    const double f = factor[segment / per_image];
+    for (int64_t c = 0; c < channels; ++c) {
+      const float* of = sums.data() + (segment * channels + c) * kSums;
+      total[c] += f * of[1];
+      total[channels + c] += f * of[0];
+    }
+  }
+  bool finite = true;
+  float *to_average = at<float>(average), *to_latest = at<float>(latest), *given = at<float>(grads);
+  const double n = static_cast<double>(shape.values());
+  for (int64_t i = 0; i < both; ++i) {
+    const int64_t c = i % channels;
+    if (i < channels) total[i] *= inverse[c];
+    finite &= std::isfinite(static_cast<float>(total[i]));
+    const auto of_batch = static_cast<float>(total[i] / n);
+    const float scale = inverse[c] * or_one(at<float>(weight), c);
+    const float subtracted = lerp(lerp(to_average[i], to_latest[i], last_rate), of_batch, rate) * scale;
+    if (i < channels) {
+      p[c] = scale;
+      q[c] = -subtracted * inverse[c];
+    } else {
+      r[c] = -subtracted;
+    }
+    given[i] = static_cast<float>(total[i]) * constants.parameter_share + (learns ? now[i] * pull : 0.0f);
+  }
+  if (finite) {
+    for (int64_t i = 0; i < both; ++i) {
+      to_average[i] = lerp(to_average[i], to_latest[i], last_rate);
+      to_latest[i] = static_cast<float>(total[i] / n);
+      if (learns) at<float>(parameters)[i] = now[i];
+      at<float>(push)[i] = pushed[i] + given[i];
+    }
+    const float values[] = {log_lr, steps, squared_length, step_length, rate};
+    std::copy_n(values, 5, at<float>(measured));
+  }
+  with_type(type, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    combine(shape, at<const T>(g), at<const T>(x), at<T>(out), factor.data(), mean, p.data(), q.data(), r.data());
+  });
+}
+
+void set_openmp(Pointer parallel, Pointer max_threads, Pointer thread, Pointer threads, Pointer inside) {
+  openmp.parallel = reinterpret_cast<decltype(openmp.parallel)>(parallel);
+  openmp.max_threads = reinterpret_cast<decltype(openmp.max_threads)>(max_threads);
+  openmp.thread = reinterpret_cast<decltype(openmp.thread)>(thread);
+  openmp.threads = reinterpret_cast<decltype(openmp.threads)>(threads);
+  openmp.inside = reinterpret_cast<decltype(openmp.inside)>(inside);
+}
+
+void set_constants(float steps_remembered, float parameter_share, float along, float pull) {
+  constants = {steps_remembered, parameter_share, along, pull};
+}
+
+}  // namespace
+
+template <>
+const Loops<float>& loops<float>() {
+  return all_loops->of_float;
+}
+template <>
+const Loops<BFloat16>& loops<BFloat16>() {
+  return all_loops->of_bfloat16;
+}
+template <>
+const Loops<Float16>& loops<Float16>() {
+  return all_loops->of_float16;
+}
+
+}  // namespace normlab
+
+NB_MODULE(_native, m) {
+  using namespace normlab;
+  choose_instructions();
+  m.attr("instructions") = instructions;
+  m.def("set_openmp", &set_openmp);
+  m.def("set_constants", &set_constants);
+  m.def("batch_forward", &batch_forward);
+  m.def("batch_backward", &batch_backward);
+  m.def("frozen_forward", &frozen_forward);
+  m.def("running_forward", &running_forward);
+  m.def("running_backward", &running_backward);
+}

@@ -1,0 +1,242 @@
+"""The compiled kernels: norms of channels on a CPU, one call a pass.
+
+Where they were not built, and for tensors that they do not take, the composed operators do the same.
+"""
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SWITCH = "NORMLAB_KERNELS"
+
+
+class BatchStatistics(NamedTuple):
+    """Buffers of batch norm: running mean and variance, (C,), float32; batches seen, int64."""
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor
+
+
+class RunningStatistics(NamedTuple):
+    """Buffers of running batch norm, as in `RunningBatchNorm2d`: float32, but for `batches`, int64."""
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor
+    share: Tensor
+    innovation: Tensor
+
+
+class RunningNumbers(NamedTuple):
+    """The numbers of running batch norm.
+
+    Attributes:
+        momentum: how fast the share adapts.
+        eps: added to the variance.
+        least_share: below which the share does not fall.
+        fixed_rate: of the averages of the backward pass, once they hold many batches.
+        recomputing: this batch is in the statistics already.
+    """
+
+    momentum: float
+    eps: float
+    least_share: float
+    fixed_rate: float
+    recomputing: bool
+
+
+def takes(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels can be used for the input `x`, with these parameters and buffers.
+
+    They see memory only, so not where an operation is to be recorded, transformed or batched: by a compiler, `export`,
+    `torch.func`, forward-mode gradients or a dispatch mode.
+    """
+    return (
+        _native is not None
+        and x.dtype in TYPES
+        and x.is_cpu
+        and x.layout is torch.strided
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and x.numel() > 0
+        and all(
+            other is None or (other.dtype in (torch.float32, torch.int64) and other.is_contiguous() and other.is_cpu)
+            for other in others
+        )
+    )
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: BatchStatistics | None,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """Batch norm with the mean and variance of this batch, which enter `statistics` unless they are infinite or NaN.
+
+    Args:
+        x: (N, C, *space).
+        weight: γ, (C,), float32, or None for 1.
+        bias: β, likewise, or None for 0.
+        statistics: changed by this call.
+        momentum: weight of this batch in `statistics`; if None, one over the batches seen.
+        eps: added to the variance.
+    """
+    return _ChannelNorm.apply(x, weight, bias, statistics, -1.0 if momentum is None else momentum, eps, False)
+
+
+def frozen_norm(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """γ (x − mean) / √(var + eps) + β with constant `mean` and `var`, (C,), float32; arguments as in `batch_norm`."""
+    return _ChannelNorm.apply(x, weight, bias, (mean, var), 0.0, eps, True)
+
+
+def running_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: RunningStatistics,
+    memory: ops.GradientMemory,
+    numbers: RunningNumbers,
+    step_bound: float | None,
+) -> Tensor:
+    """Running batch norm; see `RunningBatchNorm2d`.
+
+    Args:
+        x: (N, C, *space).
+        weight: γ, (C,), float32, or None for 1.
+        bias: β, likewise, or None for 0.
+        statistics: changed by this call, unless a value would become infinite or NaN.
+        memory: changed by each backward pass; likewise.
+        numbers: of the layer.
+        step_bound: see `ops.normalize_with_memory`.
+    """
+    return _RunningNorm.apply(x, weight, bias, statistics, memory, numbers, step_bound)
+
+
+class _ChannelNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, statistics, momentum, eps, frozen):  # types: batch_norm, frozen_norm
+        x, ctx.shape, ctx.format = _describe(x)
+        y, saved = torch.empty_like(x), torch.empty(2, ctx.shape[2])
+        tensors = [_pointer(part) for part in (x, y, weight, bias, saved)]
+        if frozen:
+            _native.frozen_forward(*ctx.shape, *tensors, *map(_pointer, statistics), eps)
+        else:
+            _native.batch_forward(*ctx.shape, *tensors, *map(_pointer, statistics or (None,) * 3), momentum, eps)
+        ctx.save_for_backward(x, weight, bias, saved)
+        ctx.eps, ctx.frozen = eps, frozen
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        x, weight, bias, saved = ctx.saved_tensors
+        if torch.is_grad_enabled():  # these gradients are to be differentiated
+            return *_differentiable(x, weight, bias, saved if ctx.frozen else None, ctx.eps, grads[0]), *[None] * 4
+        grad = grads[0].contiguous(memory_format=ctx.format)
+        grad_x, given = torch.empty_like(x), torch.empty(2, ctx.shape[2])
+        tensors = [_pointer(part) for part in (grad, x, grad_x, weight, saved, given)]
+        _native.batch_backward(*ctx.shape, *tensors, 0.0 if ctx.frozen else 1.0)
+        return grad_x, None if weight is None else given[0], None if bias is None else given[1], *[None] * 4
+
+
+class _RunningNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, statistics, memory, numbers, step_bound):  # types: running_norm
+        x, ctx.shape, ctx.format = _describe(x)
+        y, saved = torch.empty_like(x), torch.empty(2, ctx.shape[2])
+        tensors = [_pointer(part) for part in (x, y, weight, bias, saved, *statistics)]
+        ctx.rate = _native.running_forward(*ctx.shape, *tensors, *numbers)
+        ctx.save_for_backward(x, weight, bias, saved)
+        # Not saved: it may change before this backward pass, by that of another batch.
+        ctx.memory, ctx.step_bound = memory, -1.0 if step_bound is None else step_bound
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor):
+        x, weight, bias, saved = ctx.saved_tensors
+        grad = grads[0].contiguous(memory_format=ctx.format)
+        grad_x, given = torch.empty_like(x), torch.empty(2, ctx.shape[2])
+        tensors = [_pointer(part) for part in (grad, x, grad_x, weight, bias, saved, given, *ctx.memory)]
+        wanted = ctx.needs_input_grad
+        _native.running_backward(*ctx.shape, *tensors, ctx.rate, ctx.step_bound, wanted[1] and wanted[2])
+        return grad_x, given[0] if wanted[1] else None, given[1] if wanted[2] else None, *[None] * 4
+
+
+def _describe(x: Tensor) -> tuple[Tensor, tuple, torch.memory_format]:
+    """`x` in a layout that the kernels know; its type, images, channels, space, whether channels are last; the layout.
+
+    With a single value in space both layouts are the same, and the rows of channels are the quicker way.
+    """
+    images, channels = x.shape[:2]
+    space = x.numel() // (images * channels)
+    layout, last = torch.contiguous_format, space == 1
+    if not x.is_contiguous():
+        channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+        if channels_last is not None and x.is_contiguous(memory_format=channels_last):
+            layout, last = channels_last, True
+        else:
+            x = x.contiguous()
+    return x, (TYPES[x.dtype], images, channels, space, last), layout
+
+
+def _pointer(part: Tensor | None) -> int:
+    return 0 if part is None else part.data_ptr()
+
+
+def _differentiable(x, weight, bias, saved, eps, grad):
+    """The gradients of a norm of channels, to be differentiated; with the statistics of `x` if `saved` is None."""
+    along = (-1, *[1] * (x.dim() - 2))
+    if saved is None:
+        var, mean = torch.var_mean(x.float(), (0, *range(2, x.dim())), correction=0, keepdim=True)
+        inverse = (var + eps).rsqrt()
+    else:
+        mean, inverse = (part.view(along) for part in saved)
+    y = (x - mean) * inverse
+    y = y if weight is None else y * weight.view(along)
+    y = (y if bias is None else y + bias.view(along)).to(x.dtype)
+    wanted = [part for part in (x, weight, bias) if part is not None and part.requires_grad]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return [next(found) if part is not None and part.requires_grad else None for part in (x, weight, bias)]
+
+
+def _load() -> tuple[Any, str]:
+    """The compiled module, ready for use, or None; and in words what is used, or why not."""
+    if os.environ.get(SWITCH, "on") == "off":
+        return None, f"composed operators ({SWITCH}=off)"
+    try:
+        from . import _native
+    except ImportError as error:
+        return None, f"composed operators ({error})"
+    _native.set_constants(ops.STEPS_REMEMBERED, ops.PARAMETER_SHARE, ops.ALONG, ops.PULL)
+    threads = _openmp()
+    _native.set_openmp(*(threads or [0] * 5))
+    return _native, f"compiled kernels, {_native.instructions}" + ("" if threads else ", one thread")
+
+
+def _openmp() -> list[int] | None:
+    """Where functions of torch's own OpenMP runtime are in memory; None if it has none of this kind."""
+    names = ("GOMP_parallel", "omp_get_max_threads", "omp_get_thread_num", "omp_get_num_threads", "omp_in_parallel")
+    try:
+        library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))))
+        return [ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in names]
+    except (OSError, AttributeError, StopIteration):
+        return None
+
+
+_native, PATH = _load()

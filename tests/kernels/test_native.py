@@ -1,0 +1,160 @@
+"""The compiled kernels equal the composed operators and the formula in float64, and step aside where they must."""
+
+import os
+import subprocess
+import sys
+from copy import deepcopy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import reference
+from checks import assert_close, cases, composed, double, gradients, layouts, step, with_drawn_parameters
+from normlab.kernels import native
+from normlab.nn import BatchNorm2d, RunningBatchNorm2d
+from normlab.nn import functional as F
+
+pytestmark = pytest.mark.skipif(native.PATH.startswith("composed"), reason=native.PATH)
+
+EXAMPLES = settings(max_examples=150, deadline=None)
+EPS = 1.0  # so large that no gradient is the small difference of large terms, which half precision rounds apart
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # of `assert_close`
+float_cases = cases().filter(lambda case: case.x.dtype != torch.float64)
+
+
+def float32(*parts):
+    return [None if part is None else part.float() for part in parts]
+
+
+@EXAMPLES
+@given(float_cases)
+def test_batch_norm_equals_float64(case):
+    x, grad, *parameters = case
+    fast = gradients(lambda *inputs: native.batch_norm(*inputs, None, 0.1, EPS), grad, x, *float32(*parameters))
+    x64, grad64, *parameters64 = double([x, grad, *float32(*parameters)])
+    expected = gradients(lambda *inputs: F.batch_norm(*inputs, EPS), grad64, x64, *parameters64)
+    assert fast[0].dtype == x.dtype
+    assert_close(fast, expected, TOLERANCE[x.dtype])
+
+
+@EXAMPLES
+@given(float_cases)
+def test_frozen_norm_equals_float64(case):
+    x, grad, *parameters = case
+    mean, var = torch.randn(x.shape[1]), torch.rand(x.shape[1]) + 0.1
+    fast = gradients(lambda x, w, b: native.frozen_norm(x, mean, var, w, b, EPS), grad, x, *float32(*parameters))
+    x64, grad64, mean64, var64, *parameters64 = double([x, grad, mean, var, *float32(*parameters)])
+    plain = gradients(lambda x, w, b: reference.normalize(x, mean64, var64, w, b, EPS), grad64, x64, *parameters64)
+    assert_close(fast, plain, TOLERANCE[x.dtype])
+
+
+@pytest.mark.parametrize("norm", [BatchNorm2d, RunningBatchNorm2d])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "shape", [(2, 70, 45, 33), (40, 5, 8, 8), (600, 33, 1, 1), (70, 33, 2, 2), (1, 3, 150, 150)], ids=str
+)
+def test_large_inputs_equal_the_composed_operators_for_any_number_of_threads(norm, layout, shape):
+    """Sizes at which threads, blocks of rows and every width of register take part."""
+    torch.manual_seed(0)
+    layer = with_drawn_parameters(norm(shape[1], momentum=0.3))
+    x = (torch.randn(shape) * 3 + 20).contiguous(memory_format=layout)
+    grad = torch.randn(shape)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        fast = deepcopy(layer)
+        results.append([*step(fast, x, grad), *step(fast, x, grad), *fast.state_dict().values()])
+    torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    with composed():
+        assert_close(results[0], [*step(layer, x, grad), *step(layer, x, grad), *layer.state_dict().values()], 2e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_mean_far_from_zero_costs_no_digits(data):
+    torch.manual_seed(data.draw(st.integers(0, 10**6)))
+    x = data.draw(layouts)(torch.randn(3, 4, 9, 9) * 0.1 + 1000)
+    y = native.batch_norm(x, None, None, None, 0.1, 1e-5)
+    expected = nn.functional.batch_norm(x.double(), None, None, None, None, True, 0.1, 1e-5)
+    assert_close([y], [expected], 1e-4)
+
+
+def test_the_gradient_has_a_gradient():
+    torch.manual_seed(0)
+    layer = with_drawn_parameters(BatchNorm2d(3))
+    x, v = torch.randn(2, 5, 3, 2, 2)
+    for training in (True, False):
+        layer.train(training)
+        found = []
+        for switch in (composed, torch.enable_grad):
+            with switch():
+                inputs = x.clone().requires_grad_()
+                (first,) = torch.autograd.grad(layer(inputs).pow(3).sum(), inputs, create_graph=True)
+                found.append(torch.autograd.grad((first * v).sum(), [inputs, layer.weight]))
+        assert_close(*map(list, found), 1e-4)
+
+
+def test_the_flagships_gradient_says_that_it_has_none():
+    x = torch.randn(4, 3, 2, 2, requires_grad=True)
+    (first,) = torch.autograd.grad(RunningBatchNorm2d(3)(x).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("norm", [BatchNorm2d, RunningBatchNorm2d])
+def test_frozen_and_absent_parameters(norm):
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 4, 3, 5, 5)
+    for affine, frozen in ((False, ()), (True, ("weight",)), (True, ("bias",)), (True, ("weight", "bias"))):
+        layer = norm(3, affine=affine)
+        for name in frozen:
+            getattr(layer, name).requires_grad_(False)
+        other = deepcopy(layer)
+        with composed():
+            expected = [*step(other, x, grad), *step(other, x, grad), *other.state_dict().values()]
+        assert_close([*step(layer, x, grad), *step(layer, x, grad), *layer.state_dict().values()], expected, 1e-5)
+
+
+def test_a_gradient_of_one_value_is_spread_out():
+    """`sum().backward()` hands in a gradient that is one number in memory."""
+    layer = BatchNorm2d(3).eval()
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, torch.full_like(x, (1 + layer.eps) ** -0.5))
+    assert layer.bias.grad.tolist() == [100.0] * 3
+
+
+def test_where_memory_alone_does_not_tell_they_are_not_used():
+    layer, x = BatchNorm2d(3), torch.randn(4, 3, 2, 2)
+    assert native.takes(x, layer.weight, None)
+    assert not native.takes(x.double())
+    assert not native.takes(x[:0])
+    assert not native.takes(x.to("meta"))
+    assert not native.takes(x, torch.randn(3).double())
+    assert not native.takes(x, torch.randn(6)[::2])
+    seen = []
+    torch.func.vmap(lambda part: (seen.append(native.takes(part)), part)[1])(x)
+    torch.func.grad(lambda part: (seen.append(native.takes(part)), part.sum())[1])(x)
+    with torch.autograd.forward_ad.dual_level():
+        seen.append(native.takes(torch.autograd.forward_ad.make_dual(x, x)))
+    with FlopCounterMode(display=False):
+        seen.append(native.takes(x))
+    assert seen == [False] * 4
+
+
+def test_there_is_one_openmp_runtime():
+    with open("/proc/self/maps") as maps:
+        assert len({line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line}) == 1
+
+
+def test_they_can_be_switched_off():
+    code = "from normlab.kernels import native; print(native.PATH)"
+    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, native.SWITCH: "off"}, capture_output=True,
+                         text=True, check=True)  # fmt: skip
+    assert run.stdout.strip() == "composed operators (NORMLAB_KERNELS=off)"
