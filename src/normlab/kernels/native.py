@@ -15,23 +15,24 @@ from torch.autograd.function import once_differentiable
 from . import ops
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STATISTICS = (torch.float32, torch.int64)
 SWITCH = "NORMLAB_KERNELS"
 
 
 class BatchStatistics(NamedTuple):
-    """Buffers of batch norm: running mean and variance, (C,), float32; batches seen, int64."""
+    """Buffers of a batch norm layer, by their names there: float32, and the last int64."""
 
-    mean: Tensor
-    var: Tensor
-    batches: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
 
 class RunningStatistics(NamedTuple):
-    """Buffers of running batch norm, as in `RunningBatchNorm2d`: float32, but for `batches`, int64."""
+    """Buffers of a running batch norm layer, by their names there: float32, but for `num_batches_tracked`, int64."""
 
-    mean: Tensor
-    var: Tensor
-    batches: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
     share: Tensor
     innovation: Tensor
 
@@ -72,11 +73,12 @@ def takes(x: Tensor, *others: Tensor | None) -> bool:
         and torch._C._get_tracing_state() is None
         and torch.autograd.forward_ad._current_level < 0
         and x.numel() > 0
-        and all(
-            other is None or (other.dtype in (torch.float32, torch.int64) and other.is_contiguous() and other.is_cpu)
-            for other in others
-        )
+        and all(map(_plain, others))
     )
+
+
+def _plain(part: Tensor | None) -> bool:
+    return part is None or (part.dtype in STATISTICS and part.is_contiguous() and part.is_cpu)
 
 
 def batch_norm(
@@ -148,10 +150,11 @@ class _ChannelNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # these gradients are to be differentiated
             return *_differentiable(x, weight, bias, saved if ctx.frozen else None, ctx.eps, grads[0]), *[None] * 4
         grad = grads[0].contiguous(memory_format=ctx.format)
-        grad_x, given = torch.empty_like(x), torch.empty(2, ctx.shape[2])
-        tensors = [_pointer(part) for part in (grad, x, grad_x, weight, saved, given)]
+        grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty(ctx.shape[2]), torch.empty(ctx.shape[2])
+        tensors = [_pointer(part) for part in (grad, x, grad_x, weight, saved, grad_weight, grad_bias)]
         _native.batch_backward(*ctx.shape, *tensors, 0.0 if ctx.frozen else 1.0)
-        return grad_x, None if weight is None else given[0], None if bias is None else given[1], *[None] * 4
+        wanted = ctx.needs_input_grad
+        return grad_x, grad_weight if wanted[1] else None, grad_bias if wanted[2] else None, None, None, None, None
 
 
 class _RunningNorm(torch.autograd.Function):
@@ -167,15 +170,22 @@ class _RunningNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor):
-        x, weight, bias, saved = ctx.saved_tensors
-        grad = grads[0].contiguous(memory_format=ctx.format)
-        grad_x, given = torch.empty_like(x), torch.empty(2, ctx.shape[2])
-        tensors = [_pointer(part) for part in (grad, x, grad_x, weight, bias, saved, given, *ctx.memory)]
-        wanted = ctx.needs_input_grad
-        _native.running_backward(*ctx.shape, *tensors, ctx.rate, ctx.step_bound, wanted[1] and wanted[2])
-        return grad_x, given[0] if wanted[1] else None, given[1] if wanted[2] else None, *[None] * 4
+        # The decorator takes longer than small layers do, and does nothing unless the gradient is to have a gradient.
+        return (_once if torch.is_grad_enabled() else _running_backward)(ctx, *grads)
+
+
+def _running_backward(ctx: Any, *grads: Tensor):
+    x, weight, bias, saved = ctx.saved_tensors
+    grad = grads[0].contiguous(memory_format=ctx.format)
+    grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty(ctx.shape[2]), torch.empty(ctx.shape[2])
+    pointers = [_pointer(part) for part in (grad, x, grad_x, weight, bias, saved, grad_weight, grad_bias, *ctx.memory)]
+    _, of_weight, of_bias, *_ = ctx.needs_input_grad
+    _native.running_backward(*ctx.shape, *pointers, ctx.rate, ctx.step_bound, of_weight and of_bias)
+    return grad_x, grad_weight if of_weight else None, grad_bias if of_bias else None, None, None, None, None
+
+
+_once = once_differentiable(_running_backward)
 
 
 def _describe(x: Tensor) -> tuple[Tensor, tuple, torch.memory_format]:

@@ -15,8 +15,7 @@ class _Batch(PreciseStatistics, _BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         several = x.numel() > x.shape[1] == self.num_features  # values a channel
-        tensors = (self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked)
-        if several and native.takes(x, *tensors):
+        if several and native.takes(x, self.weight, self.bias, *self._buffers.values()):
             return self._fast(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight, bias = (None if part is None else part.to(dtype) for part in (self.weight, self.bias))
@@ -36,10 +35,11 @@ class _Batch(PreciseStatistics, _BatchNorm):
 
     def _fast(self, x: Tensor) -> Tensor:
         """What `forward` computes, by the compiled kernels."""
-        mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        # Straight from the dictionary: by attribute each would take as long as a part of the kernel.
+        mean, var, batches = (self._buffers[name] for name in native.BatchStatistics._fields)
         known = None if mean is None or var is None or batches is None else native.BatchStatistics(mean, var, batches)
         if known and not self.training:
-            return native.frozen_norm(x, known.mean, known.var, self.weight, self.bias, self.eps)
+            return native.frozen_norm(x, known.running_mean, known.running_var, self.weight, self.bias, self.eps)
         keeps = self.training and not recomputing()
         return native.batch_norm(x, self.weight, self.bias, known if keeps else None, self.momentum, self.eps)
 

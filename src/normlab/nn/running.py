@@ -17,6 +17,7 @@ VALUES = 10
 SETTLED_SHARE = 0.01
 # The least share, over momentum: statistics reach back over a thousand batches at most.
 LEAST_SHARE = 0.01
+MEMORY = tuple(f"gradient_{name}" for name in GradientMemory._fields)
 
 
 class RunningBatchNorm2d(RunningStatistics):
@@ -97,8 +98,8 @@ class RunningBatchNorm2d(RunningStatistics):
         self.step_bound = step_bound
         self.register_buffer("share", torch.ones((), device=device))
         self.register_buffer("innovation", torch.zeros(num_features, device=device))
-        for name, buffer in GradientMemory.empty(num_features, device)._asdict().items():
-            self.register_buffer(f"gradient_{name}", buffer)
+        for name, buffer in zip(MEMORY, GradientMemory.empty(num_features, device), strict=True):
+            self.register_buffer(name, buffer)
         if dtype is not None:
             self.to(dtype)
 
@@ -151,12 +152,11 @@ class RunningBatchNorm2d(RunningStatistics):
         return 1 - (1 - self.momentum) ** (x.numel() / x.shape[1] / VALUES)
 
     def _statistics(self) -> native.RunningStatistics:
-        return native.RunningStatistics(
-            self.running_mean, self.running_var, self.num_batches_tracked, self.share, self.innovation
-        )
+        # Straight from the dictionary: by attribute each would take as long as a part of the kernel.
+        return native.RunningStatistics(*[self._buffers[name] for name in native.RunningStatistics._fields])
 
     def _memory(self) -> GradientMemory:
-        return GradientMemory(*(getattr(self, f"gradient_{name}") for name in GradientMemory._fields))
+        return GradientMemory(*[self._buffers[name] for name in MEMORY])
 
     def _first_batches(self, batches: Tensor, rate: float) -> Tensor:
         """max(rate, 1/t): what makes a moving average the mean of the first batches."""
@@ -167,8 +167,8 @@ class RunningBatchNorm2d(RunningStatistics):
             state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(1))
             state_dict.setdefault(prefix + "share", torch.tensor(SETTLED_SHARE))
             state_dict.setdefault(prefix + "innovation", torch.zeros(self.num_features))
-            for name, buffer in GradientMemory.empty(self.num_features)._asdict().items():
-                state_dict.setdefault(f"{prefix}gradient_{name}", buffer)
+            for name, buffer in zip(MEMORY, GradientMemory.empty(self.num_features), strict=True):
+                state_dict.setdefault(prefix + name, buffer)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -98,13 +98,12 @@ void batch_forward(int type, int64_t images, int64_t channels, int64_t space, bo
   });
 }
 
-// The gradient of weight (x − mean) inverse + bias, where the batch has the share `share` in mean and variance. grads:
-// those of weight and of bias.
+// The gradient of weight (x − mean) inverse + bias, where the batch has the share `share` in mean and variance.
 void batch_backward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer g, Pointer x,
-                    Pointer out, Pointer weight, Pointer saved, Pointer grads, double share) {
+                    Pointer out, Pointer weight, Pointer saved, Pointer weight_grad, Pointer bias_grad, double share) {
   const Shape shape = without_images({images, channels, space, last});
   const float *mean = at<float>(saved), *inverse = mean + channels;
-  float *grad_weight = at<float>(grads), *grad_bias = grad_weight + channels;
+  float *grad_weight = at<float>(weight_grad), *grad_bias = at<float>(bias_grad);
   thread_local std::vector<float> sums, p, q, r;
   thread_local std::vector<double> total;
   sums.resize(shape.segments() * channels * kSums);
@@ -201,11 +200,10 @@ double running_forward(int type, int64_t images, int64_t channels, int64_t space
   return std::max(fixed_rate, 1.0 / static_cast<double>(std::max<int64_t>(seen, 1)));
 }
 
-// The backward pass of running batch norm, see `normlab.kernels.ops.normalize_with_memory`. grads: those of weight and
-// of bias. step_bound: below 0 for none. learns: weight and bias are there and both want a gradient.
+// The backward pass of running batch norm, see `normlab.kernels.ops.normalize_with_memory`. step_bound: below 0 for none. learns: weight and bias are there and both want a gradient.
 void running_backward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer g, Pointer x,
-                      Pointer out, Pointer weight, Pointer bias, Pointer saved, Pointer grads, Pointer average,
-                      Pointer latest, Pointer parameters, Pointer push, Pointer measured, double batch_rate,
+                      Pointer out, Pointer weight, Pointer bias, Pointer saved, Pointer weight_grad, Pointer bias_grad,
+                      Pointer average, Pointer latest, Pointer parameters, Pointer push, Pointer measured, double batch_rate,
                       double step_bound, bool learns) {
   const Shape shape{images, channels, space, last};
   const float *mean = at<float>(saved), *inverse = mean + channels;
@@ -291,7 +289,8 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
     }
   }
   bool finite = true;
-  float *to_average = at<float>(average), *to_latest = at<float>(latest), *given = at<float>(grads);
+  float *to_average = at<float>(average), *to_latest = at<float>(latest);
+  float *grad_weight = at<float>(weight_grad), *grad_bias = at<float>(bias_grad);
   const double n = static_cast<double>(shape.values());
   for (int64_t i = 0; i < both; ++i) {
     const int64_t c = i % channels;
@@ -306,14 +305,16 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
     } else {
       r[c] = -subtracted;
     }
-    given[i] = static_cast<float>(total[i]) * constants.parameter_share + (learns ? now[i] * pull : 0.0f);
+    const float given = static_cast<float>(total[i]) * constants.parameter_share + (learns ? now[i] * pull : 0.0f);
+    (i < channels ? grad_weight : grad_bias)[c] = given;
+    pushed[i] += given;
   }
   if (finite) {
     for (int64_t i = 0; i < both; ++i) {
       to_average[i] = lerp(to_average[i], to_latest[i], last_rate);
       to_latest[i] = static_cast<float>(total[i] / n);
       if (learns) at<float>(parameters)[i] = now[i];
-      at<float>(push)[i] = pushed[i] + given[i];
+      at<float>(push)[i] = pushed[i];
     }
     const float values[] = {log_lr, steps, squared_length, step_length, rate};
     std::copy_n(values, 5, at<float>(measured));
@@ -356,6 +357,7 @@ const Loops<Float16>& loops<Float16>() {
 NB_MODULE(_native, m) {
   using namespace normlab;
   choose_instructions();
+  m.doc() = "The loops of the compiled kernels; see `normlab.kernels.native`.";
   m.attr("instructions") = instructions;
   m.def("set_openmp", &set_openmp);
   m.def("set_constants", &set_constants);

@@ -1,0 +1,125 @@
+"""A layer's training step, forward and backward, against torch's batch norm and against the memory's speed.
+
+    OMP_NUM_THREADS=1 python benchmarks/norms.py [--out benchmarks/results/norms.jsonl]
+    OMP_NUM_THREADS=2 python benchmarks/norms.py
+
+Shapes: those of the lesson's net at batch 1, 2, 32 and 512, some of ResNet-50 at 2 and 32, and of a 3-D segmentation
+net at 1. The floor is four copies of the tensor: a norm has to read x for its statistics; to read x and write y; to
+read x and the gradient for its sums; to read both and write the gradient of x, which makes eight passes. A round runs
+every layer in turn, so that all see the same machine; figures are medians over the rounds: how many times as fast as
+torch a layer is, and how many times the floor it takes. One line for each shape and layer is appended, with versions
+and machine; a table at the end. Run it on an idle machine.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from normlab.kernels import native
+from normlab.nn import BatchNorm2d, BatchNorm3d, RunningBatchNorm2d, RunningBatchNorm3d
+from normlab.study.trial import environment
+
+LESSON = [(8, 14), (16, 7), (32, 4), (64, 2), (64, 1)]
+RESNET = [(64, 112), (256, 56), (512, 28), (2048, 7)]
+SHAPES = {
+    **{f"lesson, batch {n}": [(n, c, s, s) for c, s in LESSON] for n in (1, 2, 32, 512)},
+    **{f"ResNet-50, batch {n}": [(n, c, s, s) for c, s in RESNET] for n in (2, 32)},
+    "3-D segmentation, batch 1": [(1, 32, 96, 96, 96), (1, 128, 24, 24, 24)],
+}
+LAYERS = {
+    4: {"torch": nn.BatchNorm2d, "batch": BatchNorm2d, "running": RunningBatchNorm2d},
+    5: {"torch": nn.BatchNorm3d, "batch": BatchNorm3d, "running": RunningBatchNorm3d},
+}
+ROUNDS, SECONDS_A_ROUND = 21, 0.01
+
+
+def training_step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
+    inputs = x.clone().requires_grad_()
+
+    def run() -> None:
+        inputs.grad = None
+        layer(inputs).backward(grad)
+
+    return run
+
+
+def floor(x: Tensor) -> Callable[[], None]:
+    other = torch.empty_like(x)
+
+    def run() -> None:
+        for _ in range(4):
+            other.copy_(x)
+
+    return run
+
+
+def seconds(run: Callable[[], None], times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    return (time.perf_counter() - start) / times
+
+
+def measure(shape: tuple[int, ...], layout: torch.memory_format) -> dict[str, list[float]]:
+    """Seconds a step of each layer and of the floor, round by round."""
+    torch.manual_seed(0)
+    x, grad = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(2))
+    layers = {name: layer for name, layer in LAYERS[len(shape)].items() if name != "torch" or x.numel() > shape[1]}
+    runs = {name: training_step(layer(shape[1]), x, grad) for name, layer in layers.items()}
+    runs["floor"] = floor(x)
+    times = {name: max(1, round(SECONDS_A_ROUND / seconds(run, 2))) for name, run in runs.items()}
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            found[name].append(seconds(run, times[name]))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "norms.jsonl")
+    a = parser.parse_args()
+    table = Table("shape", "layout", "layer", "ms", "speed, torch = 1", "over the floor", box=None)
+    speeds: dict[str, list[float]] = {"batch": [], "running": []}
+    for case, shapes in SHAPES.items():
+        for shape in shapes:
+            last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+            for layout in (torch.contiguous_format, last):
+                found = measure(shape, layout)
+                for name in ("torch", "batch", "running"):
+                    if name not in found:
+                        continue
+                    over_floor = [mine / least for mine, least in zip(found[name], found["floor"], strict=True)]
+                    record = {
+                        "case": case, "shape": shape, "layout": str(layout).removeprefix("torch."), "layer": name,
+                        "median_ms": 1e3 * statistics.median(found[name]), "over_floor": statistics.median(over_floor),
+                        "kernels": native.PATH, **environment(),
+                    }  # fmt: skip
+                    if name != "torch" and "torch" in found:
+                        ratios = [t / mine for t, mine in zip(found["torch"], found[name], strict=True)]
+                        record["speed"] = statistics.median(ratios)
+                        record["speed_quartiles"] = statistics.quantiles(ratios, n=4)[::2]
+                        speeds[name].append(record["speed"])
+                    with a.out.open("a") as file:
+                        file.write(json.dumps(record) + "\n")
+                    speed = f"{record['speed']:.2f}" if "speed" in record else ""
+                    cells = "×".join(map(str, shape)), record["layout"].removesuffix("_format"), name
+                    table.add_row(*cells, f"{record['median_ms']:.4g}", speed, f"{record['over_floor']:.1f}")
+    console = Console(width=110)
+    console.print(table)
+    for name, values in speeds.items():
+        mean = math.exp(statistics.fmean(map(math.log, values)))
+        console.print(f"{name}: {mean:.2f} times torch's batch norm (geometric mean), {min(values):.2f} at worst")
+
+
+if __name__ == "__main__":
+    main()
