@@ -200,11 +200,12 @@ double running_forward(int type, int64_t images, int64_t channels, int64_t space
   return std::max(fixed_rate, 1.0 / static_cast<double>(std::max<int64_t>(seen, 1)));
 }
 
-// The backward pass of running batch norm, see `normlab.kernels.ops.normalize_with_memory`. step_bound: below 0 for none. learns: weight and bias are there and both want a gradient.
+// The backward pass of running batch norm, see `normlab.kernels.ops.normalize_with_memory`. step_bound: below 0 for
+// none. learns: weight and bias are there and both want a gradient.
 void running_backward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer g, Pointer x,
                       Pointer out, Pointer weight, Pointer bias, Pointer saved, Pointer weight_grad, Pointer bias_grad,
-                      Pointer average, Pointer latest, Pointer parameters, Pointer push, Pointer measured, double batch_rate,
-                      double step_bound, bool learns) {
+                      Pointer average, Pointer latest, Pointer parameters, Pointer push, Pointer measured,
+                      double batch_rate, double step_bound, bool learns) {
   const Shape shape{images, channels, space, last};
   const float *mean = at<float>(saved), *inverse = mean + channels;
   const auto rate = static_cast<float>(batch_rate);
