@@ -69,7 +69,7 @@ def takes(x: Tensor, *others: Tensor | None) -> bool:
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
         and torch._C._get_tracing_state() is None
         and torch.autograd.forward_ad._current_level < 0
         and x.numel() > 0
@@ -230,7 +230,7 @@ def _load() -> tuple[Any, str]:
     if os.environ.get(SWITCH, "on") == "off":
         return None, f"composed operators ({SWITCH}=off)"
     try:
-        from . import _native
+        from . import _native  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as error:
         return None, f"composed operators ({error})"
     _native.set_constants(ops.STEPS_REMEMBERED, ops.PARAMETER_SHARE, ops.ALONG, ops.PULL)

@@ -1,6 +1,6 @@
 """What every norm with running statistics does alike: what it accepts, and how its buffers are kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,10 @@ class PreciseStatistics(nn.Module):
             if after is not None and after.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[name] = before.to(after.device, torch.float32)
         return self
+
+    def _kept(self, names: Iterable[str]) -> list[Tensor]:
+        """The buffers of these names; by attribute each would take as long as a part of a compiled kernel."""
+        return [buffer for name in names if (buffer := self._buffers[name]) is not None]
 
 
 class RunningStatistics(PreciseStatistics, _NormBase):

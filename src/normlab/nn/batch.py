@@ -35,9 +35,8 @@ class _Batch(PreciseStatistics, _BatchNorm):
 
     def _fast(self, x: Tensor) -> Tensor:
         """What `forward` computes, by the compiled kernels."""
-        # Straight from the dictionary: by attribute each would take as long as a part of the kernel.
-        mean, var, batches = (self._buffers[name] for name in native.BatchStatistics._fields)
-        known = None if mean is None or var is None or batches is None else native.BatchStatistics(mean, var, batches)
+        kept = self._kept(native.BatchStatistics._fields)
+        known = native.BatchStatistics(*kept) if kept else None
         if known and not self.training:
             return native.frozen_norm(x, known.running_mean, known.running_var, self.weight, self.bias, self.eps)
         keeps = self.training and not recomputing()

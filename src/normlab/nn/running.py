@@ -152,11 +152,10 @@ class RunningBatchNorm2d(RunningStatistics):
         return 1 - (1 - self.momentum) ** (x.numel() / x.shape[1] / VALUES)
 
     def _statistics(self) -> native.RunningStatistics:
-        # Straight from the dictionary: by attribute each would take as long as a part of the kernel.
-        return native.RunningStatistics(*[self._buffers[name] for name in native.RunningStatistics._fields])
+        return native.RunningStatistics(*self._kept(native.RunningStatistics._fields))
 
     def _memory(self) -> GradientMemory:
-        return GradientMemory(*[self._buffers[name] for name in MEMORY])
+        return GradientMemory(*self._kept(MEMORY))
 
     def _first_batches(self, batches: Tensor, rate: float) -> Tensor:
         """max(rate, 1/t): what makes a moving average the mean of the first batches."""
