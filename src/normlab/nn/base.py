@@ -64,7 +64,7 @@ class PreciseStatistics(nn.Module):
 
     def _kept(self, names: Iterable[str]) -> list[Tensor]:
         """The buffers of these names; by attribute each would take as long as a part of a compiled kernel."""
-        return [buffer for name in names if (buffer := self._buffers[name]) is not None]
+        return [buffer for buffer in [self._buffers[name] for name in names] if buffer is not None]
 
 
 class RunningStatistics(PreciseStatistics, _NormBase):
