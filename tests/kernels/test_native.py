@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from copy import deepcopy
 
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import reference
 from checks import assert_close, cases, composed, double, gradients, layouts, step, with_drawn_parameters
 from normlab.kernels import native
-from normlab.nn import BatchNorm2d, RunningBatchNorm2d
+from normlab.nn import BatchNorm2d, GroupNorm, RunningBatchNorm2d
 from normlab.nn import functional as F
 
 pytestmark = pytest.mark.skipif(native.PATH.startswith("composed"), reason=native.PATH)
@@ -52,13 +53,34 @@ def test_frozen_norm_equals_float64(case):
     assert_close(fast, plain, TOLERANCE[x.dtype])
 
 
-@pytest.mark.parametrize("norm", [BatchNorm2d, RunningBatchNorm2d])
+@EXAMPLES
+@given(float_cases, st.data())
+def test_group_norm_equals_float64(case, data):
+    x, grad, *parameters = case
+    groups = data.draw(st.sampled_from([n for n in range(1, 7) if x.shape[1] % n == 0]))
+    fast = gradients(lambda x, w, b: native.group_norm(x, groups, w, b, EPS), grad, x, *float32(*parameters))
+    x64, grad64, *parameters64 = double([x, grad, *float32(*parameters)])
+    plain = gradients(lambda x, w, b: F.group_norm(x, groups, w, b, EPS), grad64, x64, *parameters64)
+    assert_close(fast, plain, TOLERANCE[x.dtype])
+
+
+def group_norm(num_features: int, momentum: float) -> GroupNorm:
+    return GroupNorm(num_features, num_features)
+
+
+def layer_norm(num_features: int, momentum: float) -> GroupNorm:
+    return GroupNorm(num_features, 1)
+
+
+@pytest.mark.parametrize("norm", [BatchNorm2d, RunningBatchNorm2d, group_norm, layer_norm])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
     "shape", [(2, 70, 45, 33), (40, 5, 8, 8), (600, 33, 1, 1), (70, 33, 2, 2), (1, 3, 150, 150)], ids=str
 )
-def test_large_inputs_equal_the_composed_operators_for_any_number_of_threads(norm, layout, shape):
+def test_large_inputs_equal_float64_for_any_number_of_threads(norm, layout, shape):
     """Sizes at which threads, blocks of rows and every width of register take part."""
+    if norm is group_norm and shape[2:] == (1, 1):
+        pytest.skip("groups of one value are the composed operator's")
     torch.manual_seed(0)
     layer = with_drawn_parameters(norm(shape[1], momentum=0.3))
     x = (torch.randn(shape) * 3 + 20).contiguous(memory_format=layout)
@@ -71,8 +93,8 @@ def test_large_inputs_equal_the_composed_operators_for_any_number_of_threads(nor
     torch.set_num_threads(1)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-    with composed():
-        assert_close(results[0], [*step(layer, x, grad), *step(layer, x, grad), *layer.state_dict().values()], 2e-5)
+    layer, x, grad = layer.double(), x.double(), grad.double()
+    assert_close(results[0], [*step(layer, x, grad), *step(layer, x, grad), *layer.state_dict().values()], 2e-5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -85,19 +107,18 @@ def test_a_mean_far_from_zero_costs_no_digits(data):
     assert_close([y], [expected], 1e-4)
 
 
-def test_the_gradient_has_a_gradient():
+@pytest.mark.parametrize("layer", [BatchNorm2d(6), BatchNorm2d(6).eval(), GroupNorm(6, 3)], ids=str)
+def test_the_gradient_has_a_gradient(layer):
     torch.manual_seed(0)
-    layer = with_drawn_parameters(BatchNorm2d(3))
-    x, v = torch.randn(2, 5, 3, 2, 2)
-    for training in (True, False):
-        layer.train(training)
-        found = []
-        for switch in (composed, torch.enable_grad):
-            with switch():
-                inputs = x.clone().requires_grad_()
-                (first,) = torch.autograd.grad(layer(inputs).pow(3).sum(), inputs, create_graph=True)
-                found.append(torch.autograd.grad((first * v).sum(), [inputs, layer.weight]))
-        assert_close(*map(list, found), 1e-4)
+    with_drawn_parameters(layer)
+    x, v = torch.randn(2, 5, 6, 2, 2)
+    found = []
+    for switch in (composed, nullcontext):
+        with switch():
+            inputs = x.clone().requires_grad_()
+            (first,) = torch.autograd.grad(layer(inputs).pow(3).sum(), inputs, create_graph=True)
+            found.append(torch.autograd.grad((first * v).sum(), [inputs, layer.weight]))
+    assert_close(*map(list, found), 1e-4)
 
 
 def test_the_flagships_gradient_says_that_it_has_none():

@@ -1,10 +1,11 @@
-"""The compiled kernels: norms of channels on a CPU, one call a pass.
+"""The compiled kernels: norms of channels and of groups on a CPU, one call a pass.
 
 Where they were not built, and for tensors that they do not take, the composed operators do the same.
 """
 
 import ctypes
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,41 +131,34 @@ def running_norm(
     return _RunningNorm.apply(x, weight, bias, statistics, memory, numbers, step_bound)
 
 
+def group_norm(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Group norm: of each image by itself, over `num_groups` groups of channels and space; as in `batch_norm`."""
+    return _GroupNorm.apply(x, weight, bias, num_groups, eps)
+
+
 class _ChannelNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, statistics, momentum, eps, frozen):  # types: batch_norm, frozen_norm
-        x, ctx.shape, ctx.format = _describe(x)
-        y, saved = torch.empty_like(x), torch.empty(2, ctx.shape[2])
-        tensors = [_pointer(part) for part in (x, y, weight, bias, saved)]
-        if frozen:
-            _native.frozen_forward(*ctx.shape, *tensors, *map(_pointer, statistics), eps)
-        else:
-            _native.batch_forward(*ctx.shape, *tensors, *map(_pointer, statistics or (None,) * 3), momentum, eps)
-        ctx.save_for_backward(x, weight, bias, saved)
         ctx.eps, ctx.frozen = eps, frozen
-        return y
+        if frozen:
+            return _forward(ctx, x, weight, bias, x.shape[1], _native.frozen_forward, statistics, eps)
+        statistics = statistics or (None, None, None)
+        return _forward(ctx, x, weight, bias, x.shape[1], _native.batch_forward, statistics, momentum, eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
-        x, weight, bias, saved = ctx.saved_tensors
         if torch.is_grad_enabled():  # these gradients are to be differentiated
-            return *_differentiable(x, weight, bias, saved if ctx.frozen else None, ctx.eps, grads[0]), *[None] * 4
-        grad = grads[0].contiguous(memory_format=ctx.format)
-        grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty(ctx.shape[2]), torch.empty(ctx.shape[2])
-        tensors = [_pointer(part) for part in (grad, x, grad_x, weight, saved, grad_weight, grad_bias)]
-        _native.batch_backward(*ctx.shape, *tensors, 0.0 if ctx.frozen else 1.0)
-        wanted = ctx.needs_input_grad
-        return grad_x, grad_weight if wanted[1] else None, grad_bias if wanted[2] else None, None, None, None, None
+            *inputs, saved = ctx.saved_tensors
+            y = _composed(*inputs, saved if ctx.frozen else None, ctx.eps)
+            return *_again(y, inputs, grads[0]), None, None, None, None
+        share = 0.0 if ctx.frozen else 1.0
+        return *_backward(ctx, grads[0], _native.batch_backward, (), share), None, None, None, None
 
 
 class _RunningNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, statistics, memory, numbers, step_bound):  # types: running_norm
-        x, ctx.shape, ctx.format = _describe(x)
-        y, saved = torch.empty_like(x), torch.empty(2, ctx.shape[2])
-        tensors = [_pointer(part) for part in (x, y, weight, bias, saved, *statistics)]
-        ctx.rate = _native.running_forward(*ctx.shape, *tensors, *numbers)
-        ctx.save_for_backward(x, weight, bias, saved)
+        y = _forward(ctx, x, weight, bias, x.shape[1], _native.running_forward, statistics, *numbers)
         # Not saved: it may change before this backward pass, by that of another batch.
         ctx.memory, ctx.step_bound = memory, -1.0 if step_bound is None else step_bound
         return y
@@ -176,16 +170,46 @@ class _RunningNorm(torch.autograd.Function):
 
 
 def _running_backward(ctx: Any, *grads: Tensor):
-    x, weight, bias, saved = ctx.saved_tensors
-    grad = grads[0].contiguous(memory_format=ctx.format)
-    grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty(ctx.shape[2]), torch.empty(ctx.shape[2])
-    pointers = [_pointer(part) for part in (grad, x, grad_x, weight, bias, saved, grad_weight, grad_bias, *ctx.memory)]
-    _, of_weight, of_bias, *_ = ctx.needs_input_grad
-    _native.running_backward(*ctx.shape, *pointers, ctx.rate, ctx.step_bound, of_weight and of_bias)
-    return grad_x, grad_weight if of_weight else None, grad_bias if of_bias else None, None, None, None, None
+    learns = all(ctx.needs_input_grad[1:3])
+    numbers = ctx.result, ctx.step_bound, learns
+    return *_backward(ctx, grads[0], _native.running_backward, ctx.memory, *numbers), None, None, None, None
 
 
 _once = once_differentiable(_running_backward)
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, num_groups, eps):  # types: group_norm
+        ctx.num_groups, ctx.eps = num_groups, eps
+        return _forward(ctx, x, weight, bias, len(x) * num_groups, _native.group_forward, (), num_groups, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        if torch.is_grad_enabled():
+            x, weight, bias, _ = ctx.saved_tensors
+            y = torch.group_norm(x, ctx.num_groups, weight, bias, ctx.eps)
+            return *_again(y, (x, weight, bias), grads[0]), None, None
+        return *_backward(ctx, grads[0], _native.group_backward, (), ctx.num_groups), None, None
+
+
+def _forward(ctx, x, weight, bias, parts, kernel, statistics, *numbers):
+    """The output of a norm that has `parts` means and 1/√(var + eps); they are saved for `_backward`."""
+    x, ctx.shape, ctx.format = _describe(x)
+    y, saved = torch.empty_like(x), torch.empty(2, parts)
+    ctx.result = kernel(*ctx.shape, *_pointers(x, y, weight, bias, saved, *statistics), *numbers)
+    ctx.save_for_backward(x, weight, bias, saved)
+    return y
+
+
+def _backward(ctx, grad, kernel, memory, *numbers):
+    """The gradients of `x`, γ and β; None for those that want none."""
+    x, weight, bias, saved = ctx.saved_tensors
+    grad = grad.contiguous(memory_format=ctx.format)
+    grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty(x.shape[1]), torch.empty(x.shape[1])
+    kernel(*ctx.shape, *_pointers(grad, x, grad_x, weight, bias, saved, grad_weight, grad_bias, *memory), *numbers)
+    _, of_weight, of_bias, *_ = ctx.needs_input_grad
+    return grad_x, grad_weight if of_weight else None, grad_bias if of_bias else None
 
 
 def _describe(x: Tensor) -> tuple[Tensor, tuple, torch.memory_format]:
@@ -205,12 +229,19 @@ def _describe(x: Tensor) -> tuple[Tensor, tuple, torch.memory_format]:
     return x, (TYPES[x.dtype], images, channels, space, last), layout
 
 
-def _pointer(part: Tensor | None) -> int:
-    return 0 if part is None else part.data_ptr()
+def _pointers(*parts: Tensor | None) -> list[int]:
+    return [0 if part is None else part.data_ptr() for part in parts]
 
 
-def _differentiable(x, weight, bias, saved, eps, grad):
-    """The gradients of a norm of channels, to be differentiated; with the statistics of `x` if `saved` is None."""
+def _again(y: Tensor, inputs: Iterable[Tensor | None], grad: Tensor) -> list[Tensor | None]:
+    """The gradients of `inputs`, to be differentiated; None for those that want none."""
+    wanted = [part for part in inputs if part is not None and part.requires_grad]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return [next(found) if part is not None and part.requires_grad else None for part in inputs]
+
+
+def _composed(x, weight, bias, saved, eps):
+    """A norm of channels in torch's operators; with the statistics of `x` if `saved` is None."""
     along = (-1, *[1] * (x.dim() - 2))
     if saved is None:
         var, mean = torch.var_mean(x.float(), (0, *range(2, x.dim())), correction=0, keepdim=True)
@@ -219,10 +250,7 @@ def _differentiable(x, weight, bias, saved, eps, grad):
         mean, inverse = (part.view(along) for part in saved)
     y = (x - mean) * inverse
     y = y if weight is None else y * weight.view(along)
-    y = (y if bias is None else y + bias.view(along)).to(x.dtype)
-    wanted = [part for part in (x, weight, bias) if part is not None and part.requires_grad]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-    return [next(found) if part is not None and part.requires_grad else None for part in (x, weight, bias)]
+    return (y if bias is None else y + bias.view(along)).to(x.dtype)
 
 
 def _load() -> tuple[Any, str]:

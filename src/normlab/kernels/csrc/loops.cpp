@@ -56,10 +56,10 @@ struct Register {
   static void store(Float16* to, Floats value) {
     for (int i = 0; i < W; ++i) to[i] = static_cast<Float16>(value[i]);
   }
-  static double sum(Floats value) {
-    double total = 0;
-    for (int i = 0; i < W; ++i) total += value[i];
-    return total;
+  static float sum(Floats value) {
+    typename Register<W / 2>::Floats halves[2];
+    std::memcpy(halves, &value, sizeof value);
+    return Register<W / 2>::sum(halves[0] + halves[1]);
   }
 };
 
@@ -78,7 +78,7 @@ struct Register<1> {
     to->bits = static_cast<uint16_t>(value != value ? (word >> 16) | 0x40 : (word + 0x7fff + ((word >> 16) & 1)) >> 16);
   }
   static void store(Float16* to, float value) { *to = static_cast<Float16>(value); }
-  static double sum(float value) { return value; }
+  static float sum(float value) { return value; }
 };
 
 float at(float value, int) { return value; }

@@ -1,14 +1,20 @@
-// The norms of channels, forward and backward, on raw pointers; `normlab.kernels.native` calls them.
+// The norms, forward and backward, on raw pointers; `normlab.kernels.native` calls them.
 #include <nanobind/nanobind.h>
 
 #include <limits>
 
 #include "channels.h"
+#include "groups.h"
 
 namespace nb = nanobind;
 
 namespace normlab {
 namespace {
+
+// The functions of this module have arguments in common. x, y: values, float32 (type 0), bfloat16 (1) or float16 (2),
+// of so many images, channels and space, with the channels last in memory or not. weight, bias: float32 or null, as are
+// all statistics. saved: means, then 1/√(variance + eps), written by the forward pass. g, out: the gradients of y and
+// of x. weight_grad, bias_grad: written.
 
 const AllLoops* all_loops = &kLoopsPlain;
 const char* instructions = "plain";
@@ -100,7 +106,8 @@ void batch_forward(int type, int64_t images, int64_t channels, int64_t space, bo
 
 // The gradient of weight (x − mean) inverse + bias, where the batch has the share `share` in mean and variance.
 void batch_backward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer g, Pointer x,
-                    Pointer out, Pointer weight, Pointer saved, Pointer weight_grad, Pointer bias_grad, double share) {
+                    Pointer out, Pointer weight, Pointer /*bias*/, Pointer saved, Pointer weight_grad,
+                    Pointer bias_grad, double share) {
   const Shape shape = without_images({images, channels, space, last});
   const float *mean = at<float>(saved), *inverse = mean + channels;
   float *grad_weight = at<float>(weight_grad), *grad_bias = at<float>(bias_grad);
@@ -326,6 +333,25 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
   });
 }
 
+void group_forward_of(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer x, Pointer y,
+                      Pointer weight, Pointer bias, Pointer saved, int64_t groups, double eps) {
+  with_type(type, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    group_forward({images, channels, space, last}, groups, at<const T>(x), at<T>(y), at<float>(weight), at<float>(bias),
+                  at<float>(saved), eps);
+  });
+}
+
+void group_backward_of(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer g, Pointer x,
+                       Pointer out, Pointer weight, Pointer /*bias*/, Pointer saved, Pointer weight_grad,
+                       Pointer bias_grad, int64_t groups) {
+  with_type(type, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    group_backward({images, channels, space, last}, groups, at<const T>(g), at<const T>(x), at<T>(out),
+                   at<float>(weight), at<float>(saved), at<float>(weight_grad), at<float>(bias_grad));
+  });
+}
+
 void set_openmp(Pointer parallel, Pointer max_threads, Pointer thread, Pointer threads, Pointer inside) {
   openmp.parallel = reinterpret_cast<decltype(openmp.parallel)>(parallel);
   openmp.max_threads = reinterpret_cast<decltype(openmp.max_threads)>(max_threads);
@@ -365,6 +391,8 @@ NB_MODULE(_native, m) {
   m.def("batch_forward", &batch_forward);
   m.def("batch_backward", &batch_backward);
   m.def("frozen_forward", &frozen_forward);
+  m.def("group_forward", &group_forward_of);
+  m.def("group_backward", &group_backward_of);
   m.def("running_forward", &running_forward);
   m.def("running_backward", &running_backward);
 }

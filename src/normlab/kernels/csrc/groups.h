@@ -1,0 +1,179 @@
+// Norms whose statistics are of each image by itself, over groups of channels and space.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "channels.h"
+
+namespace normlab {
+
+// Statistics of `count` values about a shift, as mean and sum of squared distances from it.
+struct Moments {
+  double count = 0, mean = 0, squares = 0;
+
+  static Moments of(double count, float shift, const float* sums) {
+    const double distance = sums[0] / count;
+    return {count, shift + distance, sums[1] - count * distance * distance};
+  }
+  // Chan, Golub and LeVeque 1979.
+  void add(const Moments& other) {
+    const double total = count + other.count, distance = other.mean - mean;
+    squares += other.squares + distance * distance * count * other.count / total;
+    mean += distance * other.count / total;
+    count = total;
+  }
+  double inverse(double eps) const { return 1 / std::sqrt((squares < 0 ? 0 : squares / count) + eps); }
+};
+
+// y = weight (x − mean) inverse + bias. saved: means, then inverses, [image][group].
+template <class T>
+void group_forward(const Shape& shape, int64_t groups, const T* x, T* y, const float* weight, const float* bias,
+                   float* saved, double eps) {
+  const int64_t channels = shape.channels, members = channels / groups, space = shape.space;
+  float *means = saved, *inverses = saved + shape.images * groups;
+  auto scale = [&](int64_t c, float inverse) { return weight ? weight[c] * inverse : inverse; };
+  auto shift = [&](int64_t c) { return bias ? bias[c] : 0.0f; };
+  if (!shape.last) {
+    parallel_for(shape.images * groups, shape.numel(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const T* from = x + i * members * space;
+        float sums[2];
+        loops<T>().moments(from, members * space, to_float(*from), sums);
+        const Moments m = Moments::of(static_cast<double>(members * space), to_float(*from), sums);
+        means[i] = static_cast<float>(m.mean);
+        inverses[i] = static_cast<float>(m.inverse(eps));
+        for (int64_t k = 0; k < members; ++k) {
+          const int64_t c = i % groups * members + k, offset = (i * members + k) * space;
+          loops<T>().affine(x + offset, y + offset, space, means[i], scale(c, inverses[i]), shift(c));
+        }
+      }
+    });
+    return;
+  }
+  thread_local std::vector<float> shifts, sums, mean, scales, biases;
+  for (auto* part : {&shifts, &mean, &scales, &biases}) part->resize(shape.images * channels);
+  sums.resize(shape.segments() * channels * 2);
+  for (int64_t image = 0; image < shape.images; ++image) {
+    for (int64_t c = 0; c < channels; ++c) shifts[image * channels + c] = to_float(x[image * space * channels + c]);
+  }
+  const float *of_shift = shifts.data(), *of_mean = mean.data(), *of_scale = scales.data(), *of_bias = biases.data();
+  float* to = sums.data();
+  const auto no_run = [](int64_t, int64_t, int64_t) {};
+  each_segment(
+      shape,
+      [&](int64_t segment, int64_t image, int64_t offset, int64_t n) {
+        loops<T>().moments_rows(x + offset, n, channels, of_shift + image * channels, to + segment * channels * 2);
+      },
+      no_run);
+  const int64_t per_image = shape.segments_per_image();
+  for (int64_t i = 0; i < shape.images * groups; ++i) {
+    const int64_t image = i / groups, first = i % groups * members;
+    Moments m;
+    for (int64_t c = first; c < first + members; ++c) {
+      for (int64_t segment = 0; segment < per_image; ++segment) {
+        const double n = static_cast<double>(std::min(Shape::kRows, space - segment * Shape::kRows));
+        const float* of = to + ((image * per_image + segment) * channels + c) * 2;
+        m.add(Moments::of(n, of_shift[image * channels + c], of));
+      }
+    }
+    means[i] = static_cast<float>(m.mean);
+    inverses[i] = static_cast<float>(m.inverse(eps));
+    for (int64_t c = first; c < first + members; ++c) {
+      mean[image * channels + c] = means[i];
+      scales[image * channels + c] = scale(c, inverses[i]);
+      biases[image * channels + c] = shift(c);
+    }
+  }
+  each_segment(
+      shape,
+      [&](int64_t, int64_t image, int64_t offset, int64_t n) {
+        const int64_t at = image * channels;
+        loops<T>().affine_rows(x + offset, y + offset, n, channels, of_mean + at, of_scale + at, of_bias + at);
+      },
+      no_run);
+}
+
+// With x̂ = (x − mean) inverse and h = weight·g, per image and group: inverse (h − mean h − x̂ mean h x̂).
+template <class T>
+void group_backward(const Shape& shape, int64_t groups, const T* g, const T* x, T* out, const float* weight,
+                    const float* saved, float* grad_weight, float* grad_bias) {
+  const int64_t channels = shape.channels, members = channels / groups, space = shape.space;
+  const int64_t per_image = shape.segments_per_image(), all = shape.images * channels;
+  const float *means = saved, *inverses = saved + shape.images * groups;
+  thread_local std::vector<float> mean, sums, p, q, r, of_weight, of_bias;
+  for (auto* part : {&mean, &p, &q, &r, &of_weight, &of_bias}) part->resize(all);
+  sums.resize(shape.segments() * channels * kSums);
+  float *to_mean = mean.data(), *to = sums.data(), *to_p = p.data(), *to_q = q.data(), *to_r = r.data();
+  float *to_weight = of_weight.data(), *to_bias = of_bias.data();
+  // The factors of a group's channels, once the sums of its segments are there.
+  auto factors = [&](int64_t i) {
+    const int64_t image = i / groups, first = i % groups * members;
+    const double inverse = inverses[i];
+    double sum = 0, product = 0;
+    for (int64_t c = first; c < first + members; ++c) {
+      double of_g = 0, of_product = 0;
+      for (int64_t segment = image * per_image; segment < (image + 1) * per_image; ++segment) {
+        of_g += to[(segment * channels + c) * kSums];
+        of_product += to[(segment * channels + c) * kSums + 1] * inverse;
+      }
+      to_bias[image * channels + c] = static_cast<float>(of_g);
+      to_weight[image * channels + c] = static_cast<float>(of_product);
+      const double w = weight ? weight[c] : 1;
+      sum += w * of_g;
+      product += w * of_product;
+    }
+    const double n = static_cast<double>(members * space);
+    for (int64_t c = first; c < first + members; ++c) {
+      to_p[image * channels + c] = static_cast<float>(inverse * (weight ? weight[c] : 1));
+      to_q[image * channels + c] = static_cast<float>(-inverse * inverse * product / n);
+      to_r[image * channels + c] = static_cast<float>(-inverse * sum / n);
+    }
+  };
+  if (!shape.last) {
+    parallel_for(shape.images * groups, shape.numel(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t c = i * members; c < (i + 1) * members; ++c) {
+          loops<T>().products(g + c * space, x + c * space, space, means[i], to + c * kSums);
+        }
+        factors(i);
+        for (int64_t c = i * members; c < (i + 1) * members; ++c) {
+          const int64_t at = c * space;
+          loops<T>().combine(g + at, x + at, out + at, space, 1, means[i], to_p[c], to_q[c], to_r[c]);
+        }
+      }
+    });
+  } else {
+    for (int64_t i = 0; i < all; ++i) to_mean[i] = means[i / members];
+    const auto no_run = [](int64_t, int64_t, int64_t) {};
+    each_segment(
+        shape,
+        [&](int64_t segment, int64_t image, int64_t at, int64_t n) {
+          float* sum = to + segment * channels * kSums;
+          loops<T>().products_rows(g + at, x + at, n, channels, to_mean + image * channels, sum);
+        },
+        no_run);
+    for (int64_t i = 0; i < shape.images * groups; ++i) factors(i);
+    each_segment(
+        shape,
+        [&](int64_t, int64_t image, int64_t at, int64_t n) {
+          const int64_t c = image * channels;
+          loops<T>().combine_rows(g + at, x + at, out + at, n, channels, 1, to_mean + c, to_p + c, to_q + c, to_r + c);
+        },
+        no_run);
+  }
+  thread_local std::vector<double> total;
+  total.assign(2 * channels, 0);
+  for (int64_t i = 0; i < all; ++i) {
+    total[i % channels] += to_weight[i];
+    total[channels + i % channels] += to_bias[i];
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    grad_weight[c] = static_cast<float>(total[c]);
+    grad_bias[c] = static_cast<float>(total[channels + c]);
+  }
+}
+
+}  // namespace normlab
