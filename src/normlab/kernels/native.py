@@ -148,9 +148,9 @@ class _ChannelNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         if torch.is_grad_enabled():  # these gradients are to be differentiated
-            *inputs, saved = ctx.saved_tensors
-            y = _composed(*inputs, saved if ctx.frozen else None, ctx.eps)
-            return *_again(y, inputs, grads[0]), None, None, None, None
+            x, weight, bias, saved = ctx.saved_tensors
+            y = _composed(x, weight, bias, saved if ctx.frozen else None, ctx.eps)
+            return *_again(y, (x, weight, bias), grads[0]), None, None, None, None
         share = 0.0 if ctx.frozen else 1.0
         return *_backward(ctx, grads[0], _native.batch_backward, (), share), None, None, None, None
 
