@@ -1,11 +1,12 @@
 # make compare   the main job: norms compared on MNIST, with a table, a picture and a page (ARGS="..." for options)
 # make test      the tests
 # make check     formatting, lint and types
+# make sanitize  the tests of the compiled kernels, built to stop at a memory error or undefined behaviour
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: compare reproduce test check clean
+.PHONY: compare reproduce test check sanitize clean
 
 compare: .venv/run
 	$(BIN)/normlab compare $(ARGS)
@@ -21,6 +22,13 @@ check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+sanitize: .venv/dev
+	$(PIP) -e . -C build-dir=build/sanitize -C cmake.build-type=RelWithDebInfo \
+		-C cmake.define.CMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+	@rm .venv/run # the next command installs without
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python -m pytest tests/kernels/test_native.py tests/nn/test_running.py
+
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "normlab needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
@@ -35,4 +43,4 @@ check: .venv/dev
 	@touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv build runs

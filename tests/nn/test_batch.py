@@ -51,7 +51,7 @@ def test_is_torchs_batch_norm(dims, options, kernels, tolerance):
         ours.train(training), torchs.train(training)
         x, grad = torch.randn(2, 4, 3, *[4] * dims)
         with kernels():
-            assert_close(step(ours, x, grad), step(torchs, x, grad), tolerance if training else 1e-6)
+            assert_close(step(ours, x, grad), step(torchs, x, grad), tolerance if training else 1e-5)
         assert ours.state_dict().keys() == torchs.state_dict().keys()
         assert_close(list(ours.state_dict().values()), list(torchs.state_dict().values()), 1e-6)
 
@@ -177,7 +177,7 @@ def test_the_mean_of_all_batches_compiles_without_a_break():
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for _ in range(3):
         x, grad = torch.randn(2, 4, 3, 2, 2)
-        assert_close(step(compiled, x, grad), step(torchs, x, grad), 1e-6)
+        assert_close(step(compiled, x, grad), step(torchs, x, grad), 1e-5)
         assert_close(list(layer.buffers()), list(torchs.buffers()), 1e-6)
 
 

@@ -64,11 +64,12 @@ def takes(x: Tensor, *others: Tensor | None) -> bool:
     """
     return (
         _native is not None
+        and not torch.compiler.is_compiling()
         and x.dtype in TYPES
         and x.is_cpu
         and x.layout is torch.strided
         and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
         and torch._C._get_tracing_state() is None
@@ -80,6 +81,11 @@ def takes(x: Tensor, *others: Tensor | None) -> bool:
 
 def _plain(part: Tensor | None) -> bool:
     return part is None or (part.dtype in STATISTICS and part.is_contiguous() and part.is_cpu)
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    """As `function.apply`, without what that does for `torch.func`, where `takes` is false."""
+    return super(torch.autograd.Function, function).apply(*arguments)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def batch_norm(
@@ -100,12 +106,12 @@ def batch_norm(
         momentum: weight of this batch in `statistics`; if None, one over the batches seen.
         eps: added to the variance.
     """
-    return _ChannelNorm.apply(x, weight, bias, statistics, -1.0 if momentum is None else momentum, eps, False)
+    return _apply(_ChannelNorm, x, weight, bias, statistics, -1.0 if momentum is None else momentum, eps, False)
 
 
 def frozen_norm(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """γ (x − mean) / √(var + eps) + β with constant `mean` and `var`, (C,), float32; arguments as in `batch_norm`."""
-    return _ChannelNorm.apply(x, weight, bias, (mean, var), 0.0, eps, True)
+    return _apply(_ChannelNorm, x, weight, bias, (mean, var), 0.0, eps, True)
 
 
 def running_norm(
@@ -128,12 +134,12 @@ def running_norm(
         numbers: of the layer.
         step_bound: see `ops.normalize_with_memory`.
     """
-    return _RunningNorm.apply(x, weight, bias, statistics, memory, numbers, step_bound)
+    return _apply(_RunningNorm, x, weight, bias, statistics, memory, numbers, step_bound)
 
 
 def group_norm(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Group norm: of each image by itself, over `num_groups` groups of channels and space; as in `batch_norm`."""
-    return _GroupNorm.apply(x, weight, bias, num_groups, eps)
+    return _apply(_GroupNorm, x, weight, bias, num_groups, eps)
 
 
 class _ChannelNorm(torch.autograd.Function):

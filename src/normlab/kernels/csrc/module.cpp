@@ -388,11 +388,14 @@ NB_MODULE(_native, m) {
   m.attr("instructions") = instructions;
   m.def("set_openmp", &set_openmp);
   m.def("set_constants", &set_constants);
-  m.def("batch_forward", &batch_forward);
-  m.def("batch_backward", &batch_backward);
-  m.def("frozen_forward", &frozen_forward);
-  m.def("group_forward", &group_forward_of);
-  m.def("group_backward", &group_backward_of);
-  m.def("running_forward", &running_forward);
-  m.def("running_backward", &running_backward);
+  const auto define = [&](const char* name, auto function) {
+    m.def(name, function, nb::call_guard<nb::gil_scoped_release>());
+  };
+  define("batch_forward", &batch_forward);
+  define("batch_backward", &batch_backward);
+  define("frozen_forward", &frozen_forward);
+  define("group_forward", &group_forward_of);
+  define("group_backward", &group_backward_of);
+  define("running_forward", &running_forward);
+  define("running_backward", &running_backward);
 }
