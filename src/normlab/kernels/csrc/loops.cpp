@@ -3,12 +3,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 namespace normlab {
 namespace {
 
 // Two registers at a time, since each addition waits for the one before.
-constexpr int kWidth = 2 * NORMLAB_WIDTH;
+constexpr int kRegister = NORMLAB_WIDTH, kWidth = 2 * kRegister;
 // Single precision sums over this many values are added up in double precision.
 constexpr int64_t kBlock = 4096;
 
@@ -57,9 +58,18 @@ struct Register {
     for (int i = 0; i < W; ++i) to[i] = static_cast<Float16>(value[i]);
   }
   static float sum(Floats value) {
-    typename Register<W / 2>::Floats halves[2];
-    std::memcpy(halves, &value, sizeof value);
-    return Register<W / 2>::sum(halves[0] + halves[1]);
+    if constexpr (W == 2)
+      return value[0] + value[1];
+    else
+      return sum(value, std::make_integer_sequence<int, W / 2>());
+  }
+
+ private:
+  template <int... I>
+  static float sum(Floats value, std::integer_sequence<int, I...>) {
+    const auto low = __builtin_shufflevector(value, value, I...);
+    const auto high = __builtin_shufflevector(value, value, (I + W / 2)...);
+    return Register<W / 2>::sum(low + high);
   }
 };
 
@@ -81,10 +91,45 @@ struct Register<1> {
   static float sum(float value) { return value; }
 };
 
+// Two registers' values. As one vector type of that size the compiler would keep them in memory.
+template <class Floats>
+struct Two {
+  Floats low, high;
+
+  friend Two operator+(Two a, Two b) { return {a.low + b.low, a.high + b.high}; }
+  friend Two operator-(Two a, Two b) { return {a.low - b.low, a.high - b.high}; }
+  friend Two operator*(Two a, Two b) { return {a.low * b.low, a.high * b.high}; }
+  friend Two operator+(Two a, float b) { return {a.low + b, a.high + b}; }
+  friend Two operator-(Two a, float b) { return {a.low - b, a.high - b}; }
+  friend Two operator*(Two a, float b) { return {a.low * b, a.high * b}; }
+  Two& operator+=(Two other) { return *this = *this + other; }
+};
+
+template <>
+struct Register<kWidth> {
+  using Half = Register<kRegister>;
+  using Floats = Two<Half::Floats>;
+
+  template <class T>
+  static Floats load(const T* from) {
+    return {Half::load(from), Half::load(from + kRegister)};
+  }
+  template <class T>
+  static void store(T* to, Floats value) {
+    Half::store(to, value.low);
+    Half::store(to + kRegister, value.high);
+  }
+  static float sum(Floats value) { return Half::sum(value.low + value.high); }
+};
+
 float at(float value, int) { return value; }
 template <class Floats>
 float at(const Floats& values, int i) {
   return values[i];
+}
+template <class Floats>
+float at(const Two<Floats>& values, int i) {
+  return i < kRegister ? at(values.low, i) : at(values.high, i - kRegister);
 }
 
 // In each loop below a part takes as many values as it can W at a time and leaves the rest to the part of half the
