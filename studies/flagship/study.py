@@ -33,32 +33,32 @@ LRS = (0.01, 0.03, 0.1, 0.3, 1.0)
 SCHEDULES = ("constant", "one-cycle")
 CLIPS = (None, 1.0)
 TWICE_CHANCE = 0.2  # of ten classes: what does not come this far in the screening is not confirmed
-SMALL_BATCH, FEW_IMAGES = 8, 5_000  # the screening takes so many images up to this batch size, and above it:
-MORE_IMAGES = {"mnist": None, "cifar10": 20_000}
+# Images in the screening, at a batch size up to 8 and above. On CIFAR-10 5,000 chose rates too high for a whole run.
+FEW_IMAGES = {"mnist": (5_000, None), "cifar10": (20_000, 20_000)}
 NORMS_STUDIED = [name for name in NORMS if name != "sync"]  # in one process sync is batch norm
 MOST_SEEDS = ("running", "group")
 SCREENED_ON = {"mnist": "mnist", "fashion_mnist": "mnist", "cifar10": "cifar10"}
 TASKS = {"mnist": {}, "fashion_mnist": {}, "cifar10": {"model": "resnet", "epochs": 3}}
 
 
-def screening(norms: Iterable[str], batch_sizes: Iterable[int], data: str) -> list[Trial]:
+def screening(norms: Iterable[str], batch_sizes: Iterable[int], data: str, schedules: Iterable[str]) -> list[Trial]:
     """Every setting of these norms at these batch sizes."""
     task = {"data": data, **TASKS[data], "epochs": 1}
-    images = {size: FEW_IMAGES if size <= SMALL_BATCH else MORE_IMAGES[data] for size in batch_sizes}
+    images = {size: FEW_IMAGES[data][size > 8] for size in batch_sizes}
     return [
         Trial(norm, size, lr, 0, schedule=schedule, clip=clip, images=images[size], **task)
-        for size, norm, lr, schedule, clip in itertools.product(batch_sizes, norms, LRS, SCHEDULES, CLIPS)
+        for size, norm, lr, schedule, clip in itertools.product(batch_sizes, norms, LRS, schedules, CLIPS)
     ]
 
 
 def confirmation(
-    groups: list[Group], norms: Iterable[str], batch_sizes: Iterable[int], data: str, most: int
+    groups: list[Group], norms: Iterable[str], batch_sizes: Iterable[int], data: str, most: int, settings: int
 ) -> list[Trial]:
-    """The two best settings of each norm and batch size that were screened, on all images, three or `most` seeds."""
+    """The best `settings` of each norm and batch size that were screened, on all images, three or `most` seeds."""
     trials = []
     for norm, size in itertools.product(norms, batch_sizes):
         screened = [g for g in groups if (g.settings["norm"], g.settings["batch_size"]) == (norm, size)]
-        for group in sorted((g for g in screened if g.score > TWICE_CHANCE), key=lambda g: -g.score)[:2]:
+        for group in sorted((g for g in screened if g.score > TWICE_CHANCE), key=lambda g: -g.score)[:settings]:
             chosen = {name: group.settings[name] for name in ("lr", "schedule", "clip")}
             seeds = range(most if norm in MOST_SEEDS else min(most, 3))
             trials += [Trial(norm, size, seed=seed, data=data, **TASKS[data], **chosen) for seed in seeds]
@@ -128,15 +128,17 @@ def main() -> None:
     parser.add_argument("--norms", nargs="+", default=NORMS_STUDIED, choices=list(NORMS))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
     parser.add_argument("--data", default="mnist", choices=list(TASKS))
+    parser.add_argument("--schedules", nargs="+", default=SCHEDULES, choices=SCHEDULES, help="of screening")
+    parser.add_argument("--settings", type=int, default=2, help="of confirmation, the best so many")
     parser.add_argument("--seeds", type=int, default=5, help="of confirmation, at most; but for running and group, 3")
     parser.add_argument("--data-dir")
     parser.add_argument("--workers", type=int, default=2)
     a = parser.parse_args()
     screened = RunStore(FOLDER / f"screen-{SCREENED_ON[a.data]}.jsonl")
     if a.part == "screen":
-        run(screening(a.norms, a.batch_sizes, SCREENED_ON[a.data]), screened, a.data_dir, a.workers)
+        run(screening(a.norms, a.batch_sizes, SCREENED_ON[a.data], a.schedules), screened, a.data_dir, a.workers)
     elif a.part == "confirm":
-        trials = confirmation(summarize(screened.read()), a.norms, a.batch_sizes, a.data, a.seeds)
+        trials = confirmation(summarize(screened.read()), a.norms, a.batch_sizes, a.data, a.seeds, a.settings)
         run(trials, RunStore(FOLDER / f"confirm-{a.data}.jsonl"), a.data_dir, a.workers)
     elif a.part == "bars":
         run(high_rates(), RunStore(FOLDER / "bars.jsonl"), a.data_dir, a.workers)
