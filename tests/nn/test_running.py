@@ -53,7 +53,8 @@ class Formula:
         sums = torch.stack([(grad * x_hat).sum(dims), grad.sum(dims)])
         self.average = (1 - self.latest_rate) * self.average + self.latest_rate * self.latest
         self.latest, self.latest_rate = sums / n, rate
-        b, a = (1 - rate) * self.average + rate * self.latest
+        own = self.latest[0] / (rate * x_hat.square().mean(dims)).clamp(min=1)
+        b, a = (1 - rate) * self.average + rate * torch.stack([own, self.latest[1]])
         pulled = grad - reference.per_channel(a, x) - x_hat * reference.per_channel(b, x)
         grad_x = pulled * reference.per_channel(weight / (self.running[1] + self.eps).sqrt(), x)
         k = 0.0
@@ -278,6 +279,25 @@ def train_a_linear_classifier(norm: nn.Module, lr: float, steps: int = 300) -> f
         optimizer.step()
         losses.append(loss.item())
     return sum(losses[-100:]) / 100
+
+
+@pytest.mark.parametrize("kernels", [nullcontext, composed])
+def test_an_image_of_much_contrast_does_not_turn_its_gradient_round(kernels):
+    """Its x̂² is far above 1; what of the gradient lies along x̂ is removed as in batch norm, not overshot."""
+    torch.manual_seed(0)
+    layer = RunningBatchNorm2d(3, step_bound=None)
+    layer.share.fill_(1e-3)
+    layer.num_batches_tracked.fill_(1000)  # so that the share adapts slowly
+    x = torch.randn(2, 3, 16, 16)
+    x = (10 * (x - x.mean((0, 2, 3), keepdim=True))).requires_grad_()
+    grad = torch.randn(2, 3, 16, 16) + x.detach() / 10
+    with kernels():
+        y = layer(x)
+        y.backward(grad)
+    assert y.square().mean() > 20
+    along = (x.grad * x).sum((0, 2, 3)) / (x * x).sum((0, 2, 3)).sqrt() / grad.norm()
+    assert along.abs().max() < 1e-4
+    assert x.grad.norm() < grad.norm()
 
 
 def test_an_output_that_overshoots_is_pulled_in():

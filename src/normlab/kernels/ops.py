@@ -121,7 +121,11 @@ def normalize_with_memory(
         ∂L/∂x = γ/√(var+eps) · (g − A − x̂ B)
         ∂L/∂γ = .3 Σ g x̂ + k γ          ∂L/∂β = .3 Σ g + k β
 
-    where A and B at a rate of 1 are batch norm's. What A and B take from a batch in one step they must give back in the
+    where A and B at a rate of 1 are batch norm's. There x̂² is 1 on average; here it is not, an image of much contrast
+    can have ten times as much, and −x̂ · rate · Σ g x̂/n would not remove the part of g along x̂ but turn it round, and
+    longer than it was. So of this batch's own Σ g x̂/n a part is subtracted: over max(1, rate · Σ x̂²/n).
+
+    What A and B take from a batch in one step they must give back in the
     others, and a step whose gradient is clipped is a short one: so before the next batch the rate of the last one is
     multiplied by the length of its step over their average. A step that is not along the gradient (momentum, an
     adaptive optimizer) says nothing of this and counts as an average one.
@@ -195,7 +199,9 @@ class _NormalizeWithMemory(torch.autograd.Function):
         sums = torch.stack([(grad * x_hat).sum(dims), grad.sum(dims)])
         latest = sums * (x.shape[1] / x.numel())
         average = torch.lerp(average, memory.latest, last_rate)
-        subtracted = torch.lerp(average, latest, rate)
+        square = x_hat.square().mean(dims)
+        own = torch.stack([latest[0] / (rate * square).clamp(min=1), latest[1]])
+        subtracted = torch.lerp(average, own, rate)
         given = torch.add(sums * PARAMETER_SHARE, parameters * pull)
         measured = torch.stack([log_lr, steps, squared_length, step_length, rate.to(log_lr.dtype)])
         finite = sums.isfinite().all()

@@ -41,7 +41,8 @@ class RunningBatchNorm2d(RunningStatistics):
 
         ∂L/∂x = γ/√(σ²'+eps) · (g − A − x̂ B)        A ≈ mean g, B ≈ mean g x̂
 
-    with three restraints, for at a high learning rate a small batch drives γ, β and the layer above without limit.
+    where of this batch's own part in B no more is subtracted than removes what of g lies along x̂. There are three more
+    restraints, for at a high learning rate a small batch drives γ, β and the layer above without limit.
     Each image's gradient g is bounded: times the learning rate it is no longer than `step_bound` times (γ, β); γ and β
     learn at .3 of the learning rate; and while the bound is met and the output is so large that a linear layer above
     overshoots, γ and β are pulled towards 0. The learning rate is measured, by how far γ and β have moved, so that

@@ -215,18 +215,20 @@ template <int W, class T>
 void products_part(const T* g, const T* x, int64_t i, int64_t end, float mean, double* sums) {
   using R = Register<W>;
   if (i + W <= end) {
-    typename R::Floats sum = {}, product = {}, squares = {}, distance = {};
+    typename R::Floats sum = {}, product = {}, squares = {}, distance = {}, distances = {};
     for (; i + W <= end; i += W) {
       const auto grad = R::load(g + i), d = R::load(x + i) - mean;
       sum += grad;
       product += grad * d;
       squares += grad * grad;
       distance += d;
+      distances += d * d;
     }
     sums[0] += R::sum(sum);
     sums[1] += R::sum(product);
     sums[2] += R::sum(squares);
     sums[3] += R::sum(distance);
+    sums[4] += R::sum(distances);
   }
   if constexpr (W > 1) products_part<W / 2>(g, x, i, end, mean, sums);
 }
@@ -244,13 +246,14 @@ void products_rows_part(const T* g, const T* x, int64_t n, int64_t channels, int
   using R = Register<W>;
   for (; c + W <= channels; c += W) {
     const auto m = R::load(mean + c);
-    typename R::Floats sum = {}, product = {}, squares = {}, distance = {};
+    typename R::Floats sum = {}, product = {}, squares = {}, distance = {}, distances = {};
     for (int64_t j = c; j < n * channels; j += channels) {
       const auto grad = R::load(g + j), d = R::load(x + j) - m;
       sum += grad;
       product += grad * d;
       squares += grad * grad;
       distance += d;
+      distances += d * d;
     }
     for (int i = 0; i < W; ++i) {
       float* to = sums + kSums * (c + i);
@@ -258,6 +261,7 @@ void products_rows_part(const T* g, const T* x, int64_t n, int64_t channels, int
       to[1] = at(product, i);
       to[2] = at(squares, i);
       to[3] = at(distance, i);
+      to[4] = at(distances, i);
     }
   }
   if constexpr (W > 1) products_rows_part<W / 2>(g, x, n, channels, c, mean, sums);

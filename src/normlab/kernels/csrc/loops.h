@@ -21,7 +21,7 @@ inline float to_float(BFloat16 value) {
 }
 
 // How many sums `products` takes.
-constexpr int kSums = 4;
+constexpr int kSums = 5;
 
 // Each loop comes in two forms. In the first, n values of one channel lie next to each other. In the second, n rows of
 // all channels do, and what belongs to a channel is an array.
@@ -36,7 +36,7 @@ struct Loops {
   void (*affine_rows)(const T* x, T* y, int64_t n, int64_t channels, const float* mean, const float* scale,
                       const float* bias);
 
-  // sums: Σg, Σgd, Σg², Σd with d = x − mean.
+  // sums: Σg, Σgd, Σg², Σd, Σd² with d = x − mean.
   void (*products)(const T* g, const T* x, int64_t n, float mean, float* sums);
   void (*products_rows)(const T* g, const T* x, int64_t n, int64_t channels, const float* mean, float* sums);
 

@@ -218,8 +218,9 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
   const auto rate = static_cast<float>(batch_rate);
   const int64_t both = 2 * channels;
   thread_local std::vector<float> sums, factor, p, q, r, now, pushed;
-  thread_local std::vector<double> total;
+  thread_local std::vector<double> total, squares;
   sums.resize(shape.segments() * channels * kSums);
+  squares.assign(channels, 0);
   factor.assign(images, 1);
   total.assign(both, 0);
   now.resize(both);
@@ -294,6 +295,7 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
       const float* of = sums.data() + (segment * channels + c) * kSums;
       total[c] += f * of[1];
       total[channels + c] += f * of[0];
+      squares[c] += of[4];
     }
   }
   bool finite = true;
@@ -304,9 +306,10 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
     const int64_t c = i % channels;
     if (i < channels) total[i] *= inverse[c];
     finite &= std::isfinite(static_cast<float>(total[i]));
-    const auto of_batch = static_cast<float>(total[i] / n);
+    auto own = static_cast<float>(total[i] / n);
+    if (i < channels) own /= std::max(1.0f, rate * static_cast<float>(squares[c] * inverse[c] * inverse[c] / n));
     const float scale = inverse[c] * or_one(at<float>(weight), c);
-    const float subtracted = lerp(lerp(to_average[i], to_latest[i], last_rate), of_batch, rate) * scale;
+    const float subtracted = lerp(lerp(to_average[i], to_latest[i], last_rate), own, rate) * scale;
     if (i < channels) {
       p[c] = scale;
       q[c] = -subtracted * inverse[c];
