@@ -9,6 +9,7 @@ it stopped. A table at the end: accuracy on 2,000 test images, treated alike, me
 
 import argparse
 import itertools
+import time
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from normlab.models import build_model
 from normlab.study.executors import Job, run_jobs
 from normlab.study.store import Record, RunStore
 from normlab.study.summary import Spread
-from normlab.study.trial import environment, make_schedule
+from normlab.study.trial import make_record, make_schedule
 from normlab.training import Callback, Learner, Metrics, ScheduleParameter, accuracy
 
 STORE = RunStore(Path(__file__).parent / "contrast.jsonl")
@@ -46,10 +47,17 @@ def train(norm: str, lr: float, seed: int, tell: Callback) -> Record:
         optimizer=torch.optim.SGD(model.parameters(), lr=lr),
         callbacks=[Metrics(accuracy=accuracy), ScheduleParameter("lr", make_schedule("one-cycle", lr)), tell],
     )
+    start = time.perf_counter()
     learner.fit(1)
-    settings = {"norm": norm, "batch_size": 2, "lr": lr, "seed": seed}
-    return {"key": key(norm, lr, seed), "settings": settings, "status": "finished", "epochs": learner.history,
-            **environment()}  # fmt: skip
+    return make_record(
+        key(norm, lr, seed),
+        settings={"norm": norm, "batch_size": 2, "lr": lr, "seed": seed},
+        epochs=learner.history,
+        losses=[],
+        diverged_at_step=None,
+        seconds=time.perf_counter() - start,
+        parameters=sum(part.numel() for part in model.parameters()),
+    )
 
 
 def key(norm: str, lr: float, seed: int) -> str:
