@@ -19,12 +19,17 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
 SPACES = {1: (5,), 2: (3, 4), 3: (2, 3, 2)}
 
 
+def cosine(a: Tensor, b: Tensor) -> float:
+    lengths = a.norm().item() * b.norm().item()
+    return (a @ b).item() / lengths if lengths else 0.0
+
+
 class Formula:
     """The rule as the docstrings have it, written out for float64, with plain numbers where there is one."""
 
     def __init__(self, channels: int, momentum: float, eps: float, bound: float | None):
         self.running = (torch.zeros(channels).double(), torch.ones(channels).double())
-        self.t, self.share, self.length = 0, 1.0, 0.0
+        self.t, self.share, self.gradient_share, self.length = 0, 1.0, 1.0, 0.0
         self.innovation = torch.zeros(channels).double()
         self.average = self.latest = torch.zeros(2, channels).double()
         self.latest_rate, self.step_length = 0.0, 0.0
@@ -38,9 +43,9 @@ class Formula:
         """Output, and the gradients of x, γ and β."""
         self.t += 1
         n = x.numel() / x.shape[1]
-        rate = max(1 - (1 - self.momentum) ** (n / 10), 1 / self.t)
         moments = reference.channel_moments(x)
-        self.adapt(moments[0])
+        self.adapt(moments[0], weight)
+        rate = max(self.gradient_share, 1 / self.t)
         self.running = self.mixed(*self.running, *moments, self.share)
         x_hat = reference.normalize(x, *self.running, None, None, self.eps)
         y, now = reference.scale(x_hat, weight, bias), torch.cat([weight, bias])
@@ -65,13 +70,15 @@ class Formula:
         self.push = self.push + torch.cat([grad_weight, grad_bias])
         return [y, grad_x, grad_weight, grad_bias]
 
-    def adapt(self, m: Tensor) -> None:
-        """The share of the batch, by how far its mean lies from the running one."""
+    def adapt(self, m: Tensor, weight: Tensor) -> None:
+        """The shares of the batch, by what the distance of its mean from the running one has to do with others."""
         innovation = (m - self.running[0]) / (self.running[1] + self.eps).sqrt()
-        lengths = innovation.norm().item() * self.innovation.norm().item()
-        cosine = (innovation @ self.innovation).item() / lengths if lengths else 0.0
-        self.share *= math.exp(max(self.momentum, 1 / self.t) * cosine)
+        push = (self.average[1] - self.latest[1]) * weight / (self.running[1] + self.eps)
+        gain = max(self.momentum, 1 / self.t)
+        self.share *= math.exp(gain * cosine(innovation, self.innovation))
         self.share = min(max(self.share, self.momentum / 100), 1.0)
+        self.gradient_share *= math.exp(gain * (cosine(innovation, push) - 0.1))
+        self.gradient_share = min(max(self.gradient_share, self.momentum / 10), 1.0)
         self.innovation = innovation
 
     def mixed(self, mean: Tensor, var: Tensor, m: Tensor, v: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -129,6 +136,7 @@ def test_steps_equal_the_formula_in_float64(data):
         assert_close([y.detach(), x.grad, layer.weight.grad, layer.bias.grad], expected, TOLERANCE[dtype])
         assert_close([layer.running_mean, layer.running_var], formula.running, TOLERANCE[dtype])
         assert layer.share.item() == pytest.approx(formula.share, rel=TOLERANCE[dtype])
+        assert layer.gradient_share.item() == pytest.approx(formula.gradient_share, rel=TOLERANCE[dtype])
         nn.utils.clip_grad_norm_(layer.parameters(), clip)
         optimizer.step()
     parameters = (layer.weight.double(), layer.bias.double())
@@ -187,6 +195,29 @@ def test_the_share_grows_with_the_speed_of_what_it_follows_and_with_the_size_of_
         r = step**2 * size
         best = (math.sqrt(r * r + 4 * r) - r) / 2
         assert math.exp(sum(map(math.log, shares)) / len(shares)) == pytest.approx(best, rel=0.3)
+
+
+def gradient_share_above_a_linear_layer(lr: float, mean: float) -> float:
+    """The geometric mean over the last 300 of 600 steps, each of two noisy inputs of this mean."""
+    torch.manual_seed(0)
+    weight, targets = torch.randn(32, 8), torch.randn(8, 32)
+    norm, logarithms = RunningBatchNorm1d(32, step_bound=None), []
+    for _ in range(600):
+        weight = (weight / weight.norm(dim=1, keepdim=True)).requires_grad_()  # else it grows, and steps mean less
+        noise = torch.randn(2, 8)
+        loss = (norm((noise + mean) @ weight.T) - noise @ targets).square().mean()
+        weight = weight.detach() - lr * torch.autograd.grad(loss, weight)[0]
+        logarithms.append(norm.gradient_share.log().item())
+    return math.exp(sum(logarithms[300:]) / 300)
+
+
+@pytest.mark.parametrize("kernels", [nullcontext, composed])
+def test_a_batch_has_a_small_share_in_the_averages_of_gradients_unless_its_push_shows(kernels):
+    """A push moves the mean of the norm's input by the squared length of the linear layer's mean input, 0 or 72."""
+    with kernels():
+        assert gradient_share_above_a_linear_layer(lr=1.0, mean=0.0) < 0.02
+        assert gradient_share_above_a_linear_layer(lr=0.01, mean=3.0) < 0.2
+        assert gradient_share_above_a_linear_layer(lr=1.0, mean=3.0) > 0.5
 
 
 @pytest.mark.parametrize("clipped", [True, False])

@@ -36,6 +36,7 @@ class RunningStatistics(NamedTuple):
     num_batches_tracked: Tensor
     share: Tensor
     innovation: Tensor
+    gradient_share: Tensor
 
 
 class RunningNumbers(NamedTuple):
@@ -44,15 +45,17 @@ class RunningNumbers(NamedTuple):
     Attributes:
         momentum: how fast the share adapts.
         eps: added to the variance.
-        least_share: below which the share does not fall.
-        fixed_rate: of the averages of the backward pass, once they hold many batches.
+        least_share: below which the share in the statistics does not fall.
+        least_gradient_share: likewise, in the averages of the backward pass.
+        tolerated_drift: the cosine of innovation and push at which the latter stays.
         recomputing: this batch is in the statistics already.
     """
 
     momentum: float
     eps: float
     least_share: float
-    fixed_rate: float
+    least_gradient_share: float
+    tolerated_drift: float
     recomputing: bool
 
 
@@ -164,7 +167,7 @@ class _ChannelNorm(torch.autograd.Function):
 class _RunningNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, statistics, memory, numbers, step_bound):  # types: running_norm
-        y = _forward(ctx, x, weight, bias, x.shape[1], _native.running_forward, statistics, *numbers)
+        y = _forward(ctx, x, weight, bias, x.shape[1], _native.running_forward, (*statistics, *memory[:2]), *numbers)
         # Not saved: it may change before this backward pass, by that of another batch.
         ctx.memory, ctx.step_bound = memory, -1.0 if step_bound is None else step_bound
         return y

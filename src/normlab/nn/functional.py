@@ -118,27 +118,30 @@ def update_running(x: Tensor, state: RunningState, alpha: float) -> tuple[Runnin
     return RunningState(batch_mean - beside, var, total), share
 
 
-def adapted_share(share: Tensor, innovation: Tensor, last: Tensor, gain: Tensor) -> Tensor:
-    """The share w of a batch in running statistics, moved by how this batch and the last one depart from them.
+def adapted_share(share: Tensor, innovation: Tensor, cause: Tensor, gain: Tensor, tolerated: float = 0.0) -> Tensor:
+    """The share w of a batch in a moving average, moved by how far an innovation has to do with a possible cause.
 
-        log w ← log w + gain · cos(e, e')
+        log w ← log w + gain · (cos(e, c) − tolerated)
 
-    e is how far the mean of a batch lies from the running mean before it, per channel: the innovation. While the layers
-    below move, the running mean lags, successive innovations point the same way, and w grows. Where nothing moves they
-    point apart, the more so the larger w, and w falls. In between they are uncorrelated, which marks the share whose
-    running mean is closest to the true one: the more images a batch has and the larger its maps, the larger it is.
+    e is how far the mean of a batch lies from the running mean before it, per channel: the innovation. In running
+    statistics the cause is the innovation e' of the batch before. While the layers below move, the running mean lags,
+    successive innovations point the same way, and w grows. Where nothing moves they point apart, the more so the larger
+    w, and w falls. In between they are uncorrelated, which marks the share whose running mean is closest to the true
+    one: the more images a batch has and the larger its maps, the larger it is. For the averages of gradients the cause
+    is the push that the last batch gave the layer below.
 
     Args:
         share: w, 0-d, above 0.
         innovation: e of this batch, (C,).
-        last: e' of the batch before, (C,).
+        cause: c, (C,).
         gain: 0-d.
+        tolerated: the cosine at which w stays.
 
     Source: Mehra 1970, "On the Identification of Variances and Adaptive Kalman Filtering": the gain of a Kalman filter
     is best where innovations are white.
     """
-    lengths = (innovation.norm() * last.norm()).clamp(min=torch.finfo(share.dtype).tiny)
-    return share * ((innovation * last).sum() / lengths * gain).exp()
+    lengths = (innovation.norm() * cause.norm()).clamp(min=torch.finfo(share.dtype).tiny)
+    return share * (((innovation * cause).sum() / lengths - tolerated) * gain).exp()
 
 
 def take_in(batch_mean: Tensor, batch_var: Tensor, mean: Tensor, var: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:

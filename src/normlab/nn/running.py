@@ -11,12 +11,14 @@ from ..kernels.ops import GradientMemory, normalize_with_memory
 from . import functional as F
 from .base import RunningStatistics, recomputing, remember, settle
 
-# `momentum` is the weight of so many new values a channel in the averages of the backward pass.
-VALUES = 10
 # The share of a batch in the statistics after those of another layer were loaded, which had time to settle.
 SETTLED_SHARE = 0.01
 # The least share, over momentum: statistics reach back over a thousand batches at most.
 LEAST_SHARE = 0.01
+# The same in the averages of the backward pass: these reach back over a hundred.
+LEAST_GRADIENT_SHARE = 0.1
+# The cosine of innovation and push above which that share grows.
+TOLERATED_DRIFT = 0.1
 MEMORY = tuple(f"gradient_{name}" for name in GradientMemory._fields)
 
 
@@ -37,11 +39,18 @@ class RunningBatchNorm2d(RunningStatistics):
     where they move slowly and batches are small and noisy it falls, until the statistics have many images in them.
 
     The gradient is batch norm's, with moving averages A and B in the place of the two means that a small batch knows
-    too badly; n = N·H·W values a channel enter them at the rate max(1 − (1 − momentum)^(n/10), 1/t):
+    too badly; this batch enters them first, with the share r, at the first batches 1/t:
 
         ∂L/∂x = γ/√(σ²'+eps) · (g − A − x̂ B)        A ≈ mean g, B ≈ mean g x̂
 
-    where of this batch's own part in B no more is subtracted than removes what of g lies along x̂. There are three more
+    With r = 1 they are batch norm's, and what a small batch has of its own in them is lost to learning: of two images
+    half. With a small r nothing is lost, but the batch now pushes the mean of the layer below, in the direction
+    d = γ/(σ² + eps) · (A − mean g); averages of its successors take that back later, and at a high learning rate the
+    weights are thrown about in between. So r is as small as it can be without the push showing in the next innovation:
+
+        log r ← log r + max(momentum, 1/t) · (cos(e, d) − 0.1)          momentum/10 ≤ r ≤ 1
+
+    Of this batch's own part in B no more is subtracted than removes what of g lies along x̂. There are three more
     restraints, for at a high learning rate a small batch drives γ, β and the layer above without limit.
     Each image's gradient g is bounded: times the learning rate it is no longer than `step_bound` times (γ, β); γ and β
     learn at .3 of the learning rate; and while the bound is met and the output is so large that a linear layer above
@@ -50,16 +59,16 @@ class RunningBatchNorm2d(RunningStatistics):
     B. `normlab.kernels.ops.normalize_with_memory` has the formulas. At a usual learning rate the bound is seldom met.
 
     The arguments are those of `torch.nn.BatchNorm2d`, and so are `weight`, `bias`, `running_mean`, `running_var` and
-    `num_batches_tracked`; `share` (w), `innovation` (e) and five buffers `gradient_…` (see `GradientMemory`) come on
-    top. The state of a batch norm loads into this layer, with w = .01; its own loads into a batch norm with
-    `strict=False`. Statistics are kept and computed in float32 at least. Each forward pass in training mode moves μ and
-    σ², each backward pass A and B: under gradient accumulation every part of the batch counts as a batch. A batch with
-    an infinite value or NaN changes none of them.
+    `num_batches_tracked`; `share` (w), `innovation` (e), `gradient_share` (r) and five more buffers `gradient_…` (see
+    `GradientMemory`) come on top. The state of a batch norm loads into this layer, with w = .01; its own loads into a
+    batch norm with `strict=False`. Statistics are kept and computed in float32 at least. Each forward pass in training
+    mode moves μ and σ², each backward pass A and B: under gradient accumulation every part of the batch counts as a
+    batch. A batch with an infinite value or NaN changes none of them.
 
     Args:
         num_features: C.
         eps: added to the variance.
-        momentum: how fast w adapts, and the weight of ten new values in A and B; above 0, below 1.
+        momentum: how fast w and r adapt; above 0, below 1.
         affine: learn γ and β.
         device: of parameters and statistics.
         dtype: of the parameters.
@@ -75,6 +84,7 @@ class RunningBatchNorm2d(RunningStatistics):
 
     share: Tensor
     innovation: Tensor
+    gradient_share: Tensor
     gradient_average: Tensor
     gradient_latest: Tensor
     gradient_parameters: Tensor
@@ -99,6 +109,7 @@ class RunningBatchNorm2d(RunningStatistics):
         self.step_bound = step_bound
         self.register_buffer("share", torch.ones((), device=device))
         self.register_buffer("innovation", torch.zeros(num_features, device=device))
+        self.register_buffer("gradient_share", torch.ones((), device=device))
         for name, buffer in zip(MEMORY, GradientMemory.empty(num_features, device), strict=True):
             self.register_buffer(name, buffer)
         if dtype is not None:
@@ -109,6 +120,7 @@ class RunningBatchNorm2d(RunningStatistics):
         super().reset_running_stats()
         if "gradient_measured" in self._buffers:  # torch's constructor resets once before they are there
             self.share.fill_(1)
+            self.gradient_share.fill_(1)
             for buffer in (self.innovation, *self._memory()):
                 buffer.zero_()
 
@@ -122,8 +134,8 @@ class RunningBatchNorm2d(RunningStatistics):
             mean, var = (F.per_channel(part, x) for part in (self.running_mean, self.running_var))
             return F.normalize(x, mean, var, self.weight, self.bias, self.eps)
         if fast:
-            least, rate = LEAST_SHARE * self.momentum, self._rate(x)
-            numbers = native.RunningNumbers(self.momentum, self.eps, least, rate, recomputing())
+            least = (LEAST_SHARE * self.momentum, LEAST_GRADIENT_SHARE * self.momentum)
+            numbers = native.RunningNumbers(self.momentum, self.eps, *least, TOLERATED_DRIFT, recomputing())
             return native.running_norm(x, self.weight, self.bias, statistics, memory, numbers, self.step_bound)
         with torch.no_grad():
             mean, var, rate = settle(*self._updated(x))
@@ -134,23 +146,25 @@ class RunningBatchNorm2d(RunningStatistics):
         return f"{self.num_features}, {options}"
 
     def _updated(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and variance with this batch in them, which are kept, and the rate of the backward pass's averages."""
-        fixed = self._rate(x)
+        """Mean and variance with this batch in them, which are kept, and its share in A and B."""
         if recomputing():  # they are in already
-            return self.running_mean, self.running_var, self._first_batches(self.num_batches_tracked, fixed)
+            rate = self._first_batches(self.num_batches_tracked, self.gradient_share)
+            return self.running_mean, self.running_var, rate
         batches = self.num_batches_tracked + 1
         batch_var, batch_mean = torch.var_mean(x.to(self.running_mean.dtype), (0, *range(2, x.dim())), correction=0)
-        innovation = (batch_mean - self.running_mean) * (self.running_var + self.eps).rsqrt()
+        scale = (self.running_var + self.eps).rsqrt()
+        innovation = (batch_mean - self.running_mean) * scale
+        push = (self.gradient_average[1] - self.gradient_latest[1]) * scale.square()
+        push = push if self.weight is None else push * self.weight
         gain = self._first_batches(batches, self.momentum)
         share = F.adapted_share(self.share, innovation, self.innovation, gain)
         share = share.clamp(LEAST_SHARE * self.momentum, 1)
+        gradient_share = F.adapted_share(self.gradient_share, innovation, push, gain, TOLERATED_DRIFT)
+        gradient_share = gradient_share.clamp(LEAST_GRADIENT_SHARE * self.momentum, 1)
         mean, var = F.take_in(batch_mean, batch_var, self.running_mean, self.running_var, share)
-        remember(*zip(self._statistics(), (mean, var, batches, share, innovation), strict=True))
-        return mean, var, self._first_batches(batches, fixed)
-
-    def _rate(self, x: Tensor) -> float:
-        """The rate of the backward pass's averages, once they hold many batches."""
-        return 1 - (1 - self.momentum) ** (x.numel() / x.shape[1] / VALUES)
+        new = (mean, var, batches, share, innovation, gradient_share)
+        remember(*zip(self._statistics(), new, strict=True))
+        return mean, var, self._first_batches(batches, gradient_share)
 
     def _statistics(self) -> native.RunningStatistics:
         return native.RunningStatistics(*self._kept(native.RunningStatistics._fields))
@@ -158,7 +172,7 @@ class RunningBatchNorm2d(RunningStatistics):
     def _memory(self) -> GradientMemory:
         return GradientMemory(*self._kept(MEMORY))
 
-    def _first_batches(self, batches: Tensor, rate: float) -> Tensor:
+    def _first_batches(self, batches: Tensor, rate: float | Tensor) -> Tensor:
         """max(rate, 1/t): what makes a moving average the mean of the first batches."""
         return batches.to(self.running_mean.dtype).reciprocal().clamp(min=rate)
 
@@ -167,6 +181,7 @@ class RunningBatchNorm2d(RunningStatistics):
             state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(1))
             state_dict.setdefault(prefix + "share", torch.tensor(SETTLED_SHARE))
             state_dict.setdefault(prefix + "innovation", torch.zeros(self.num_features))
+            state_dict.setdefault(prefix + "gradient_share", torch.ones(()))
             for name, buffer in zip(MEMORY, GradientMemory.empty(self.num_features), strict=True):
                 state_dict.setdefault(prefix + name, buffer)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -149,17 +149,40 @@ void frozen_forward(int type, int64_t images, int64_t channels, int64_t space, b
   });
 }
 
-// Running batch norm, see `RunningBatchNorm2d`; returns the rate of the averages of the backward pass.
+// The cosine of two vectors, of which the products are added one by one.
+struct Cosine {
+  double product = 0, length = 0, other_length = 0;
+
+  void add(double value, double other) {
+    product += value * other;
+    length += value * value;
+    other_length += other * other;
+  }
+  double value() const {
+    return product / std::max<double>(std::sqrt(length * other_length), std::numeric_limits<float>::min());
+  }
+};
+
+// A share that has grown by so much, kept between `least` and 1; NaN stays.
+float grown(float share, double growth, double least) {
+  const double w = share * std::exp(growth);
+  return static_cast<float>(w < least ? least : w > 1 ? 1 : w);
+}
+
+// Running batch norm, see `RunningBatchNorm2d`; returns the share of this batch in the averages of the backward pass,
+// which are `average` and `latest`, see `running_backward`.
 double running_forward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer x, Pointer y,
                        Pointer weight, Pointer bias, Pointer saved, Pointer running_mean, Pointer running_var,
-                       Pointer num_batches, Pointer share, Pointer innovation, double momentum, double eps,
-                       double least_share, double fixed_rate, bool recomputing) {
+                       Pointer num_batches, Pointer share, Pointer innovation, Pointer gradient_share, Pointer average,
+                       Pointer latest, double momentum, double eps, double least_share, double least_gradient_share,
+                       double tolerated_drift, bool recomputing) {
   const Shape shape{images, channels, space, last};
   float *mean = at<float>(saved), *inverse = mean + channels;
   float *kept_mean = at<float>(running_mean), *kept_var = at<float>(running_var);
   int64_t& batches = *at<int64_t>(num_batches);
   const auto epsilon = static_cast<float>(eps);
   const int64_t seen = batches + (recomputing ? 0 : 1);
+  double rate = *at<float>(gradient_share);
   if (recomputing) {
     std::copy_n(kept_mean, channels, mean);
     std::copy_n(kept_var, channels, inverse);
@@ -171,20 +194,19 @@ double running_forward(int type, int64_t images, int64_t channels, int64_t space
     thread_local std::vector<float> innovations;
     innovations.resize(channels);
     float* last_innovation = at<float>(innovation);
-    double along = 0, length = 0, last_length = 0;
+    const float *grad_average = at<float>(average) + channels, *last_grad = at<float>(latest) + channels;
+    Cosine with_last, with_push;
     for (int64_t c = 0; c < channels; ++c) {
-      const float e = (mean[c] - kept_mean[c]) / std::sqrt(kept_var[c] + epsilon);
+      const float scale = 1 / std::sqrt(kept_var[c] + epsilon), e = (mean[c] - kept_mean[c]) * scale;
       innovations[c] = e;
-      along += double{e} * last_innovation[c];
-      length += double{e} * e;
-      last_length += double{last_innovation[c]} * last_innovation[c];
+      with_last.add(e, last_innovation[c]);
+      with_push.add(e, (grad_average[c] - last_grad[c]) * scale * scale * or_one(at<float>(weight), c));
     }
-    const double lengths = std::max<double>(std::sqrt(length * last_length), std::numeric_limits<float>::min());
     const double gain = std::max(momentum, 1.0 / static_cast<double>(seen));
-    double w = *at<float>(share) * std::exp(along / lengths * gain);
-    w = w < least_share ? least_share : w > 1 ? 1 : w;  // NaN stays
-    const auto new_share = static_cast<float>(w);
-    bool finite = std::isfinite(w);
+    const float new_share = grown(*at<float>(share), with_last.value() * gain, least_share);
+    const float new_gradient_share =
+        grown(*at<float>(gradient_share), (with_push.value() - tolerated_drift) * gain, least_gradient_share);
+    bool finite = std::isfinite(new_share) && std::isfinite(new_gradient_share);
     for (int64_t c = 0; c < channels; ++c) {
       const float distance = mean[c] - kept_mean[c], beside = (1 - new_share) * distance;
       inverse[c] = lerp(kept_var[c], inverse[c] + beside * distance, new_share);
@@ -196,15 +218,17 @@ double running_forward(int type, int64_t images, int64_t channels, int64_t space
       std::copy_n(inverse, channels, kept_var);
       std::copy_n(innovations.data(), channels, last_innovation);
       *at<float>(share) = new_share;
+      *at<float>(gradient_share) = new_gradient_share;
       batches = seen;
     }
+    rate = new_gradient_share;
   }
   for (int64_t c = 0; c < channels; ++c) inverse[c] = 1 / std::sqrt(inverse[c] + epsilon);
   with_type(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     normalize(shape, at<const T>(x), at<T>(y), mean, inverse, at<float>(weight), at<float>(bias));
   });
-  return std::max(fixed_rate, 1.0 / static_cast<double>(std::max<int64_t>(seen, 1)));
+  return std::max(rate, 1.0 / static_cast<double>(std::max<int64_t>(seen, 1)));
 }
 
 // The backward pass of running batch norm, see `normlab.kernels.ops.normalize_with_memory`. step_bound: below 0 for
