@@ -35,6 +35,10 @@ def with_drawn_contrast(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train(norm: str, lr: float, seed: int, tell: Callback) -> Record:
+    return train_residual_net(key(norm, lr, seed), norm, 2, lr, seed, tell)
+
+
+def train_residual_net(key: str, norm: str, batch_size: int, lr: float, seed: int, tell: Callback) -> Record:
     mnist = load_dataset("mnist")
     drawn = torch.Generator().manual_seed(100)
     x_train, x_valid = (with_drawn_contrast(part, drawn) for part in (mnist.x_train[:4000], mnist.x_valid[:2000]))
@@ -42,7 +46,7 @@ def train(norm: str, lr: float, seed: int, tell: Callback) -> Record:
     model = build_model("resnet", norm, 10, 1)
     learner = Learner(
         model,
-        TensorBatches(x_train, mnist.y_train[:4000], 2, shuffle=True, seed=seed),
+        TensorBatches(x_train, mnist.y_train[:4000], batch_size, shuffle=True, seed=seed),
         TensorBatches(x_valid, mnist.y_valid[:2000], 250),
         optimizer=torch.optim.SGD(model.parameters(), lr=lr),
         callbacks=[Metrics(accuracy=accuracy), ScheduleParameter("lr", make_schedule("one-cycle", lr)), tell],
@@ -50,8 +54,8 @@ def train(norm: str, lr: float, seed: int, tell: Callback) -> Record:
     start = time.perf_counter()
     learner.fit(1)
     return make_record(
-        key(norm, lr, seed),
-        settings={"norm": norm, "batch_size": 2, "lr": lr, "seed": seed},
+        key,
+        settings={"norm": norm, "batch_size": batch_size, "lr": lr, "seed": seed},
         epochs=learner.history,
         losses=[],
         diverged_at_step=None,

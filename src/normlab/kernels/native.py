@@ -270,7 +270,7 @@ def _load() -> tuple[Any, str]:
         from . import _native  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as error:
         return None, f"composed operators ({error})"
-    _native.set_constants(ops.STEPS_REMEMBERED, ops.PARAMETER_SHARE, ops.ALONG, ops.PULL)
+    _native.set_constants(ops.STEPS_REMEMBERED, ops.STEADY_IMAGES, ops.ALONG, ops.PULL)
     threads = _openmp()
     _native.set_openmp(*(threads or [0] * 5))
     return _native, f"compiled kernels, {_native.instructions}" + ("" if threads else ", one thread")

@@ -8,12 +8,18 @@ from torch import Tensor
 
 # The learning rate is the geometric mean of what this many steps, about, show it to be.
 STEPS_REMEMBERED = 100
-# γ and β learn at this share of the learning rate: their gradient is a sum over all positions, and noisy.
-PARAMETER_SHARE = 0.3
+# With N images γ and β learn at √(N/64) of the learning rate, at most 1: their gradient is a sum over all positions,
+# and noisy, but in this way no noisier at two images than at 64.
+STEADY_IMAGES = 64
 # The least cosine between a step and its gradient at which the step is taken to be along it.
 ALONG = 0.99
 # How much of γ and β is taken away in a step in which every image meets the bound.
 PULL = 0.1
+
+
+def parameter_share(images: int) -> float:
+    """The share of the learning rate at which γ and β learn from so many images."""
+    return min(1, (images / STEADY_IMAGES) ** 0.5)
 
 
 class GradientMemory(NamedTuple):
@@ -119,7 +125,7 @@ def normalize_with_memory(
         g ← g · min(1, step_bound · s / (η ‖g of the image‖))        s = max(√C, ‖(γ, β)‖)
         A ← A + rate (Σg/n − A)         B ← B + rate (Σ g x̂/n − B)
         ∂L/∂x = γ/√(var+eps) · (g − A − x̂ B)
-        ∂L/∂γ = .3 Σ g x̂ + k γ          ∂L/∂β = .3 Σ g + k β
+        ∂L/∂γ = p Σ g x̂ + k γ          ∂L/∂β = p Σ g + k β          p = min(1, √(N/64))
 
     where A and B at a rate of 1 are batch norm's. There x̂² is 1 on average; here it is not, an image of much contrast
     can have ten times as much, and −x̂ · rate · Σ g x̂/n would not remove the part of g along x̂ but turn it round, and
@@ -202,7 +208,7 @@ class _NormalizeWithMemory(torch.autograd.Function):
         square = x_hat.square().mean(dims)
         own = torch.stack([latest[0] / (rate * square).clamp(min=1), latest[1]])
         subtracted = torch.lerp(average, own, rate)
-        given = torch.add(sums * PARAMETER_SHARE, parameters * pull)
+        given = torch.add(sums * parameter_share(len(x)), parameters * pull)
         measured = torch.stack([log_lr, steps, squared_length, step_length, rate.to(log_lr.dtype)])
         finite = sums.isfinite().all()
         for kept, new in zip(memory, (average, latest, parameters, push + given, measured), strict=True):

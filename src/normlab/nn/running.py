@@ -17,8 +17,8 @@ SETTLED_SHARE = 0.01
 LEAST_SHARE = 0.01
 # The same in the averages of the backward pass: these reach back over a hundred.
 LEAST_GRADIENT_SHARE = 0.1
-# The cosine of innovation and push above which that share grows.
-TOLERATED_DRIFT = 0.1
+# Times 1/N, the cosine of innovation and push above which that share grows.
+TOLERATED_DRIFT = 0.2
 MEMORY = tuple(f"gradient_{name}" for name in GradientMemory._fields)
 
 
@@ -43,20 +43,22 @@ class RunningBatchNorm2d(RunningStatistics):
 
         ∂L/∂x = γ/√(σ²'+eps) · (g − A − x̂ B)        A ≈ mean g, B ≈ mean g x̂
 
-    With r = 1 they are batch norm's, and what a small batch has of its own in them is lost to learning: of two images
-    half. With a small r nothing is lost, but the batch now pushes the mean of the layer below, in the direction
-    d = γ/(σ² + eps) · (A − mean g); averages of its successors take that back later, and at a high learning rate the
-    weights are thrown about in between. So r is as small as it can be without the push showing in the next innovation:
+    With r = 1 they are batch norm's, and what a batch has of its own in them is lost to learning: of two images half,
+    of N one N-th. With a small r nothing is lost, but the batch now pushes the mean of the layer below, in the
+    direction d = γ/(σ² + eps) · (A − mean g); averages of its successors take that back later, and at a high learning
+    rate the weights are thrown about in between. So r is as small as it can be without the push showing in the next
+    innovation, by more than the loss is worth:
 
-        log r ← log r + max(momentum, 1/t) · (cos(e, d) − 0.1)          momentum/10 ≤ r ≤ 1
+        log r ← log r + max(momentum, 1/t) · (cos(e, d) − .2/N)          momentum/10 ≤ r ≤ 1
 
     Of this batch's own part in B no more is subtracted than removes what of g lies along x̂. There are three more
     restraints, for at a high learning rate a small batch drives γ, β and the layer above without limit.
     Each image's gradient g is bounded: times the learning rate it is no longer than `step_bound` times (γ, β); γ and β
-    learn at .3 of the learning rate; and while the bound is met and the output is so large that a linear layer above
-    overshoots, γ and β are pulled towards 0. The learning rate is measured, by how far γ and β have moved, so that
-    neither it nor the scale of the loss need be known; a step that was clipped shows too, and counts for less in A and
-    B. `normlab.kernels.ops.normalize_with_memory` has the formulas. At a usual learning rate the bound is seldom met.
+    learn at √(N/64) of the learning rate, up to 64 images; and while the bound is met and the output is so large that a
+    linear layer above overshoots, γ and β are pulled towards 0. The learning rate is measured, by how far γ and β have
+    moved, so that neither it nor the scale of the loss need be known; a step that was clipped shows too, and counts for
+    less in A and B. `normlab.kernels.ops.normalize_with_memory` has the formulas. At a usual learning rate the bound is
+    seldom met.
 
     The arguments are those of `torch.nn.BatchNorm2d`, and so are `weight`, `bias`, `running_mean`, `running_var` and
     `num_batches_tracked`; `share` (w), `innovation` (e), `gradient_share` (r) and five more buffers `gradient_…` (see
@@ -135,7 +137,7 @@ class RunningBatchNorm2d(RunningStatistics):
             return F.normalize(x, mean, var, self.weight, self.bias, self.eps)
         if fast:
             least = (LEAST_SHARE * self.momentum, LEAST_GRADIENT_SHARE * self.momentum)
-            numbers = native.RunningNumbers(self.momentum, self.eps, *least, TOLERATED_DRIFT, recomputing())
+            numbers = native.RunningNumbers(self.momentum, self.eps, *least, TOLERATED_DRIFT / len(x), recomputing())
             return native.running_norm(x, self.weight, self.bias, statistics, memory, numbers, self.step_bound)
         with torch.no_grad():
             mean, var, rate = settle(*self._updated(x))
@@ -159,7 +161,7 @@ class RunningBatchNorm2d(RunningStatistics):
         gain = self._first_batches(batches, self.momentum)
         share = F.adapted_share(self.share, innovation, self.innovation, gain)
         share = share.clamp(LEAST_SHARE * self.momentum, 1)
-        gradient_share = F.adapted_share(self.gradient_share, innovation, push, gain, TOLERATED_DRIFT)
+        gradient_share = F.adapted_share(self.gradient_share, innovation, push, gain, TOLERATED_DRIFT / len(x))
         gradient_share = gradient_share.clamp(LEAST_GRADIENT_SHARE * self.momentum, 1)
         mean, var = F.take_in(batch_mean, batch_var, self.running_mean, self.running_var, share)
         new = (mean, var, batches, share, innovation, gradient_share)

@@ -33,7 +33,7 @@ void choose_instructions() {
 
 // What `normlab.kernels.ops` says of the flagship's constants.
 struct {
-  float steps_remembered, parameter_share, along, pull;
+  float steps_remembered, steady_images, along, pull;
 } constants;
 
 using Pointer = uintptr_t;
@@ -326,6 +326,7 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
   float *to_average = at<float>(average), *to_latest = at<float>(latest);
   float *grad_weight = at<float>(weight_grad), *grad_bias = at<float>(bias_grad);
   const double n = static_cast<double>(shape.values());
+  const float parameter_share = std::min(1.0f, std::sqrt(static_cast<float>(images) / constants.steady_images));
   for (int64_t i = 0; i < both; ++i) {
     const int64_t c = i % channels;
     if (i < channels) total[i] *= inverse[c];
@@ -340,7 +341,7 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
     } else {
       r[c] = -subtracted;
     }
-    const float given = static_cast<float>(total[i]) * constants.parameter_share + (learns ? now[i] * pull : 0.0f);
+    const float given = static_cast<float>(total[i]) * parameter_share + (learns ? now[i] * pull : 0.0f);
     (i < channels ? grad_weight : grad_bias)[c] = given;
     pushed[i] += given;
   }
@@ -387,8 +388,8 @@ void set_openmp(Pointer parallel, Pointer max_threads, Pointer thread, Pointer t
   openmp.inside = reinterpret_cast<decltype(openmp.inside)>(inside);
 }
 
-void set_constants(float steps_remembered, float parameter_share, float along, float pull) {
-  constants = {steps_remembered, parameter_share, along, pull};
+void set_constants(float steps_remembered, float steady_images, float along, float pull) {
+  constants = {steps_remembered, steady_images, along, pull};
 }
 
 }  // namespace

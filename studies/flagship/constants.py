@@ -1,0 +1,79 @@
+"""What the two constants of running batch norm do that depend on the size of the batch: hypothesis 27 in NOTES.md.
+
+    python studies/flagship/constants.py
+
+γ and β learn at √(N/S) of the learning rate, at most 1, and the share of a batch in the averages of gradients grows
+where the cosine of innovation and push is above T/N. Other values of S and T, at batch 2, 8 and 32, on the lesson's net
+at a constant rate of 1 (MNIST, one epoch, where γ and β that move fast do harm) and on the net and images of
+`contrast.py` (4,000 images in few steps, where slow ones do). Runs are kept as they end, in `constants.jsonl`; a command
+started again goes on where it stopped. A table at the end: accuracy, mean and deviation over three seeds.
+"""
+
+import argparse
+import itertools
+from functools import partial
+from pathlib import Path
+
+from contrast import train_residual_net
+from rich.console import Console
+
+from normlab.kernels import native, ops
+from normlab.nn import running
+from normlab.study.executors import Job, run_jobs
+from normlab.study.plan import Trial
+from normlab.study.store import Record, RunStore
+from normlab.study.summary import Spread
+from normlab.study.trial import run_trial
+from normlab.training import Callback
+
+STORE = RunStore(Path(__file__).parent / "constants.jsonl")
+CONSTANTS = ((64, 0.2), (8, 0.2), (16, 0.2), (32, 0.2), (200, 0.2), (64, 0.0), (64, 0.6))  # S and T; first what is kept
+PEAKS = {2: 0.1, 8: 0.4, 32: 1.6}
+SEEDS = range(3)
+
+
+def train(net: str, images: float, drift: float, batch_size: int, seed: int, tell: Callback) -> Record:
+    running.TOLERATED_DRIFT = drift
+    ops.STEADY_IMAGES = images
+    if native._native is not None:
+        native._native.set_constants(ops.STEPS_REMEMBERED, images, ops.ALONG, ops.PULL)
+    name = key(net, images, drift, batch_size, seed)
+    if net == "resnet":
+        record = train_residual_net(name, "running", batch_size, PEAKS[batch_size], seed, tell)
+    else:
+        trial = Trial("running", batch_size, 1.0, seed, schedule="constant")
+        record = {**run_trial(trial, callbacks=(tell,)), "key": name}
+    return {**record, "settings": {**record["settings"], "model": net, "S": images, "T": drift}}
+
+
+def key(*run: object) -> str:
+    return "-".join(map(str, run))
+
+
+def make_job(net: str, images: float, drift: float, batch_size: int, seed: int) -> Job:
+    run = (net, images, drift, batch_size, seed)
+    label = f"{net} S {images} T {drift} batch {batch_size} seed {seed}"
+    return Job(key(*run), label, 1 / batch_size, partial(train, *run), {"norm": "running"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2)
+    a = parser.parse_args()
+    kept = {record["key"] for record in STORE.read() if record["status"] != "failed"}
+    settings = [(net, *constants, size) for net in ("convnet", "resnet") for size in PEAKS for constants in CONSTANTS]
+    jobs = [
+        make_job(*setting, seed)
+        for setting, seed in itertools.product(settings, SEEDS)
+        if key(*setting, seed) not in kept
+    ]
+    run_jobs(jobs, STORE, a.workers, Console())
+    ended = {record["key"]: record for record in STORE.read()}
+    for setting in settings:
+        found = [ended[key(*setting, seed)]["epochs"] for seed in SEEDS]
+        losses = Spread.of([epochs[-1]["train"]["loss"] for epochs in found])
+        print(*setting, Spread.of([epochs[-1]["valid"]["accuracy"] for epochs in found]), "training loss", losses)
+
+
+if __name__ == "__main__":
+    main()
