@@ -5,7 +5,7 @@
 γ and β learn at √(N/S) of the learning rate, at most 1, and the share of a batch in the averages of gradients grows
 where the cosine of innovation and push is above T/N. Other values of S and T, at batch 2, 8 and 32, on the lesson's net
 at a constant rate of 1 (MNIST, one epoch, where γ and β that move fast do harm) and on the net and images of
-`contrast.py` (4,000 images in few steps, where slow ones do). Runs are kept as they end, in `constants.jsonl`; a command
+`contrast.py` (4,000 images, few steps, where slow ones do). Runs are kept as they end, in `constants.jsonl`; a command
 started again goes on where it stopped. A table at the end: accuracy, mean and deviation over three seeds.
 """
 
