@@ -98,6 +98,7 @@ def batch_norm(
     statistics: BatchStatistics | None,
     momentum: float | None,
     eps: float,
+    slope: float,
 ) -> Tensor:
     """Batch norm with the mean and variance of this batch, which enter `statistics` unless they are infinite or NaN.
 
@@ -108,13 +109,16 @@ def batch_norm(
         statistics: changed by this call.
         momentum: weight of this batch in `statistics`; if None, one over the batches seen.
         eps: added to the variance.
+        slope: of the activation after the norm where it is below 0, from 0 (ReLU) to 1 (none).
     """
-    return _apply(_ChannelNorm, x, weight, bias, statistics, -1.0 if momentum is None else momentum, eps, False)
+    return _apply(_ChannelNorm, x, weight, bias, statistics, -1.0 if momentum is None else momentum, eps, slope, False)
 
 
-def frozen_norm(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def frozen_norm(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float
+) -> Tensor:
     """γ (x − mean) / √(var + eps) + β with constant `mean` and `var`, (C,), float32; arguments as in `batch_norm`."""
-    return _apply(_ChannelNorm, x, weight, bias, (mean, var), 0.0, eps, True)
+    return _apply(_ChannelNorm, x, weight, bias, (mean, var), 0.0, eps, slope, True)
 
 
 def running_norm(
@@ -125,6 +129,7 @@ def running_norm(
     memory: ops.GradientMemory,
     numbers: RunningNumbers,
     step_bound: float | None,
+    slope: float,
 ) -> Tensor:
     """Running batch norm; see `RunningBatchNorm2d`.
 
@@ -136,38 +141,42 @@ def running_norm(
         memory: changed by each backward pass; likewise.
         numbers: of the layer.
         step_bound: see `ops.normalize_with_memory`.
+        slope: as in `batch_norm`.
     """
-    return _apply(_RunningNorm, x, weight, bias, statistics, memory, numbers, step_bound)
+    return _apply(_RunningNorm, x, weight, bias, statistics, memory, numbers, step_bound, slope)
 
 
-def group_norm(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def group_norm(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float
+) -> Tensor:
     """Group norm: of each image by itself, over `num_groups` groups of channels and space; as in `batch_norm`."""
-    return _apply(_GroupNorm, x, weight, bias, num_groups, eps)
+    return _apply(_GroupNorm, x, weight, bias, num_groups, eps, slope)
 
 
 class _ChannelNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, statistics, momentum, eps, frozen):  # types: batch_norm, frozen_norm
+    def forward(ctx, x, weight, bias, statistics, momentum, eps, slope, frozen):  # types: batch_norm, frozen_norm
         ctx.eps, ctx.frozen = eps, frozen
         if frozen:
-            return _forward(ctx, x, weight, bias, x.shape[1], _native.frozen_forward, statistics, eps)
+            return _forward(ctx, x, weight, bias, x.shape[1], slope, _native.frozen_forward, statistics, eps)
         statistics = statistics or (None, None, None)
-        return _forward(ctx, x, weight, bias, x.shape[1], _native.batch_forward, statistics, momentum, eps)
+        return _forward(ctx, x, weight, bias, x.shape[1], slope, _native.batch_forward, statistics, momentum, eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         if torch.is_grad_enabled():  # these gradients are to be differentiated
             x, weight, bias, saved = ctx.saved_tensors
             y = _composed(x, weight, bias, saved if ctx.frozen else None, ctx.eps)
-            return *_again(y, (x, weight, bias), grads[0]), None, None, None, None
+            return *_again(ctx, y, (x, weight, bias), grads[0]), None, None, None, None, None
         share = 0.0 if ctx.frozen else 1.0
-        return *_backward(ctx, grads[0], _native.batch_backward, (), share), None, None, None, None
+        return *_backward(ctx, grads[0], _native.batch_backward, (), share), None, None, None, None, None
 
 
 class _RunningNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, statistics, memory, numbers, step_bound):  # types: running_norm
-        y = _forward(ctx, x, weight, bias, x.shape[1], _native.running_forward, (*statistics, *memory[:2]), *numbers)
+    def forward(ctx, x, weight, bias, statistics, memory, numbers, step_bound, slope):  # types: running_norm
+        kept = (*statistics, *memory[:2])
+        y = _forward(ctx, x, weight, bias, x.shape[1], slope, _native.running_forward, kept, *numbers)
         # Not saved: it may change before this backward pass, by that of another batch.
         ctx.memory, ctx.step_bound = memory, -1.0 if step_bound is None else step_bound
         return y
@@ -181,7 +190,7 @@ class _RunningNorm(torch.autograd.Function):
 def _running_backward(ctx: Any, *grads: Tensor):
     learns = all(ctx.needs_input_grad[1:3])
     numbers = ctx.result, ctx.step_bound, learns
-    return *_backward(ctx, grads[0], _native.running_backward, ctx.memory, *numbers), None, None, None, None
+    return *_backward(ctx, grads[0], _native.running_backward, ctx.memory, *numbers), None, None, None, None, None
 
 
 _once = once_differentiable(_running_backward)
@@ -189,24 +198,25 @@ _once = once_differentiable(_running_backward)
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, num_groups, eps):  # types: group_norm
+    def forward(ctx, x, weight, bias, num_groups, eps, slope):  # types: group_norm
         ctx.num_groups, ctx.eps = num_groups, eps
-        return _forward(ctx, x, weight, bias, len(x) * num_groups, _native.group_forward, (), num_groups, eps)
+        return _forward(ctx, x, weight, bias, len(x) * num_groups, slope, _native.group_forward, (), num_groups, eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         if torch.is_grad_enabled():
             x, weight, bias, _ = ctx.saved_tensors
             y = torch.group_norm(x, ctx.num_groups, weight, bias, ctx.eps)
-            return *_again(y, (x, weight, bias), grads[0]), None, None
-        return *_backward(ctx, grads[0], _native.group_backward, (), ctx.num_groups), None, None
+            return *_again(ctx, y, (x, weight, bias), grads[0]), None, None, None
+        return *_backward(ctx, grads[0], _native.group_backward, (), ctx.num_groups), None, None, None
 
 
-def _forward(ctx, x, weight, bias, parts, kernel, statistics, *numbers):
+def _forward(ctx, x, weight, bias, parts, slope, kernel, statistics, *numbers):
     """The output of a norm that has `parts` means and 1/√(var + eps); they are saved for `_backward`."""
+    ctx.slope = slope
     x, ctx.shape, ctx.format = _describe(x)
     y, saved = torch.empty_like(x), torch.empty(2, parts)
-    ctx.result = kernel(*ctx.shape, *_pointers(x, y, weight, bias, saved, *statistics), *numbers)
+    ctx.result = kernel(*ctx.shape, *_pointers(x, y, weight, bias, saved, *statistics), slope, *numbers)
     ctx.save_for_backward(x, weight, bias, saved)
     return y
 
@@ -216,7 +226,8 @@ def _backward(ctx, grad, kernel, memory, *numbers):
     x, weight, bias, saved = ctx.saved_tensors
     grad = grad.contiguous(memory_format=ctx.format)
     grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty(x.shape[1]), torch.empty(x.shape[1])
-    kernel(*ctx.shape, *_pointers(grad, x, grad_x, weight, bias, saved, grad_weight, grad_bias, *memory), *numbers)
+    pointers = _pointers(grad, x, grad_x, weight, bias, saved, grad_weight, grad_bias, *memory)
+    kernel(*ctx.shape, *pointers, ctx.slope, *numbers)
     _, of_weight, of_bias, *_ = ctx.needs_input_grad
     return grad_x, grad_weight if of_weight else None, grad_bias if of_bias else None
 
@@ -242,8 +253,9 @@ def _pointers(*parts: Tensor | None) -> list[int]:
     return [0 if part is None else part.data_ptr() for part in parts]
 
 
-def _again(y: Tensor, inputs: Iterable[Tensor | None], grad: Tensor) -> list[Tensor | None]:
-    """The gradients of `inputs`, to be differentiated; None for those that want none."""
+def _again(ctx: Any, y: Tensor, inputs: Iterable[Tensor | None], grad: Tensor) -> list[Tensor | None]:
+    """The gradients of `inputs`, to be differentiated, where the norm is `y`; None for those that want none."""
+    y = ops.activate(y, ctx.slope)
     wanted = [part for part in inputs if part is not None and part.requires_grad]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
     return [next(found) if part is not None and part.requires_grad else None for part in inputs]
@@ -273,7 +285,7 @@ def _load() -> tuple[Any, str]:
     _native.set_constants(ops.STEPS_REMEMBERED, ops.STEADY_IMAGES, ops.ALONG, ops.PULL)
     threads = _openmp()
     _native.set_openmp(*(threads or [0] * 5))
-    return _native, f"compiled kernels, {_native.instructions}" + ("" if threads else ", one thread")
+    return _native, f"compiled kernels, {_native.instruction_sets[-1]}" + ("" if threads else ", one thread")
 
 
 def _openmp() -> list[int] | None:

@@ -17,6 +17,13 @@ ALONG = 0.99
 PULL = 0.1
 
 
+def activate(y: Tensor, slope: float) -> Tensor:
+    """`y` where it is above 0, else slope·y: ReLU with a slope of 0, `y` itself with 1."""
+    if slope == 0:
+        return torch.relu(y)
+    return y if slope == 1 else torch.nn.functional.leaky_relu(y, slope)
+
+
 def parameter_share(images: int) -> float:
     """The share of the learning rate at which γ and β learn from so many images."""
     return min(1, (images / STEADY_IMAGES) ** 0.5)

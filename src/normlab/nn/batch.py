@@ -6,17 +6,42 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..kernels import native
 from . import functional as F
+from .activation import SLOPES, activate, check_activation, described
 from .base import PreciseStatistics, recomputing, remember
 
 
 class _Batch(PreciseStatistics, _BatchNorm):
     """A torch batch norm that writes its statistics by the rules of all norms here, see `remember`."""
 
+    activation: str | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+    ):
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.activation = check_activation(activation)
+
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         several = x.numel() > x.shape[1] == self.num_features  # values a channel
         if several and native.takes(x, self.weight, self.bias, *self._buffers.values()):
             return self._fast(x)
+        return activate(self._composed(x), self.activation)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + described(self.activation)
+
+    def _composed(self, x: Tensor) -> Tensor:
+        """The norm in torch's operators."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight, bias = (None if part is None else part.to(dtype) for part in (self.weight, self.bias))
         mean, var = self.running_mean, self.running_var
@@ -38,9 +63,11 @@ class _Batch(PreciseStatistics, _BatchNorm):
         kept = self._kept(native.BatchStatistics._fields)
         known = native.BatchStatistics(*kept) if kept else None
         if known and not self.training:
-            return native.frozen_norm(x, known.running_mean, known.running_var, self.weight, self.bias, self.eps)
+            mean, var = known.running_mean, known.running_var
+            return native.frozen_norm(x, mean, var, self.weight, self.bias, self.eps, SLOPES[self.activation])
         keeps = self.training and not recomputing()
-        return native.batch_norm(x, self.weight, self.bias, known if keeps else None, self.momentum, self.eps)
+        entered, slope = known if keeps else None, SLOPES[self.activation]
+        return native.batch_norm(x, self.weight, self.bias, entered, self.momentum, self.eps, slope)
 
     def _remember(self, mean: Tensor, var: Tensor | None) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None or var is None:
@@ -64,6 +91,9 @@ class BatchNorm2d(_Batch, nn.BatchNorm2d):
     one value says nothing, stays. A batch that holds an infinite value or NaN leaves the statistics alone, and so do
     an empty batch and the second forward pass of an activation checkpoint that is not compiled. Cast to half precision
     the layer keeps its statistics in float32. `momentum=None` compiles without a break.
+
+    With `activation="relu"` or `"leaky_relu"` (of slope .01) the layer is that activation too: the same values and
+    gradients as with one after it, in less time, and without a tensor between the two.
 
     Source: Ioffe and Szegedy 2015, "Batch Normalization".
     """

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..errors import check
 from ..kernels import native
+from .activation import SLOPES, activate, check_activation, described
 from .functional import moments, normalize
 from .per_image import PerImageNorm, check_channels, in_float32, scale_shift
 
@@ -25,6 +26,7 @@ class GroupNorm(PerImageNorm):
         affine: learn γ and β.
         device: of the parameters.
         dtype: of the parameters.
+        activation: see `BatchNorm2d`.
 
     Raises:
         InputError: `num_groups` does not divide `num_features`, or the input is not (N, C, *space).
@@ -40,23 +42,27 @@ class GroupNorm(PerImageNorm):
         affine: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
     ):
         super().__init__(num_features, affine, device, dtype)
         divides = num_groups >= 1 and num_features % num_groups == 0
         check(divides, "num_groups", num_groups, f"a divisor of num_features={num_features}")
-        self.num_groups, self.eps = num_groups, eps
+        self.num_groups, self.eps, self.activation = num_groups, eps, check_activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
         check_channels(x, self.num_features)
         if x.shape[1:].numel() == self.num_groups:
             x = x - x.detach()  # groups of one value: the operator would leave x − μ a rounding error, times 1/√eps
         elif native.takes(x, self.weight, self.bias):
-            return native.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+            slope = SLOPES[self.activation]
+            return native.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, slope)
         # The operator itself: torch.nn.functional.group_norm refuses groups of one value.
-        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        return activate(torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps), self.activation)
 
     def extra_repr(self) -> str:
-        return f"{self.num_features}, num_groups={self.num_groups}, eps={self.eps}, affine={self.affine}"
+        options = f"num_groups={self.num_groups}, eps={self.eps}, affine={self.affine}"
+        return f"{self.num_features}, {options}{described(self.activation)}"
 
 
 class LayerNorm(GroupNorm):
@@ -72,8 +78,10 @@ class LayerNorm(GroupNorm):
         affine: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
     ):
-        super().__init__(num_features, 1, eps, affine, device, dtype)
+        super().__init__(num_features, 1, eps, affine, device, dtype, activation=activation)
 
 
 class InstanceNorm(GroupNorm):
@@ -92,8 +100,10 @@ class InstanceNorm(GroupNorm):
         affine: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
     ):
-        super().__init__(num_features, num_features, eps, affine, device, dtype)
+        super().__init__(num_features, num_features, eps, affine, device, dtype, activation=activation)
 
 
 class ChannelLayerNorm(PerImageNorm):

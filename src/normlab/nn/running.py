@@ -9,6 +9,7 @@ from ..errors import check
 from ..kernels import native
 from ..kernels.ops import GradientMemory, normalize_with_memory
 from . import functional as F
+from .activation import SLOPES, activate, check_activation, described
 from .base import RunningStatistics, recomputing, remember, settle
 
 # The share of a batch in the statistics after those of another layer were loaded, which had time to settle.
@@ -75,6 +76,7 @@ class RunningBatchNorm2d(RunningStatistics):
         device: of parameters and statistics.
         dtype: of the parameters.
         step_bound: as above; if None, or without γ and β, there is neither bound nor pull.
+        activation: see `BatchNorm2d`.
 
     Raises:
         InputError: an argument or the shape of an input is out of range.
@@ -103,12 +105,13 @@ class RunningBatchNorm2d(RunningStatistics):
         dtype: torch.dtype | None = None,
         *,
         step_bound: float | None = 0.006,
+        activation: str | None = None,
     ):
         check(0 < momentum < 1, "momentum", momentum, "a number above 0, below 1")
         bounded = step_bound is None or step_bound > 0
         check(bounded, "step_bound", step_bound, "a number above 0, or None for no bound")
         super().__init__(num_features, eps, momentum, affine, device)
-        self.step_bound = step_bound
+        self.step_bound, self.activation = step_bound, check_activation(activation)
         self.register_buffer("share", torch.ones((), device=device))
         self.register_buffer("innovation", torch.zeros(num_features, device=device))
         self.register_buffer("gradient_share", torch.ones((), device=device))
@@ -131,21 +134,24 @@ class RunningBatchNorm2d(RunningStatistics):
         statistics, memory = self._statistics(), self._memory()
         fast = native.takes(x, self.weight, self.bias, *statistics, *memory)
         if not self.training or x.numel() == 0:  # an empty batch has nothing to add
+            mean, var = self.running_mean, self.running_var
             if fast:
-                return native.frozen_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
-            mean, var = (F.per_channel(part, x) for part in (self.running_mean, self.running_var))
-            return F.normalize(x, mean, var, self.weight, self.bias, self.eps)
+                return native.frozen_norm(x, mean, var, self.weight, self.bias, self.eps, SLOPES[self.activation])
+            mean, var = (F.per_channel(part, x) for part in (mean, var))
+            return activate(F.normalize(x, mean, var, self.weight, self.bias, self.eps), self.activation)
         if fast:
             least = (LEAST_SHARE * self.momentum, LEAST_GRADIENT_SHARE * self.momentum)
             numbers = native.RunningNumbers(self.momentum, self.eps, *least, TOLERATED_DRIFT / len(x), recomputing())
-            return native.running_norm(x, self.weight, self.bias, statistics, memory, numbers, self.step_bound)
+            rest = (self.step_bound, SLOPES[self.activation])
+            return native.running_norm(x, self.weight, self.bias, statistics, memory, numbers, *rest)
         with torch.no_grad():
             mean, var, rate = settle(*self._updated(x))
-        return normalize_with_memory(x, mean, var, self.weight, self.bias, rate, memory, self.step_bound, self.eps)
+        y = normalize_with_memory(x, mean, var, self.weight, self.bias, rate, memory, self.step_bound, self.eps)
+        return activate(y, self.activation)
 
     def extra_repr(self) -> str:
         options = f"eps={self.eps}, momentum={self.momentum}, affine={self.affine}, step_bound={self.step_bound}"
-        return f"{self.num_features}, {options}"
+        return f"{self.num_features}, {options}" + described(self.activation)
 
     def _updated(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and variance with this batch in them, which are kept, and its share in A and B."""

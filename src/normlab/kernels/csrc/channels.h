@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "loops.h"
+#include "pages.h"
 #include "threads.h"
 
 namespace normlab {
@@ -92,48 +93,51 @@ void moments(const Shape& tensor, const T* x, float* mean, float* var) {
   }
 }
 
-// y = scale (x − mean) + bias.
+// y: z and the activation after it, see `Gate`.
 template <class T>
-void affine(const Shape& tensor, const T* x, T* y, const float* mean, const float* scale, const float* bias) {
+void affine(const Shape& tensor, const T* x, T* y, const float* mean, Gates z) {
+  prefer_large_pages(y, tensor.numel() * sizeof(T));
   const Shape shape = without_images(tensor);
   each_segment(
       shape,
       [&](int64_t, int64_t, int64_t offset, int64_t n) {
-        loops<T>().affine_rows(x + offset, y + offset, n, shape.channels, mean, scale, bias);
+        loops<T>().affine_rows(x + offset, y + offset, n, shape.channels, mean, z);
       },
       [&](int64_t, int64_t c, int64_t offset) {
-        loops<T>().affine(x + offset, y + offset, shape.space, mean[c], scale[c], bias[c]);
+        loops<T>().affine(x + offset, y + offset, shape.space, mean[c], z.of(c));
       });
 }
 
 // The sums of `Loops::products`, [segment][channel][sum].
 template <class T>
-void products(const Shape& shape, const T* g, const T* x, const float* mean, float* sums) {
+void products(const Shape& shape, const T* g, const T* x, const float* mean, Gates z, float* sums) {
   const int64_t channels = shape.channels;
   each_segment(
       shape,
       [&](int64_t segment, int64_t, int64_t offset, int64_t n) {
-        loops<T>().products_rows(g + offset, x + offset, n, channels, mean, sums + segment * channels * kSums);
+        loops<T>().products_rows(g + offset, x + offset, n, channels, mean, z, sums + segment * channels * kSums);
       },
       [&](int64_t segment, int64_t c, int64_t offset) {
         float* to = sums + (segment * channels + c) * kSums;
-        loops<T>().products(g + offset, x + offset, shape.space, mean[c], to);
+        loops<T>().products(g + offset, x + offset, shape.space, mean[c], z.of(c), to);
       });
 }
 
-// out = factor·p·g + q (x − mean) + r, with a factor for each image, or 1 if `factor` is null.
+// out = factor·p·g + q (x − mean) + r, with a factor for each image, or 1 if `factor` is null, and g what the
+// activation after z lets through.
 template <class T>
-void combine(const Shape& shape, const T* g, const T* x, T* out, const float* factor, const float* mean, const float* p,
-             const float* q, const float* r) {
+void combine(const Shape& shape, const T* g, const T* x, T* out, const float* factor, const float* mean, Gates z,
+             const float* p, const float* q, const float* r) {
+  prefer_large_pages(out, shape.numel() * sizeof(T));
   each_segment(
       shape,
       [&](int64_t, int64_t image, int64_t offset, int64_t n) {
         const float f = factor ? factor[image] : 1.0f;
-        loops<T>().combine_rows(g + offset, x + offset, out + offset, n, shape.channels, f, mean, p, q, r);
+        loops<T>().combine_rows(g + offset, x + offset, out + offset, n, shape.channels, f, mean, z, p, q, r);
       },
       [&](int64_t image, int64_t c, int64_t offset) {
         const float f = factor ? factor[image] : 1.0f;
-        loops<T>().combine(g + offset, x + offset, out + offset, shape.space, f, mean[c], p[c], q[c], r[c]);
+        loops<T>().combine(g + offset, x + offset, out + offset, shape.space, f, mean[c], z.of(c), p[c], q[c], r[c]);
       });
 }
 

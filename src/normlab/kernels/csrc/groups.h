@@ -28,10 +28,12 @@ struct Moments {
   double inverse(double eps) const { return 1 / std::sqrt((squares < 0 ? 0 : squares / count) + eps); }
 };
 
-// y = weight (x − mean) inverse + bias. saved: means, then inverses, [image][group].
+// y = weight (x − mean) inverse + bias and the activation after it, see `Gate`. saved: means, then inverses,
+// [image][group].
 template <class T>
 void group_forward(const Shape& shape, int64_t groups, const T* x, T* y, const float* weight, const float* bias,
-                   float* saved, double eps) {
+                   float* saved, float slope, double eps) {
+  prefer_large_pages(y, shape.numel() * sizeof(T));
   const int64_t channels = shape.channels, members = channels / groups, space = shape.space;
   float *means = saved, *inverses = saved + shape.images * groups;
   auto scale = [&](int64_t c, float inverse) { return weight ? weight[c] * inverse : inverse; };
@@ -47,7 +49,7 @@ void group_forward(const Shape& shape, int64_t groups, const T* x, T* y, const f
         inverses[i] = static_cast<float>(m.inverse(eps));
         for (int64_t k = 0; k < members; ++k) {
           const int64_t c = i % groups * members + k, offset = (i * members + k) * space;
-          loops<T>().affine(x + offset, y + offset, space, means[i], scale(c, inverses[i]), shift(c));
+          loops<T>().affine(x + offset, y + offset, space, means[i], {scale(c, inverses[i]), shift(c), slope});
         }
       }
     });
@@ -91,23 +93,32 @@ void group_forward(const Shape& shape, int64_t groups, const T* x, T* y, const f
       shape,
       [&](int64_t, int64_t image, int64_t offset, int64_t n) {
         const int64_t at = image * channels;
-        loops<T>().affine_rows(x + offset, y + offset, n, channels, of_mean + at, of_scale + at, of_bias + at);
+        const Gates z = {of_scale + at, of_bias + at, slope};
+        loops<T>().affine_rows(x + offset, y + offset, n, channels, of_mean + at, z);
       },
       no_run);
 }
 
-// With x̂ = (x − mean) inverse and h = weight·g, per image and group: inverse (h − mean h − x̂ mean h x̂).
+// With x̂ = (x − mean) inverse and h = weight·g, per image and group: inverse (h − mean h − x̂ mean h x̂), where g is what
+// the activation lets through.
 template <class T>
 void group_backward(const Shape& shape, int64_t groups, const T* g, const T* x, T* out, const float* weight,
-                    const float* saved, float* grad_weight, float* grad_bias) {
+                    const float* bias, const float* saved, float* grad_weight, float* grad_bias, float slope) {
+  prefer_large_pages(out, shape.numel() * sizeof(T));
   const int64_t channels = shape.channels, members = channels / groups, space = shape.space;
   const int64_t per_image = shape.segments_per_image(), all = shape.images * channels;
   const float *means = saved, *inverses = saved + shape.images * groups;
-  thread_local std::vector<float> mean, sums, p, q, r, of_weight, of_bias;
-  for (auto* part : {&mean, &p, &q, &r, &of_weight, &of_bias}) part->resize(all);
+  thread_local std::vector<float> mean, scale, shift, sums, p, q, r, of_weight, of_bias;
+  for (auto* part : {&mean, &scale, &shift, &p, &q, &r, &of_weight, &of_bias}) part->resize(all);
   sums.resize(shape.segments() * channels * kSums);
   float *to_mean = mean.data(), *to = sums.data(), *to_p = p.data(), *to_q = q.data(), *to_r = r.data();
   float *to_weight = of_weight.data(), *to_bias = of_bias.data();
+  for (int64_t i = 0; i < all; ++i) {
+    const int64_t c = i % channels;
+    scale[i] = inverses[i / members] * (weight ? weight[c] : 1);
+    shift[i] = bias ? bias[c] : 0;
+  }
+  const Gates z = {scale.data(), shift.data(), slope};
   // The factors of a group's channels, once the sums of its segments are there.
   auto factors = [&](int64_t i) {
     const int64_t image = i / groups, first = i % groups * members;
@@ -136,12 +147,12 @@ void group_backward(const Shape& shape, int64_t groups, const T* g, const T* x, 
     parallel_for(shape.images * groups, shape.numel(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         for (int64_t c = i * members; c < (i + 1) * members; ++c) {
-          loops<T>().products(g + c * space, x + c * space, space, means[i], to + c * kSums);
+          loops<T>().products(g + c * space, x + c * space, space, means[i], z.of(c), to + c * kSums);
         }
         factors(i);
         for (int64_t c = i * members; c < (i + 1) * members; ++c) {
           const int64_t at = c * space;
-          loops<T>().combine(g + at, x + at, out + at, space, 1, means[i], to_p[c], to_q[c], to_r[c]);
+          loops<T>().combine(g + at, x + at, out + at, space, 1, means[i], z.of(c), to_p[c], to_q[c], to_r[c]);
         }
       }
     });
@@ -152,7 +163,8 @@ void group_backward(const Shape& shape, int64_t groups, const T* g, const T* x, 
         shape,
         [&](int64_t segment, int64_t image, int64_t at, int64_t n) {
           float* sum = to + segment * channels * kSums;
-          loops<T>().products_rows(g + at, x + at, n, channels, to_mean + image * channels, sum);
+          const int64_t c = image * channels;
+          loops<T>().products_rows(g + at, x + at, n, channels, to_mean + c, z.at(c), sum);
         },
         no_run);
     for (int64_t i = 0; i < shape.images * groups; ++i) factors(i);
@@ -160,7 +172,8 @@ void group_backward(const Shape& shape, int64_t groups, const T* g, const T* x, 
         shape,
         [&](int64_t, int64_t image, int64_t at, int64_t n) {
           const int64_t c = image * channels;
-          loops<T>().combine_rows(g + at, x + at, out + at, n, channels, 1, to_mean + c, to_p + c, to_q + c, to_r + c);
+          const float *of_p = to_p + c, *of_q = to_q + c, *of_r = to_r + c;
+          loops<T>().combine_rows(g + at, x + at, out + at, n, channels, 1, to_mean + c, z.at(c), of_p, of_q, of_r);
         },
         no_run);
   }

@@ -122,6 +122,22 @@ struct Register<kWidth> {
   static float sum(Floats value) { return Half::sum(value.low + value.high); }
 };
 
+// `value` where z > 0 or is NaN, else slope·value, which is 0 for a slope of 0 even if the value is infinite. In bits:
+// GCC 12 makes a wrong choice of vectors out of `?:` where half precision is stored after it.
+inline float gated(float z, float value, float slope) { return z <= 0 ? (slope == 0 ? 0 : value * slope) : value; }
+template <class Floats>
+Floats gated(Floats z, Floats value, float slope) {
+  using Words = typename Register<sizeof(Floats) / sizeof(float)>::Words;
+  const Floats below = slope == 0 ? Floats{} : value * slope;
+  const Words closed = reinterpret_cast<Words>(z <= Floats{});
+  return reinterpret_cast<Floats>((reinterpret_cast<Words>(below) & closed) |
+                                  (reinterpret_cast<Words>(value) & ~closed));
+}
+template <class Floats>
+Two<Floats> gated(Two<Floats> z, Two<Floats> value, float slope) {
+  return {gated(z.low, value.low, slope), gated(z.high, value.high, slope)};
+}
+
 float at(float value, int) { return value; }
 template <class Floats>
 float at(const Floats& values, int i) {
@@ -182,125 +198,146 @@ void moments_rows(const T* x, int64_t n, int64_t channels, const float* shift, f
   moments_rows_part<kWidth>(x, n, channels, 0, shift, sums);
 }
 
-template <int W, class T>
-void affine_part(const T* x, T* y, int64_t i, int64_t end, float mean, float scale, float bias) {
+template <int W, bool Gated, class T>
+void affine_part(const T* x, T* y, int64_t i, int64_t end, float mean, Gate z) {
   using R = Register<W>;
-  for (; i + W <= end; i += W) R::store(y + i, (R::load(x + i) - mean) * scale + bias);
-  if constexpr (W > 1) affine_part<W / 2>(x, y, i, end, mean, scale, bias);
+  for (; i + W <= end; i += W) {
+    const auto value = (R::load(x + i) - mean) * z.scale + z.bias;
+    R::store(y + i, Gated ? gated(value, value, z.slope) : value);
+  }
+  if constexpr (W > 1) affine_part<W / 2, Gated>(x, y, i, end, mean, z);
 }
 
 template <class T>
-void affine(const T* x, T* y, int64_t n, float mean, float scale, float bias) {
-  affine_part<kWidth>(x, y, 0, n, mean, scale, bias);
+void affine(const T* x, T* y, int64_t n, float mean, Gate z) {
+  (z.slope == 1 ? affine_part<kWidth, false, T> : affine_part<kWidth, true, T>)(x, y, 0, n, mean, z);
 }
 
-template <int W, class T>
-void affine_rows_part(const T* x, T* y, int64_t n, int64_t channels, int64_t c, const float* mean, const float* scale,
-                      const float* bias) {
+template <int W, bool Gated, class T>
+void affine_rows_part(const T* x, T* y, int64_t n, int64_t channels, int64_t c, const float* mean, Gates z) {
   using R = Register<W>;
   for (; c + W <= channels; c += W) {
-    const auto m = R::load(mean + c), s = R::load(scale + c), b = R::load(bias + c);
-    for (int64_t j = c; j < n * channels; j += channels) R::store(y + j, (R::load(x + j) - m) * s + b);
+    const auto m = R::load(mean + c), s = R::load(z.scale + c), b = R::load(z.bias + c);
+    for (int64_t j = c; j < n * channels; j += channels) {
+      const auto value = (R::load(x + j) - m) * s + b;
+      R::store(y + j, Gated ? gated(value, value, z.slope) : value);
+    }
   }
-  if constexpr (W > 1) affine_rows_part<W / 2>(x, y, n, channels, c, mean, scale, bias);
+  if constexpr (W > 1) affine_rows_part<W / 2, Gated>(x, y, n, channels, c, mean, z);
 }
 
 template <class T>
-void affine_rows(const T* x, T* y, int64_t n, int64_t channels, const float* mean, const float* scale,
-                 const float* bias) {
-  affine_rows_part<kWidth>(x, y, n, channels, 0, mean, scale, bias);
+void affine_rows(const T* x, T* y, int64_t n, int64_t channels, const float* mean, Gates z) {
+  (z.slope == 1 ? affine_rows_part<kWidth, false, T> : affine_rows_part<kWidth, true, T>)(x, y, n, channels, 0, mean,
+                                                                                          z);
 }
 
-template <int W, class T>
-void products_part(const T* g, const T* x, int64_t i, int64_t end, float mean, double* sums) {
+// The sums of `products`, as many values at a time as there are in Floats.
+template <class Floats>
+struct Products {
+  Floats sum = {}, product = {}, squares = {}, distance = {}, distances = {};
+
+  void add(Floats grad, Floats d) {
+    sum += grad;
+    product += grad * d;
+    squares += grad * grad;
+    distance += d;
+    distances += d * d;
+  }
+};
+
+template <int W, bool Gated, class T>
+void products_part(const T* g, const T* x, int64_t i, int64_t end, float mean, Gate z, double* sums) {
   using R = Register<W>;
   if (i + W <= end) {
-    typename R::Floats sum = {}, product = {}, squares = {}, distance = {}, distances = {};
+    Products<typename R::Floats> of;
     for (; i + W <= end; i += W) {
       const auto grad = R::load(g + i), d = R::load(x + i) - mean;
-      sum += grad;
-      product += grad * d;
-      squares += grad * grad;
-      distance += d;
-      distances += d * d;
+      of.add(Gated ? gated(d * z.scale + z.bias, grad, z.slope) : grad, d);
     }
-    sums[0] += R::sum(sum);
-    sums[1] += R::sum(product);
-    sums[2] += R::sum(squares);
-    sums[3] += R::sum(distance);
-    sums[4] += R::sum(distances);
+    sums[0] += R::sum(of.sum);
+    sums[1] += R::sum(of.product);
+    sums[2] += R::sum(of.squares);
+    sums[3] += R::sum(of.distance);
+    sums[4] += R::sum(of.distances);
   }
-  if constexpr (W > 1) products_part<W / 2>(g, x, i, end, mean, sums);
+  if constexpr (W > 1) products_part<W / 2, Gated>(g, x, i, end, mean, z, sums);
 }
 
 template <class T>
-void products(const T* g, const T* x, int64_t n, float mean, float* sums) {
+void products(const T* g, const T* x, int64_t n, float mean, Gate z, float* sums) {
+  const auto part = z.slope == 1 ? products_part<kWidth, false, T> : products_part<kWidth, true, T>;
   double total[kSums] = {};
-  for (int64_t i = 0; i < n; i += kBlock) products_part<kWidth>(g, x, i, std::min(i + kBlock, n), mean, total);
+  for (int64_t i = 0; i < n; i += kBlock) part(g, x, i, std::min(i + kBlock, n), mean, z, total);
   std::copy_n(total, kSums, sums);
 }
 
-template <int W, class T>
-void products_rows_part(const T* g, const T* x, int64_t n, int64_t channels, int64_t c, const float* mean,
+template <int W, bool Gated, class T>
+void products_rows_part(const T* g, const T* x, int64_t n, int64_t channels, int64_t c, const float* mean, Gates z,
                         float* sums) {
   using R = Register<W>;
   for (; c + W <= channels; c += W) {
-    const auto m = R::load(mean + c);
-    typename R::Floats sum = {}, product = {}, squares = {}, distance = {}, distances = {};
+    const auto m = R::load(mean + c), s = R::load(z.scale + c), b = R::load(z.bias + c);
+    Products<typename R::Floats> of;
     for (int64_t j = c; j < n * channels; j += channels) {
       const auto grad = R::load(g + j), d = R::load(x + j) - m;
-      sum += grad;
-      product += grad * d;
-      squares += grad * grad;
-      distance += d;
-      distances += d * d;
+      of.add(Gated ? gated(d * s + b, grad, z.slope) : grad, d);
     }
     for (int i = 0; i < W; ++i) {
       float* to = sums + kSums * (c + i);
-      to[0] = at(sum, i);
-      to[1] = at(product, i);
-      to[2] = at(squares, i);
-      to[3] = at(distance, i);
-      to[4] = at(distances, i);
+      to[0] = at(of.sum, i);
+      to[1] = at(of.product, i);
+      to[2] = at(of.squares, i);
+      to[3] = at(of.distance, i);
+      to[4] = at(of.distances, i);
     }
   }
-  if constexpr (W > 1) products_rows_part<W / 2>(g, x, n, channels, c, mean, sums);
+  if constexpr (W > 1) products_rows_part<W / 2, Gated>(g, x, n, channels, c, mean, z, sums);
 }
 
 template <class T>
-void products_rows(const T* g, const T* x, int64_t n, int64_t channels, const float* mean, float* sums) {
-  products_rows_part<kWidth>(g, x, n, channels, 0, mean, sums);
+void products_rows(const T* g, const T* x, int64_t n, int64_t channels, const float* mean, Gates z, float* sums) {
+  const auto part = z.slope == 1 ? products_rows_part<kWidth, false, T> : products_rows_part<kWidth, true, T>;
+  part(g, x, n, channels, 0, mean, z, sums);
 }
 
-template <int W, class T>
-void combine_part(const T* g, const T* x, T* out, int64_t i, int64_t end, float mean, float p, float q, float r) {
+template <int W, bool Gated, class T>
+void combine_part(const T* g, const T* x, T* out, int64_t i, int64_t end, float mean, Gate z, float p, float q,
+                  float r) {
   using R = Register<W>;
-  for (; i + W <= end; i += W) R::store(out + i, R::load(g + i) * p + ((R::load(x + i) - mean) * q + r));
-  if constexpr (W > 1) combine_part<W / 2>(g, x, out, i, end, mean, p, q, r);
+  for (; i + W <= end; i += W) {
+    const auto grad = R::load(g + i), d = R::load(x + i) - mean;
+    R::store(out + i, (Gated ? gated(d * z.scale + z.bias, grad, z.slope) : grad) * p + (d * q + r));
+  }
+  if constexpr (W > 1) combine_part<W / 2, Gated>(g, x, out, i, end, mean, z, p, q, r);
 }
 
 template <class T>
-void combine(const T* g, const T* x, T* out, int64_t n, float factor, float mean, float p, float q, float r) {
-  combine_part<kWidth>(g, x, out, 0, n, mean, factor * p, q, r);
+void combine(const T* g, const T* x, T* out, int64_t n, float factor, float mean, Gate z, float p, float q, float r) {
+  const auto part = z.slope == 1 ? combine_part<kWidth, false, T> : combine_part<kWidth, true, T>;
+  part(g, x, out, 0, n, mean, z, factor * p, q, r);
 }
 
-template <int W, class T>
+template <int W, bool Gated, class T>
 void combine_rows_part(const T* g, const T* x, T* out, int64_t n, int64_t channels, int64_t c, float factor,
-                       const float* mean, const float* p, const float* q, const float* r) {
+                       const float* mean, Gates z, const float* p, const float* q, const float* r) {
   using R = Register<W>;
   for (; c + W <= channels; c += W) {
     const auto m = R::load(mean + c), of_g = R::load(p + c) * factor, of_x = R::load(q + c), rest = R::load(r + c);
+    const auto s = R::load(z.scale + c), b = R::load(z.bias + c);
     for (int64_t j = c; j < n * channels; j += channels) {
-      R::store(out + j, R::load(g + j) * of_g + ((R::load(x + j) - m) * of_x + rest));
+      const auto grad = R::load(g + j), d = R::load(x + j) - m;
+      R::store(out + j, (Gated ? gated(d * s + b, grad, z.slope) : grad) * of_g + (d * of_x + rest));
     }
   }
-  if constexpr (W > 1) combine_rows_part<W / 2>(g, x, out, n, channels, c, factor, mean, p, q, r);
+  if constexpr (W > 1) combine_rows_part<W / 2, Gated>(g, x, out, n, channels, c, factor, mean, z, p, q, r);
 }
 
 template <class T>
-void combine_rows(const T* g, const T* x, T* out, int64_t n, int64_t channels, float factor, const float* mean,
+void combine_rows(const T* g, const T* x, T* out, int64_t n, int64_t channels, float factor, const float* mean, Gates z,
                   const float* p, const float* q, const float* r) {
-  combine_rows_part<kWidth>(g, x, out, n, channels, 0, factor, mean, p, q, r);
+  const auto part = z.slope == 1 ? combine_rows_part<kWidth, false, T> : combine_rows_part<kWidth, true, T>;
+  part(g, x, out, n, channels, 0, factor, mean, z, p, q, r);
 }
 
 template <class T>

@@ -23,6 +23,18 @@ inline float to_float(BFloat16 value) {
 // How many sums `products` takes.
 constexpr int kSums = 5;
 
+// The activation after a norm's z = scale (x − mean) + bias: z where z > 0, else slope·z, with a slope from 0 (ReLU) to
+// 1 (none). Its gradient passes where z > 0, else slope times as long; z is computed again for it, not kept.
+struct Gate {
+  float scale, bias, slope;
+};
+struct Gates {
+  const float *scale, *bias;
+  float slope;
+  Gates at(int64_t offset) const { return {scale + offset, bias + offset, slope}; }
+  Gate of(int64_t channel) const { return {scale[channel], bias[channel], slope}; }
+};
+
 // Each loop comes in two forms. In the first, n values of one channel lie next to each other. In the second, n rows of
 // all channels do, and what belongs to a channel is an array.
 template <class T>
@@ -31,19 +43,19 @@ struct Loops {
   void (*moments)(const T* x, int64_t n, float shift, float* sums);
   void (*moments_rows)(const T* x, int64_t n, int64_t channels, const float* shift, float* sums);
 
-  // y = scale (x − mean) + bias.
-  void (*affine)(const T* x, T* y, int64_t n, float mean, float scale, float bias);
-  void (*affine_rows)(const T* x, T* y, int64_t n, int64_t channels, const float* mean, const float* scale,
-                      const float* bias);
+  // y: z and the activation after it.
+  void (*affine)(const T* x, T* y, int64_t n, float mean, Gate z);
+  void (*affine_rows)(const T* x, T* y, int64_t n, int64_t channels, const float* mean, Gates z);
 
-  // sums: Σg, Σgd, Σg², Σd, Σd² with d = x − mean.
-  void (*products)(const T* g, const T* x, int64_t n, float mean, float* sums);
-  void (*products_rows)(const T* g, const T* x, int64_t n, int64_t channels, const float* mean, float* sums);
+  // sums: Σg, Σgd, Σg², Σd, Σd² with d = x − mean, and g what the activation after z lets through.
+  void (*products)(const T* g, const T* x, int64_t n, float mean, Gate z, float* sums);
+  void (*products_rows)(const T* g, const T* x, int64_t n, int64_t channels, const float* mean, Gates z, float* sums);
 
-  // out = factor·p·g + q (x − mean) + r.
-  void (*combine)(const T* g, const T* x, T* out, int64_t n, float factor, float mean, float p, float q, float r);
+  // out = factor·p·g + q (x − mean) + r, and g as above.
+  void (*combine)(const T* g, const T* x, T* out, int64_t n, float factor, float mean, Gate z, float p, float q,
+                  float r);
   void (*combine_rows)(const T* g, const T* x, T* out, int64_t n, int64_t channels, float factor, const float* mean,
-                       const float* p, const float* q, const float* r);
+                       Gates z, const float* p, const float* q, const float* r);
 };
 
 struct AllLoops {

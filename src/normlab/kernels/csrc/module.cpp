@@ -1,7 +1,9 @@
 // The norms, forward and backward, on raw pointers; `normlab.kernels.native` calls them.
 #include <nanobind/nanobind.h>
 
+#include <cstring>
 #include <limits>
+#include <vector>
 
 #include "channels.h"
 #include "groups.h"
@@ -16,19 +18,35 @@ namespace {
 // all statistics. saved: means, then 1/√(variance + eps), written by the forward pass. g, out: the gradients of y and
 // of x. weight_grad, bias_grad: written.
 
-const AllLoops* all_loops = &kLoopsPlain;
-const char* instructions = "plain";
+struct InstructionSet {
+  const char* name;
+  const AllLoops* loops;
+};
+const InstructionSet* in_use;
 
-void choose_instructions() {
+// Those that this machine has, the best one last.
+const std::vector<InstructionSet>& instruction_sets() {
+  static const std::vector<InstructionSet> found = [] {
+    std::vector<InstructionSet> sets = {{"plain", &kLoopsPlain}};
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2) all_loops = &kLoopsAvx2, instructions = "AVX2";
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    all_loops = &kLoopsAvx512, instructions = "AVX-512";
-  }
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2) sets.push_back({"AVX2", &kLoopsAvx2});
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+      sets.push_back({"AVX-512", &kLoopsAvx512});
+    }
 #endif
+    return sets;
+  }();
+  return found;
+}
+
+// For tests; while no kernel runs.
+void use_instructions(const char* name) {
+  for (const InstructionSet& set : instruction_sets()) {
+    if (std::strcmp(set.name, name) == 0) in_use = &set;
+  }
 }
 
 // What `normlab.kernels.ops` says of the flagship's constants.
@@ -62,22 +80,20 @@ float lerp(float from, float to, float share) {
 
 float or_one(const float* values, int64_t i) { return values ? values[i] : 1.0f; }
 
-// y = weight (x − mean) inverse + bias.
-template <class T>
-void normalize(const Shape& shape, const T* x, T* y, const float* mean, const float* inverse, const float* weight,
-               const float* bias) {
+// z = weight (x − mean) inverse + bias, with the activation after it. For use before the thread's next call.
+Gates gates(int64_t channels, const float* inverse, const float* weight, const float* bias, double slope) {
   thread_local std::vector<float> scale, zeros;
-  scale.resize(shape.channels);
-  zeros.resize(shape.channels);
-  for (int64_t c = 0; c < shape.channels; ++c) scale[c] = inverse[c] * or_one(weight, c);
-  affine(shape, x, y, mean, scale.data(), bias ? bias : zeros.data());
+  scale.resize(channels);
+  zeros.resize(channels);
+  for (int64_t c = 0; c < channels; ++c) scale[c] = inverse[c] * or_one(weight, c);
+  return {scale.data(), bias ? bias : zeros.data(), static_cast<float>(slope)};
 }
 
 // Batch norm with the statistics of this batch, which enter the running ones, if there are any, unless they are
 // infinite or NaN. saved: mean, 1/√(var + eps). momentum: below 0 for the mean of all batches.
 void batch_forward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer x, Pointer y,
                    Pointer weight, Pointer bias, Pointer saved, Pointer running_mean, Pointer running_var,
-                   Pointer num_batches, double momentum, double eps) {
+                   Pointer num_batches, double slope, double momentum, double eps) {
   const Shape shape{images, channels, space, last};
   float *mean = at<float>(saved), *inverse = mean + channels;
   with_type(type, [&](auto* t) {
@@ -100,14 +116,15 @@ void batch_forward(int type, int64_t images, int64_t channels, int64_t space, bo
   for (int64_t c = 0; c < channels; ++c) inverse[c] = 1 / std::sqrt(inverse[c] + static_cast<float>(eps));
   with_type(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    normalize(shape, at<const T>(x), at<T>(y), mean, inverse, at<float>(weight), at<float>(bias));
+    affine(shape, at<const T>(x), at<T>(y), mean, gates(channels, inverse, at<float>(weight), at<float>(bias), slope));
   });
 }
 
-// The gradient of weight (x − mean) inverse + bias, where the batch has the share `share` in mean and variance.
+// The gradient of weight (x − mean) inverse + bias and the activation after it, where the batch has the share `share`
+// in mean and variance.
 void batch_backward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer g, Pointer x,
-                    Pointer out, Pointer weight, Pointer /*bias*/, Pointer saved, Pointer weight_grad,
-                    Pointer bias_grad, double share) {
+                    Pointer out, Pointer weight, Pointer bias, Pointer saved, Pointer weight_grad, Pointer bias_grad,
+                    double slope, double share) {
   const Shape shape = without_images({images, channels, space, last});
   const float *mean = at<float>(saved), *inverse = mean + channels;
   float *grad_weight = at<float>(weight_grad), *grad_bias = at<float>(bias_grad);
@@ -118,7 +135,8 @@ void batch_backward(int type, int64_t images, int64_t channels, int64_t space, b
   for (auto* part : {&p, &q, &r}) part->resize(channels);
   with_type(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    products(shape, at<const T>(g), at<const T>(x), mean, sums.data());
+    const Gates z = gates(channels, inverse, at<float>(weight), at<float>(bias), slope);
+    products(shape, at<const T>(g), at<const T>(x), mean, z, sums.data());
     for (int64_t segment = 0; segment < shape.segments(); ++segment) {
       for (int64_t i = 0; i < channels * kSums; ++i) total[i] += sums[segment * channels * kSums + i];
     }
@@ -130,13 +148,13 @@ void batch_backward(int type, int64_t images, int64_t channels, int64_t space, b
       q[c] = static_cast<float>(-part * p[c] * inverse[c] * grad_weight[c]);
       r[c] = static_cast<float>(-part * p[c] * grad_bias[c]);
     }
-    combine(shape, at<const T>(g), at<const T>(x), at<T>(out), nullptr, mean, p.data(), q.data(), r.data());
+    combine(shape, at<const T>(g), at<const T>(x), at<T>(out), nullptr, mean, z, p.data(), q.data(), r.data());
   });
 }
 
 // weight (x − mean) / √(var + eps) + bias. saved: mean, 1/√(var + eps).
 void frozen_forward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer x, Pointer y,
-                    Pointer weight, Pointer bias, Pointer saved, Pointer mean, Pointer var, double eps) {
+                    Pointer weight, Pointer bias, Pointer saved, Pointer mean, Pointer var, double slope, double eps) {
   const Shape shape{images, channels, space, last};
   float *saved_mean = at<float>(saved), *inverse = saved_mean + channels;
   for (int64_t c = 0; c < channels; ++c) {
@@ -145,7 +163,8 @@ void frozen_forward(int type, int64_t images, int64_t channels, int64_t space, b
   }
   with_type(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    normalize(shape, at<const T>(x), at<T>(y), saved_mean, inverse, at<float>(weight), at<float>(bias));
+    const Gates z = gates(channels, inverse, at<float>(weight), at<float>(bias), slope);
+    affine(shape, at<const T>(x), at<T>(y), saved_mean, z);
   });
 }
 
@@ -174,8 +193,8 @@ float grown(float share, double growth, double least) {
 double running_forward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer x, Pointer y,
                        Pointer weight, Pointer bias, Pointer saved, Pointer running_mean, Pointer running_var,
                        Pointer num_batches, Pointer share, Pointer innovation, Pointer gradient_share, Pointer average,
-                       Pointer latest, double momentum, double eps, double least_share, double least_gradient_share,
-                       double tolerated_drift, bool recomputing) {
+                       Pointer latest, double slope, double momentum, double eps, double least_share,
+                       double least_gradient_share, double tolerated_drift, bool recomputing) {
   const Shape shape{images, channels, space, last};
   float *mean = at<float>(saved), *inverse = mean + channels;
   float *kept_mean = at<float>(running_mean), *kept_var = at<float>(running_var);
@@ -226,7 +245,7 @@ double running_forward(int type, int64_t images, int64_t channels, int64_t space
   for (int64_t c = 0; c < channels; ++c) inverse[c] = 1 / std::sqrt(inverse[c] + epsilon);
   with_type(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    normalize(shape, at<const T>(x), at<T>(y), mean, inverse, at<float>(weight), at<float>(bias));
+    affine(shape, at<const T>(x), at<T>(y), mean, gates(channels, inverse, at<float>(weight), at<float>(bias), slope));
   });
   return std::max(rate, 1.0 / static_cast<double>(std::max<int64_t>(seen, 1)));
 }
@@ -235,7 +254,7 @@ double running_forward(int type, int64_t images, int64_t channels, int64_t space
 // none. learns: weight and bias are there and both want a gradient.
 void running_backward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer g, Pointer x,
                       Pointer out, Pointer weight, Pointer bias, Pointer saved, Pointer weight_grad, Pointer bias_grad,
-                      Pointer average, Pointer latest, Pointer parameters, Pointer push, Pointer measured,
+                      Pointer average, Pointer latest, Pointer parameters, Pointer push, Pointer measured, double slope,
                       double batch_rate, double step_bound, bool learns) {
   const Shape shape{images, channels, space, last};
   const float *mean = at<float>(saved), *inverse = mean + channels;
@@ -250,9 +269,10 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
   now.resize(both);
   pushed.assign(at<float>(push), at<float>(push) + both);
   for (auto* part : {&p, &q, &r}) part->resize(channels);
+  const Gates z = gates(channels, inverse, at<float>(weight), at<float>(bias), slope);
   with_type(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    products(shape, at<const T>(g), at<const T>(x), mean, sums.data());
+    products(shape, at<const T>(g), at<const T>(x), mean, z, sums.data());
   });
 
   const float* known = at<float>(measured);
@@ -357,26 +377,27 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
   }
   with_type(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    combine(shape, at<const T>(g), at<const T>(x), at<T>(out), factor.data(), mean, p.data(), q.data(), r.data());
+    combine(shape, at<const T>(g), at<const T>(x), at<T>(out), factor.data(), mean, z, p.data(), q.data(), r.data());
   });
 }
 
 void group_forward_of(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer x, Pointer y,
-                      Pointer weight, Pointer bias, Pointer saved, int64_t groups, double eps) {
+                      Pointer weight, Pointer bias, Pointer saved, double slope, int64_t groups, double eps) {
   with_type(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     group_forward({images, channels, space, last}, groups, at<const T>(x), at<T>(y), at<float>(weight), at<float>(bias),
-                  at<float>(saved), eps);
+                  at<float>(saved), static_cast<float>(slope), eps);
   });
 }
 
 void group_backward_of(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer g, Pointer x,
-                       Pointer out, Pointer weight, Pointer /*bias*/, Pointer saved, Pointer weight_grad,
-                       Pointer bias_grad, int64_t groups) {
+                       Pointer out, Pointer weight, Pointer bias, Pointer saved, Pointer weight_grad, Pointer bias_grad,
+                       double slope, int64_t groups) {
   with_type(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     group_backward({images, channels, space, last}, groups, at<const T>(g), at<const T>(x), at<T>(out),
-                   at<float>(weight), at<float>(saved), at<float>(weight_grad), at<float>(bias_grad));
+                   at<float>(weight), at<float>(bias), at<float>(saved), at<float>(weight_grad), at<float>(bias_grad),
+                   static_cast<float>(slope));
   });
 }
 
@@ -396,24 +417,27 @@ void set_constants(float steps_remembered, float steady_images, float along, flo
 
 template <>
 const Loops<float>& loops<float>() {
-  return all_loops->of_float;
+  return in_use->loops->of_float;
 }
 template <>
 const Loops<BFloat16>& loops<BFloat16>() {
-  return all_loops->of_bfloat16;
+  return in_use->loops->of_bfloat16;
 }
 template <>
 const Loops<Float16>& loops<Float16>() {
-  return all_loops->of_float16;
+  return in_use->loops->of_float16;
 }
 
 }  // namespace normlab
 
 NB_MODULE(_native, m) {
   using namespace normlab;
-  choose_instructions();
+  in_use = &instruction_sets().back();
   m.doc() = "The loops of the compiled kernels; see `normlab.kernels.native`.";
-  m.attr("instructions") = instructions;
+  nb::list names;
+  for (const InstructionSet& set : instruction_sets()) names.append(set.name);
+  m.attr("instruction_sets") = nb::tuple(names);
+  m.def("use_instructions", &use_instructions);
   m.def("set_openmp", &set_openmp);
   m.def("set_constants", &set_constants);
   const auto define = [&](const char* name, auto function) {
