@@ -1,4 +1,4 @@
-"""A layer's training step, forward and backward, against torch's batch norm and against the memory's speed.
+"""A layer's training step, forward and backward, against torch's own and against the memory's speed.
 
     OMP_NUM_THREADS=1 python benchmarks/norms.py [--out benchmarks/results/norms.jsonl]
     OMP_NUM_THREADS=2 python benchmarks/norms.py
@@ -7,11 +7,12 @@ Shapes: those of the lesson's net at batch 1, 2, 32 and 512, some of ResNet-50 a
 net at 1. The floor is four copies of the tensor: a norm has to read x for its statistics; to read x and write y; to
 read x and the gradient for its sums; to read both and write the gradient of x, which makes eight passes. A round runs
 every layer in turn, so that all see the same machine; figures are medians over the rounds: how many times as fast as
-torch a layer is, and how many times the floor it takes. One line for each shape and layer is appended, with versions
-and machine; a table at the end. Run it on an idle machine.
+torch's layer ours is (`running` as batch norm), and how many times the floor it takes. One line for each shape and
+layer is appended, with versions and machine; a table at the end. Run it on an idle machine.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -25,7 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from normlab.kernels import native
-from normlab.nn import BatchNorm2d, BatchNorm3d, RunningBatchNorm2d, RunningBatchNorm3d
+from normlab.nn import build_norm
 from normlab.study.trial import environment
 
 LESSON = [(8, 14), (16, 7), (32, 4), (64, 2), (64, 1)]
@@ -35,10 +36,16 @@ SHAPES = {
     **{f"ResNet-50, batch {n}": [(n, c, s, s) for c, s in RESNET] for n in (2, 32)},
     "3-D segmentation, batch 1": [(1, 32, 96, 96, 96), (1, 128, 24, 24, 24)],
 }
-LAYERS = {
-    4: {"torch": nn.BatchNorm2d, "batch": BatchNorm2d, "running": RunningBatchNorm2d},
-    5: {"torch": nn.BatchNorm3d, "batch": BatchNorm3d, "running": RunningBatchNorm3d},
+LAYERS: dict[str, Callable[[int, int], nn.Module]] = {  # from channels and space dimensions
+    "torch batch": lambda channels, dims: (nn.BatchNorm2d, nn.BatchNorm3d)[dims - 2](channels),
+    "batch": lambda channels, dims: build_norm("batch", channels, dims),
+    "running": lambda channels, dims: build_norm("running", channels, dims),
+    "torch batch, ReLU": lambda channels, dims: nn.Sequential(LAYERS["torch batch"](channels, dims), nn.ReLU()),
+    "batch, ReLU": lambda channels, dims: build_norm("batch", channels, dims, activation="relu"),
+    "torch group": lambda channels, dims: nn.GroupNorm(8, channels),
+    "group": lambda channels, dims: build_norm("group", channels, dims),
 }
+PEERS = {"batch": "torch batch", "running": "torch batch", "batch, ReLU": "torch batch, ReLU", "group": "torch group"}
 ROUNDS, SECONDS_A_ROUND = 21, 0.01
 
 
@@ -73,8 +80,9 @@ def measure(shape: tuple[int, ...], layout: torch.memory_format) -> dict[str, li
     """Seconds a step of each layer and of the floor, round by round."""
     torch.manual_seed(0)
     x, grad = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(2))
-    layers = {name: layer for name, layer in LAYERS[len(shape)].items() if name != "torch" or x.numel() > shape[1]}
-    runs = {name: training_step(layer(shape[1]), x, grad) for name, layer in layers.items()}
+    refused = () if x.numel() > shape[1] else ("torch batch", "torch batch, ReLU")  # one value a channel
+    layers = {name: build(shape[1], len(shape) - 2) for name, build in LAYERS.items() if name not in refused}
+    runs = {name: training_step(layer, x, grad) for name, layer in layers.items()}
     runs["floor"] = floor(x)
     times = {name: max(1, round(SECONDS_A_ROUND / seconds(run, 2))) for name, run in runs.items()}
     found: dict[str, list[float]] = {name: [] for name in runs}
@@ -89,36 +97,34 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "norms.jsonl")
     a = parser.parse_args()
     table = Table("shape", "layout", "layer", "ms", "speed, torch = 1", "over the floor", box=None)
-    speeds: dict[str, list[float]] = {"batch": [], "running": []}
-    for case, shapes in SHAPES.items():
-        for shape in shapes:
-            last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
-            for layout in (torch.contiguous_format, last):
-                found = measure(shape, layout)
-                for name in ("torch", "batch", "running"):
-                    if name not in found:
-                        continue
-                    over_floor = [mine / least for mine, least in zip(found[name], found["floor"], strict=True)]
-                    record = {
-                        "case": case, "shape": shape, "layout": str(layout).removeprefix("torch."), "layer": name,
-                        "median_ms": 1e3 * statistics.median(found[name]), "over_floor": statistics.median(over_floor),
-                        "kernels": native.PATH, **environment(),
-                    }  # fmt: skip
-                    if name != "torch" and "torch" in found:
-                        ratios = [t / mine for t, mine in zip(found["torch"], found[name], strict=True)]
-                        record["speed"] = statistics.median(ratios)
-                        record["speed_quartiles"] = statistics.quantiles(ratios, n=4)[::2]
-                        speeds[name].append(record["speed"])
-                    with a.out.open("a") as file:
-                        file.write(json.dumps(record) + "\n")
-                    speed = f"{record['speed']:.2f}" if "speed" in record else ""
-                    cells = "×".join(map(str, shape)), record["layout"].removesuffix("_format"), name
-                    table.add_row(*cells, f"{record['median_ms']:.4g}", speed, f"{record['over_floor']:.1f}")
+    speeds: dict[str, list[float]] = {name: [] for name in PEERS}
+    cases = [(case, shape) for case, shapes in SHAPES.items() for shape in shapes]
+    for (case, shape), last in itertools.product(cases, (False, True)):
+        layout = {4: torch.channels_last, 5: torch.channels_last_3d}[len(shape)] if last else torch.contiguous_format
+        found = measure(shape, layout)
+        floor = found.pop("floor")
+        for name, taken in found.items():
+            record = {
+                "case": case, "shape": shape, "layout": str(layout).removeprefix("torch."), "layer": name,
+                "median_ms": 1e3 * statistics.median(taken),
+                "over_floor": statistics.median(mine / least for mine, least in zip(taken, floor, strict=True)),
+                "kernels": native.PATH, **environment(),
+            }  # fmt: skip
+            if PEERS.get(name) in found:
+                ratios = [theirs / mine for theirs, mine in zip(found[PEERS[name]], taken, strict=True)]
+                record["speed"] = statistics.median(ratios)
+                record["speed_quartiles"] = statistics.quantiles(ratios, n=4)[::2]
+                speeds[name].append(record["speed"])
+            with a.out.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            speed = f"{record['speed']:.2f}" if "speed" in record else ""
+            cells = "×".join(map(str, shape)), record["layout"].removesuffix("_format"), name
+            table.add_row(*cells, f"{record['median_ms']:.4g}", speed, f"{record['over_floor']:.1f}")
     console = Console(width=110)
     console.print(table)
     for name, values in speeds.items():
         mean = math.exp(statistics.fmean(map(math.log, values)))
-        console.print(f"{name}: {mean:.2f} times torch's batch norm (geometric mean), {min(values):.2f} at worst")
+        console.print(f"{name}: {mean:.2f} times {PEERS[name]} (geometric mean), {min(values):.2f} at worst")
 
 
 if __name__ == "__main__":
