@@ -101,12 +101,16 @@ def group_norm(num_features: int, momentum: float) -> GroupNorm:
     return GroupNorm(num_features, num_features)
 
 
+def unbounded_running(num_features: int, momentum: float) -> RunningBatchNorm2d:
+    return RunningBatchNorm2d(num_features, momentum=momentum, step_bound=None)
+
+
 def layer_norm(num_features: int, momentum: float) -> GroupNorm:
     return GroupNorm(num_features, 1)
 
 
 @pytest.mark.usefixtures("every_instruction_set")
-@pytest.mark.parametrize("norm", [BatchNorm2d, RunningBatchNorm2d, group_norm, layer_norm])
+@pytest.mark.parametrize("norm", [BatchNorm2d, RunningBatchNorm2d, unbounded_running, group_norm, layer_norm])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
     "shape", [(2, 70, 45, 33), (40, 5, 8, 8), (600, 33, 1, 1), (70, 33, 2, 2), (1, 3, 150, 150)], ids=str

@@ -54,37 +54,77 @@ void each_segment(const Shape& shape, Rows rows, Run run) {
   }
 }
 
-// Where images need not be told apart, with the channels last, they are one.
+// The same tensor, where images need not be told apart: with the channels last they are one.
 inline Shape without_images(const Shape& shape) {
   return shape.last ? Shape{1, shape.channels, shape.values(), true} : shape;
+}
+
+// Runs so short that a call for each takes longer than its values do. Such a tensor is gone through in rows instead: an
+// image is a row, in which every position of every channel is a column of its own.
+constexpr int64_t kShort = 64, kWorthColumns = 4;  // values of a run; images
+inline bool has_short_runs(const Shape& shape) {
+  return !shape.last && shape.space < kShort && shape.images >= kWorthColumns;
+}
+inline Shape rows_of_columns(const Shape& shape) { return {1, shape.channels * shape.space, shape.images, true}; }
+
+// What belongs to channels, for each of their columns.
+class Columns {
+ public:
+  explicit Columns(const Shape& shape) : shape_(shape), columns_(shape.channels * shape.space) {
+    values_.reserve(kMost * columns_);  // what operator() returned stays where it is
+    values_.clear();
+  }
+  const float* operator()(const float* of_channels) {
+    for (int64_t c = 0; c < shape_.channels; ++c) values_.insert(values_.end(), shape_.space, of_channels[c]);
+    return values_.data() + values_.size() - columns_;
+  }
+  Gates operator()(Gates z) { return {(*this)(z.scale), (*this)(z.bias), z.slope}; }
+
+ private:
+  static constexpr int64_t kMost = 7;
+  const Shape shape_;
+  const int64_t columns_;
+  inline static thread_local std::vector<float> values_;
+};
+
+// Adds up the sums of all segments of `shape`, `each` for each of its channels, which are those of `tensor` or columns.
+inline void add_segments(const Shape& tensor, const Shape& shape, int64_t each, const float* sums, double* total) {
+  const int64_t columns = shape.channels / tensor.channels;
+  for (int64_t segment = 0; segment < shape.segments(); ++segment) {
+    for (double* to = total; to < total + tensor.channels * each; to += each) {
+      for (int64_t column = 0; column < columns; ++column) {
+        for (int64_t i = 0; i < each; ++i) to[i] += *sums++;
+      }
+    }
+  }
 }
 
 // Mean and biased variance of each channel.
 template <class T>
 void moments(const Shape& tensor, const T* x, float* mean, float* var) {
-  const Shape shape = without_images(tensor);
-  const int64_t channels = shape.channels;
+  const bool in_columns = has_short_runs(tensor);
+  const Shape shape = in_columns ? rows_of_columns(tensor) : without_images(tensor);
+  const int64_t channels = tensor.channels;
   thread_local std::vector<float> shift, sums;
   thread_local std::vector<double> total;
   shift.resize(channels);
-  sums.resize(shape.segments() * channels * 2);
+  sums.resize(shape.segments() * shape.channels * 2);
   total.assign(channels * 2, 0);
   // Squares of the distance from a value of the channel, so that a mean far from 0 cancels nothing.
-  for (int64_t c = 0; c < channels; ++c) shift[c] = to_float(x[shape.last ? c : c * shape.space]);
-  const float* shifts = shift.data();
+  for (int64_t c = 0; c < channels; ++c) shift[c] = to_float(x[tensor.last ? c : c * tensor.space]);
+  Columns columns(tensor);
+  const float* shifts = in_columns ? columns(shift.data()) : shift.data();
   float* to = sums.data();
   each_segment(
       shape,
       [&](int64_t segment, int64_t, int64_t offset, int64_t n) {
-        loops<T>().moments_rows(x + offset, n, channels, shifts, to + segment * channels * 2);
+        loops<T>().moments_rows(x + offset, n, shape.channels, shifts, to + segment * shape.channels * 2);
       },
       [&](int64_t segment, int64_t c, int64_t offset) {
         loops<T>().moments(x + offset, shape.space, shifts[c], to + (segment * channels + c) * 2);
       });
-  for (int64_t segment = 0; segment < shape.segments(); ++segment) {
-    for (int64_t i = 0; i < channels * 2; ++i) total[i] += sums[segment * channels * 2 + i];
-  }
-  const double n = static_cast<double>(shape.values());
+  add_segments(tensor, shape, 2, to, total.data());
+  const double n = static_cast<double>(tensor.values());
   for (int64_t c = 0; c < channels; ++c) {
     const double distance = total[2 * c] / n;
     mean[c] = static_cast<float>(shift[c] + distance);
@@ -97,7 +137,10 @@ void moments(const Shape& tensor, const T* x, float* mean, float* var) {
 template <class T>
 void affine(const Shape& tensor, const T* x, T* y, const float* mean, Gates z) {
   prefer_large_pages(y, tensor.numel() * sizeof(T));
-  const Shape shape = without_images(tensor);
+  const bool in_columns = has_short_runs(tensor);
+  const Shape shape = in_columns ? rows_of_columns(tensor) : without_images(tensor);
+  Columns columns(tensor);
+  if (in_columns) mean = columns(mean), z = columns(z);
   each_segment(
       shape,
       [&](int64_t, int64_t, int64_t offset, int64_t n) {
@@ -123,12 +166,65 @@ void products(const Shape& shape, const T* g, const T* x, const float* mean, Gat
       });
 }
 
+// The same of all images, [channel][sum].
+template <class T>
+void total_products(const Shape& tensor, const T* g, const T* x, const float* mean, Gates z, double* total) {
+  const bool in_columns = has_short_runs(tensor);
+  const Shape shape = in_columns ? rows_of_columns(tensor) : without_images(tensor);
+  Columns columns(tensor);
+  if (in_columns) mean = columns(mean), z = columns(z);
+  thread_local std::vector<float> sums;
+  sums.resize(shape.segments() * shape.channels * kSums);
+  products(shape, g, x, mean, z, sums.data());
+  add_segments(tensor, shape, kSums, sums.data(), total);
+}
+
+// Whether images are so small that their sums, one by one, take longer than all of them at once and what is needed of
+// each, `image_sums`.
+inline bool has_small_images(const Shape& shape) {
+  return shape.images >= kWorthColumns && shape.space < (shape.last ? kShort / 4 : kShort);
+}
+
+// Of each image Σg², and of each of its channels Σd, [image][channel].
+template <class T>
+void image_sums(const Shape& shape, const T* g, const T* x, const float* mean, float* squares, float* distances) {
+  const int64_t row = shape.channels * shape.space;
+  parallel_for(shape.images, shape.numel(), [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; ++image) {
+      float sums[2];
+      loops<T>().moments(g + image * row, row, 0, sums);
+      squares[image] = sums[1];
+      const T* from = x + image * row;
+      float* to = distances + image * shape.channels;
+      if (shape.last) {
+        std::fill_n(to, shape.channels, 0.0f);
+        for (int64_t i = 0; i < shape.space; ++i, from += shape.channels) {
+          for (int64_t c = 0; c < shape.channels; ++c) to[c] += to_float(from[c]) - mean[c];
+        }
+      } else {
+        for (int64_t c = 0; c < shape.channels; ++c) {
+          float distance = 0;
+          for (int64_t i = 0; i < shape.space; ++i) distance += to_float(*from++) - mean[c];
+          to[c] = distance;
+        }
+      }
+    }
+  });
+}
+
 // out = factor·p·g + q (x − mean) + r, with a factor for each image, or 1 if `factor` is null, and g what the
 // activation after z lets through.
 template <class T>
-void combine(const Shape& shape, const T* g, const T* x, T* out, const float* factor, const float* mean, Gates z,
+void combine(const Shape& tensor, const T* g, const T* x, T* out, const float* factor, const float* mean, Gates z,
              const float* p, const float* q, const float* r) {
-  prefer_large_pages(out, shape.numel() * sizeof(T));
+  prefer_large_pages(out, tensor.numel() * sizeof(T));
+  Shape shape = tensor;
+  Columns columns(tensor);
+  if (has_short_runs(tensor)) {
+    shape = {tensor.images, tensor.channels * tensor.space, 1, true};
+    mean = columns(mean), z = columns(z), p = columns(p), q = columns(q), r = columns(r);
+  }
+  if (!factor) shape = without_images(shape);
   each_segment(
       shape,
       [&](int64_t, int64_t image, int64_t offset, int64_t n) {

@@ -125,21 +125,17 @@ void batch_forward(int type, int64_t images, int64_t channels, int64_t space, bo
 void batch_backward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer g, Pointer x,
                     Pointer out, Pointer weight, Pointer bias, Pointer saved, Pointer weight_grad, Pointer bias_grad,
                     double slope, double share) {
-  const Shape shape = without_images({images, channels, space, last});
+  const Shape shape{images, channels, space, last};
   const float *mean = at<float>(saved), *inverse = mean + channels;
   float *grad_weight = at<float>(weight_grad), *grad_bias = at<float>(bias_grad);
-  thread_local std::vector<float> sums, p, q, r;
+  thread_local std::vector<float> p, q, r;
   thread_local std::vector<double> total;
-  sums.resize(shape.segments() * channels * kSums);
   total.assign(channels * kSums, 0);
   for (auto* part : {&p, &q, &r}) part->resize(channels);
   with_type(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const Gates z = gates(channels, inverse, at<float>(weight), at<float>(bias), slope);
-    products(shape, at<const T>(g), at<const T>(x), mean, z, sums.data());
-    for (int64_t segment = 0; segment < shape.segments(); ++segment) {
-      for (int64_t i = 0; i < channels * kSums; ++i) total[i] += sums[segment * channels * kSums + i];
-    }
+    total_products(shape, at<const T>(g), at<const T>(x), mean, z, total.data());
     const double part = share / static_cast<double>(shape.values());
     for (int64_t c = 0; c < channels; ++c) {
       grad_bias[c] = static_cast<float>(total[kSums * c]);
@@ -260,25 +256,48 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
   const float *mean = at<float>(saved), *inverse = mean + channels;
   const auto rate = static_cast<float>(batch_rate);
   const int64_t both = 2 * channels;
-  thread_local std::vector<float> sums, factor, p, q, r, now, pushed;
-  thread_local std::vector<double> total, squares;
-  sums.resize(shape.segments() * channels * kSums);
-  squares.assign(channels, 0);
+  thread_local std::vector<float> sums, of_images, distances, factor, p, q, r, now, pushed;
+  thread_local std::vector<double> total, of_channels;
   factor.assign(images, 1);
   total.assign(both, 0);
+  of_channels.assign(channels * kSums, 0);
   now.resize(both);
   pushed.assign(at<float>(push), at<float>(push) + both);
   for (auto* part : {&p, &q, &r}) part->resize(channels);
   const Gates z = gates(channels, inverse, at<float>(weight), at<float>(bias), slope);
-  with_type(type, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    products(shape, at<const T>(g), at<const T>(x), mean, z, sums.data());
-  });
+  // What is needed of each image by itself comes with the sums of its channels, unless images are small.
+  const int64_t per_image = shape.segments_per_image();
+  const auto of_each_image = [&] {
+    sums.resize(shape.segments() * channels * kSums);
+    with_type(type, [&](auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      products(shape, at<const T>(g), at<const T>(x), mean, z, sums.data());
+    });
+  };
+  const bool together = has_small_images(shape) && slope == 1;
+  of_images.assign(images, 0);
+  distances.assign(images * channels, 0);
+  if (together) {
+    with_type(type, [&](auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      total_products(shape, at<const T>(g), at<const T>(x), mean, z, of_channels.data());
+      if (learns) image_sums(shape, at<const T>(g), at<const T>(x), mean, of_images.data(), distances.data());
+    });
+  } else {
+    of_each_image();
+    for (int64_t segment = 0; segment < shape.segments(); ++segment) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const float* of = sums.data() + (segment * channels + c) * kSums;
+        of_images[segment / per_image] += of[2];
+        distances[segment / per_image * channels + c] += of[3];
+      }
+    }
+  }
 
   const float* known = at<float>(measured);
   float log_lr = known[0], steps = known[1], squared_length = known[2], step_length = known[3], last_rate = known[4];
   float pull = 0;
-  const int64_t per_image = shape.segments_per_image();
+  bool bounded = false;
   if (learns) {
     std::copy_n(at<float>(weight), channels, now.data());
     std::copy_n(at<float>(bias), channels, now.data() + channels);
@@ -309,20 +328,14 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
     const double of_parameters = std::max(std::sqrt(size), std::sqrt(static_cast<double>(channels)));
     int64_t over = 0;
     for (int64_t image = 0; image < images; ++image) {
-      double gradient = 0;
       for (int64_t c = 0; c < channels; ++c) {
-        double distance = 0;
-        for (int64_t segment = image * per_image; segment < (image + 1) * per_image; ++segment) {
-          const float* of = sums.data() + (segment * channels + c) * kSums;
-          gradient += of[2];
-          distance += of[3];
-        }
-        const double pooled = distance * inverse[c] / static_cast<double>(space) * now[c] + now[channels + c];
+        const double distance = distances[image * channels + c] / static_cast<double>(space);
+        const double pooled = distance * inverse[c] * now[c] + now[channels + c];
         length += pooled * pooled;
       }
       if (step_bound >= 0) {
-        const double excess = std::sqrt(gradient) * (lr / (of_parameters * step_bound));
-        if (excess > 1) factor[image] = static_cast<float>(1 / excess), ++over;
+        const double excess = std::sqrt(of_images[image]) * (lr / (of_parameters * step_bound));
+        if (excess > 1) factor[image] = static_cast<float>(1 / excess), ++over, bounded = true;
       }
     }
     squared_length = lerp(squared_length, static_cast<float>(length / static_cast<double>(images)), rate);
@@ -333,13 +346,17 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
     }
   }
 
-  for (int64_t segment = 0; segment < shape.segments(); ++segment) {
-    const double f = factor[segment / per_image];
-    for (int64_t c = 0; c < channels; ++c) {
-      const float* of = sums.data() + (segment * channels + c) * kSums;
-      total[c] += f * of[1];
-      total[channels + c] += f * of[0];
-      squares[c] += of[4];
+  if (together && bounded) of_each_image();
+  if (!together || bounded) {
+    of_channels.assign(channels * kSums, 0);
+    for (int64_t segment = 0; segment < shape.segments(); ++segment) {
+      const double f = factor[segment / per_image];
+      for (int64_t c = 0; c < channels; ++c) {
+        const float* of = sums.data() + (segment * channels + c) * kSums;
+        of_channels[c * kSums] += f * of[0];
+        of_channels[c * kSums + 1] += f * of[1];
+        of_channels[c * kSums + 4] += of[4];
+      }
     }
   }
   bool finite = true;
@@ -349,10 +366,11 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
   const float parameter_share = std::min(1.0f, std::sqrt(static_cast<float>(images) / constants.steady_images));
   for (int64_t i = 0; i < both; ++i) {
     const int64_t c = i % channels;
-    if (i < channels) total[i] *= inverse[c];
+    total[i] = i < channels ? of_channels[c * kSums + 1] * inverse[c] : of_channels[c * kSums];
     finite &= std::isfinite(static_cast<float>(total[i]));
     auto own = static_cast<float>(total[i] / n);
-    if (i < channels) own /= std::max(1.0f, rate * static_cast<float>(squares[c] * inverse[c] * inverse[c] / n));
+    if (i < channels)
+      own /= std::max(1.0f, rate * static_cast<float>(of_channels[c * kSums + 4] * inverse[c] * inverse[c] / n));
     const float scale = inverse[c] * or_one(at<float>(weight), c);
     const float subtracted = lerp(lerp(to_average[i], to_latest[i], last_rate), own, rate) * scale;
     if (i < channels) {
