@@ -9,6 +9,8 @@ from .activation import SLOPES, activate, check_activation, described
 from .functional import moments, normalize
 from .per_image import PerImageNorm, check_channels, in_float32, scale_shift
 
+LARGE, LARGE_MAP = 1 << 17, 128  # values of a tensor, and of a channel of one image
+
 
 class GroupNorm(PerImageNorm):
     """Group norm of (N, C, *space): y = γ (x − μ) / √(σ² + eps) + β, γ and β per channel.
@@ -54,11 +56,15 @@ class GroupNorm(PerImageNorm):
         check_channels(x, self.num_features)
         if x.shape[1:].numel() == self.num_groups:
             x = x - x.detach()  # groups of one value: the operator would leave x − μ a rounding error, times 1/√eps
-        elif native.takes(x, self.weight, self.bias):
+        elif self._large(x) and native.takes(x, self.weight, self.bias):
             slope = SLOPES[self.activation]
             return native.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, slope)
         # The operator itself: torch.nn.functional.group_norm refuses groups of one value.
         return activate(torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps), self.activation)
+
+    def _large(self, x: Tensor) -> bool:
+        """Whether the compiled kernel is the faster: torch's is quick too, see `benchmarks/norms.py`."""
+        return self.activation is not None or (x.numel() >= LARGE and x.numel() >= LARGE_MAP * len(x) * x.shape[1])
 
     def extra_repr(self) -> str:
         options = f"num_groups={self.num_groups}, eps={self.eps}, affine={self.affine}"
