@@ -31,9 +31,9 @@ struct Shape {
 template <class T>
 const Loops<T>& loops();
 
-// Calls `rows(segment, image, offset, n)` for each segment of rows, or `run(segment, channel, offset)` for each run.
-template <class Rows, class Run>
-void each_segment(const Shape& shape, Rows rows, Run run) {
+// Calls `rows(segment, image, offset, n)` for each segment of rows, or `runs(runs)` for some runs at a time.
+template <class EachRows, class SomeRuns>
+void each_segment(const Shape& shape, EachRows rows, SomeRuns some_runs) {
   if (shape.last) {
     const int64_t per_image = shape.segments_per_image();
     parallel_for(shape.segments(), shape.numel(), [&](int64_t begin, int64_t end) {
@@ -44,13 +44,8 @@ void each_segment(const Shape& shape, Rows rows, Run run) {
       }
     });
   } else {
-    parallel_for(shape.images * shape.channels, shape.numel(), [&](int64_t begin, int64_t end) {
-      int64_t segment = begin / shape.channels, channel = begin % shape.channels;
-      for (int64_t i = begin; i < end; ++i) {
-        run(segment, channel, i * shape.space);
-        if (++channel == shape.channels) channel = 0, ++segment;
-      }
-    });
+    parallel_for(shape.images * shape.channels, shape.numel(),
+                 [&](int64_t begin, int64_t end) { some_runs(Runs{begin, end, shape.channels, shape.space}); });
   }
 }
 
@@ -61,9 +56,10 @@ inline Shape without_images(const Shape& shape) {
 
 // Runs so short that a call for each takes longer than its values do. Such a tensor is gone through in rows instead: an
 // image is a row, in which every position of every channel is a column of its own.
-constexpr int64_t kShort = 64, kWorthColumns = 4;  // values of a run; images
+constexpr int64_t kShort = 64, kManyImages = 16, kMostColumns = 1 << 14;
 inline bool has_short_runs(const Shape& shape) {
-  return !shape.last && shape.space < kShort && shape.images >= kWorthColumns;
+  return !shape.last && shape.space < kShort && shape.images >= kManyImages &&
+         shape.channels * shape.space <= kMostColumns;
 }
 inline Shape rows_of_columns(const Shape& shape) { return {1, shape.channels * shape.space, shape.images, true}; }
 
@@ -120,9 +116,7 @@ void moments(const Shape& tensor, const T* x, float* mean, float* var) {
       [&](int64_t segment, int64_t, int64_t offset, int64_t n) {
         loops<T>().moments_rows(x + offset, n, shape.channels, shifts, to + segment * shape.channels * 2);
       },
-      [&](int64_t segment, int64_t c, int64_t offset) {
-        loops<T>().moments(x + offset, shape.space, shifts[c], to + (segment * channels + c) * 2);
-      });
+      [&](Runs runs) { loops<T>().moments(x, runs, shifts, to); });
   add_segments(tensor, shape, 2, to, total.data());
   const double n = static_cast<double>(tensor.values());
   for (int64_t c = 0; c < channels; ++c) {
@@ -146,9 +140,7 @@ void affine(const Shape& tensor, const T* x, T* y, const float* mean, Gates z) {
       [&](int64_t, int64_t, int64_t offset, int64_t n) {
         loops<T>().affine_rows(x + offset, y + offset, n, shape.channels, mean, z);
       },
-      [&](int64_t, int64_t c, int64_t offset) {
-        loops<T>().affine(x + offset, y + offset, shape.space, mean[c], z.of(c));
-      });
+      [&](Runs runs) { loops<T>().affine(x, y, runs, mean, z); });
 }
 
 // The sums of `Loops::products`, [segment][channel][sum].
@@ -160,10 +152,7 @@ void products(const Shape& shape, const T* g, const T* x, const float* mean, Gat
       [&](int64_t segment, int64_t, int64_t offset, int64_t n) {
         loops<T>().products_rows(g + offset, x + offset, n, channels, mean, z, sums + segment * channels * kSums);
       },
-      [&](int64_t segment, int64_t c, int64_t offset) {
-        float* to = sums + (segment * channels + c) * kSums;
-        loops<T>().products(g + offset, x + offset, shape.space, mean[c], z.of(c), to);
-      });
+      [&](Runs runs) { loops<T>().products(g, x, runs, mean, z, sums); });
 }
 
 // The same of all images, [channel][sum].
@@ -182,17 +171,18 @@ void total_products(const Shape& tensor, const T* g, const T* x, const float* me
 // Whether images are so small that their sums, one by one, take longer than all of them at once and what is needed of
 // each, `image_sums`.
 inline bool has_small_images(const Shape& shape) {
-  return shape.images >= kWorthColumns && shape.space < (shape.last ? kShort / 4 : kShort);
+  return shape.last ? shape.images >= kManyImages && shape.space < kShort / 4 : has_short_runs(shape);
 }
 
 // Of each image Σg², and of each of its channels Σd, [image][channel].
 template <class T>
 void image_sums(const Shape& shape, const T* g, const T* x, const float* mean, float* squares, float* distances) {
   const int64_t row = shape.channels * shape.space;
+  const float zero = 0;
   parallel_for(shape.images, shape.numel(), [&](int64_t begin, int64_t end) {
     for (int64_t image = begin; image < end; ++image) {
       float sums[2];
-      loops<T>().moments(g + image * row, row, 0, sums);
+      loops<T>().moments(g + image * row, {0, 1, 1, row}, &zero, sums);
       squares[image] = sums[1];
       const T* from = x + image * row;
       float* to = distances + image * shape.channels;
@@ -201,6 +191,11 @@ void image_sums(const Shape& shape, const T* g, const T* x, const float* mean, f
         for (int64_t i = 0; i < shape.space; ++i, from += shape.channels) {
           for (int64_t c = 0; c < shape.channels; ++c) to[c] += to_float(from[c]) - mean[c];
         }
+      } else if (shape.space >= kShort / 4) {
+        thread_local std::vector<float> of_runs;
+        of_runs.resize(2 * shape.channels);
+        loops<T>().moments(from, {0, shape.channels, shape.channels, shape.space}, mean, of_runs.data());
+        for (int64_t c = 0; c < shape.channels; ++c) to[c] = of_runs[2 * c];
       } else {
         for (int64_t c = 0; c < shape.channels; ++c) {
           float distance = 0;
@@ -231,10 +226,7 @@ void combine(const Shape& tensor, const T* g, const T* x, T* out, const float* f
         const float f = factor ? factor[image] : 1.0f;
         loops<T>().combine_rows(g + offset, x + offset, out + offset, n, shape.channels, f, mean, z, p, q, r);
       },
-      [&](int64_t image, int64_t c, int64_t offset) {
-        const float f = factor ? factor[image] : 1.0f;
-        loops<T>().combine(g + offset, x + offset, out + offset, shape.space, f, mean[c], z.of(c), p[c], q[c], r[c]);
-      });
+      [&](Runs runs) { loops<T>().combine(g, x, out, runs, factor, mean, z, p, q, r); });
 }
 
 }  // namespace normlab

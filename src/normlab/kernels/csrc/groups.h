@@ -36,40 +36,47 @@ void group_forward(const Shape& shape, int64_t groups, const T* x, T* y, const f
   prefer_large_pages(y, shape.numel() * sizeof(T));
   const int64_t channels = shape.channels, members = channels / groups, space = shape.space;
   float *means = saved, *inverses = saved + shape.images * groups;
-  auto scale = [&](int64_t c, float inverse) { return weight ? weight[c] * inverse : inverse; };
-  auto shift = [&](int64_t c) { return bias ? bias[c] : 0.0f; };
+  const int64_t all = shape.images * channels;
+  thread_local std::vector<float> shifts, sums, mean, scales, biases;
+  for (auto* part : {&shifts, &mean, &scales, &biases}) part->resize(all);
+  float *to_mean = mean.data(), *to_scale = scales.data(), *to_bias = biases.data();
+  // What the channels of a group are scaled with, once its statistics are there.
+  auto factors = [&](int64_t i, const Moments& m) {
+    means[i] = static_cast<float>(m.mean);
+    inverses[i] = static_cast<float>(m.inverse(eps));
+    for (int64_t at = i * members; at < (i + 1) * members; ++at) {
+      const int64_t c = at % channels;
+      to_mean[at] = means[i];
+      to_scale[at] = weight ? weight[c] * inverses[i] : inverses[i];
+      to_bias[at] = bias ? bias[c] : 0.0f;
+    }
+  };
   if (!shape.last) {
     parallel_for(shape.images * groups, shape.numel(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const T* from = x + i * members * space;
-        float sums[2];
-        loops<T>().moments(from, members * space, to_float(*from), sums);
-        const Moments m = Moments::of(static_cast<double>(members * space), to_float(*from), sums);
-        means[i] = static_cast<float>(m.mean);
-        inverses[i] = static_cast<float>(m.inverse(eps));
-        for (int64_t k = 0; k < members; ++k) {
-          const int64_t c = i % groups * members + k, offset = (i * members + k) * space;
-          loops<T>().affine(x + offset, y + offset, space, means[i], {scale(c, inverses[i]), shift(c), slope});
-        }
+        const float shift = to_float(*from);
+        float of_group[2];
+        loops<T>().moments(from, {0, 1, 1, members * space}, &shift, of_group);
+        factors(i, Moments::of(static_cast<double>(members * space), shift, of_group));
+        loops<T>().affine(x, y, {i * members, (i + 1) * members, all, space}, to_mean, {to_scale, to_bias, slope});
       }
     });
     return;
   }
-  thread_local std::vector<float> shifts, sums, mean, scales, biases;
-  for (auto* part : {&shifts, &mean, &scales, &biases}) part->resize(shape.images * channels);
   sums.resize(shape.segments() * channels * 2);
   for (int64_t image = 0; image < shape.images; ++image) {
     for (int64_t c = 0; c < channels; ++c) shifts[image * channels + c] = to_float(x[image * space * channels + c]);
   }
-  const float *of_shift = shifts.data(), *of_mean = mean.data(), *of_scale = scales.data(), *of_bias = biases.data();
+  const float* of_shift = shifts.data();
   float* to = sums.data();
-  const auto no_run = [](int64_t, int64_t, int64_t) {};
+  const auto no_runs = [](Runs) {};
   each_segment(
       shape,
       [&](int64_t segment, int64_t image, int64_t offset, int64_t n) {
         loops<T>().moments_rows(x + offset, n, channels, of_shift + image * channels, to + segment * channels * 2);
       },
-      no_run);
+      no_runs);
   const int64_t per_image = shape.segments_per_image();
   for (int64_t i = 0; i < shape.images * groups; ++i) {
     const int64_t image = i / groups, first = i % groups * members;
@@ -81,22 +88,16 @@ void group_forward(const Shape& shape, int64_t groups, const T* x, T* y, const f
         m.add(Moments::of(n, of_shift[image * channels + c], of));
       }
     }
-    means[i] = static_cast<float>(m.mean);
-    inverses[i] = static_cast<float>(m.inverse(eps));
-    for (int64_t c = first; c < first + members; ++c) {
-      mean[image * channels + c] = means[i];
-      scales[image * channels + c] = scale(c, inverses[i]);
-      biases[image * channels + c] = shift(c);
-    }
+    factors(i, m);
   }
   each_segment(
       shape,
       [&](int64_t, int64_t image, int64_t offset, int64_t n) {
         const int64_t at = image * channels;
-        const Gates z = {of_scale + at, of_bias + at, slope};
-        loops<T>().affine_rows(x + offset, y + offset, n, channels, of_mean + at, z);
+        const Gates z = {to_scale + at, to_bias + at, slope};
+        loops<T>().affine_rows(x + offset, y + offset, n, channels, to_mean + at, z);
       },
-      no_run);
+      no_runs);
 }
 
 // With x̂ = (x − mean) inverse and h = weight·g, per image and group: inverse (h − mean h − x̂ mean h x̂), where g is what
@@ -115,6 +116,7 @@ void group_backward(const Shape& shape, int64_t groups, const T* g, const T* x, 
   float *to_weight = of_weight.data(), *to_bias = of_bias.data();
   for (int64_t i = 0; i < all; ++i) {
     const int64_t c = i % channels;
+    to_mean[i] = means[i / members];
     scale[i] = inverses[i / members] * (weight ? weight[c] : 1);
     shift[i] = bias ? bias[c] : 0;
   }
@@ -146,19 +148,14 @@ void group_backward(const Shape& shape, int64_t groups, const T* g, const T* x, 
   if (!shape.last) {
     parallel_for(shape.images * groups, shape.numel(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        for (int64_t c = i * members; c < (i + 1) * members; ++c) {
-          loops<T>().products(g + c * space, x + c * space, space, means[i], z.of(c), to + c * kSums);
-        }
+        const Runs of_group{i * members, (i + 1) * members, all, space};
+        loops<T>().products(g, x, of_group, to_mean, z, to);
         factors(i);
-        for (int64_t c = i * members; c < (i + 1) * members; ++c) {
-          const int64_t at = c * space;
-          loops<T>().combine(g + at, x + at, out + at, space, 1, means[i], z.of(c), to_p[c], to_q[c], to_r[c]);
-        }
+        loops<T>().combine(g, x, out, of_group, nullptr, to_mean, z, to_p, to_q, to_r);
       }
     });
   } else {
-    for (int64_t i = 0; i < all; ++i) to_mean[i] = means[i / members];
-    const auto no_run = [](int64_t, int64_t, int64_t) {};
+    const auto no_runs = [](Runs) {};
     each_segment(
         shape,
         [&](int64_t segment, int64_t image, int64_t at, int64_t n) {
@@ -166,7 +163,7 @@ void group_backward(const Shape& shape, int64_t groups, const T* g, const T* x, 
           const int64_t c = image * channels;
           loops<T>().products_rows(g + at, x + at, n, channels, to_mean + c, z.at(c), sum);
         },
-        no_run);
+        no_runs);
     for (int64_t i = 0; i < shape.images * groups; ++i) factors(i);
     each_segment(
         shape,
@@ -175,7 +172,7 @@ void group_backward(const Shape& shape, int64_t groups, const T* g, const T* x, 
           const float *of_p = to_p + c, *of_q = to_q + c, *of_r = to_r + c;
           loops<T>().combine_rows(g + at, x + at, out + at, n, channels, 1, to_mean + c, z.at(c), of_p, of_q, of_r);
         },
-        no_run);
+        no_runs);
   }
   thread_local std::vector<double> total;
   total.assign(2 * channels, 0);

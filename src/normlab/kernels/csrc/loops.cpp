@@ -138,6 +138,12 @@ Two<Floats> gated(Two<Floats> z, Two<Floats> value, float slope) {
   return {gated(z.low, value.low, slope), gated(z.high, value.high, slope)};
 }
 
+// What there is of `Gates` for one channel.
+struct Gate {
+  float scale, bias, slope;
+};
+inline Gate gate(const Gates& z, int64_t channel) { return {z.scale[channel], z.bias[channel], z.slope}; }
+
 float at(float value, int) { return value; }
 template <class Floats>
 float at(const Floats& values, int i) {
@@ -150,6 +156,16 @@ float at(const Two<Floats>& values, int i) {
 
 // In each loop below a part takes as many values as it can W at a time and leaves the rest to the part of half the
 // width. In the first form these are values of a channel, from `i` to `end`; in the second channels, from `c`.
+
+// Calls part(run, image, channel, offset) for each run.
+template <class Part>
+void each_run(Runs runs, Part part) {
+  int64_t image = runs.first / runs.channels, c = runs.first % runs.channels;
+  for (int64_t run = runs.first; run < runs.last; ++run) {
+    part(run, image, c, run * runs.space);
+    if (++c == runs.channels) c = 0, ++image;
+  }
+}
 
 template <int W, class T>
 void moments_part(const T* x, int64_t i, int64_t end, float shift, double* sums) {
@@ -168,10 +184,14 @@ void moments_part(const T* x, int64_t i, int64_t end, float shift, double* sums)
 }
 
 template <class T>
-void moments(const T* x, int64_t n, float shift, float* sums) {
-  double total[2] = {};
-  for (int64_t i = 0; i < n; i += kBlock) moments_part<kWidth>(x, i, std::min(i + kBlock, n), shift, total);
-  std::copy_n(total, 2, sums);
+void moments(const T* x, Runs runs, const float* shift, float* sums) {
+  each_run(runs, [&](int64_t run, int64_t, int64_t c, int64_t offset) {
+    double total[2] = {};
+    for (int64_t i = 0; i < runs.space; i += kBlock) {
+      moments_part<kWidth>(x + offset, i, std::min(i + kBlock, runs.space), shift[c], total);
+    }
+    std::copy_n(total, 2, sums + run * 2);
+  });
 }
 
 template <int W, class T>
@@ -208,9 +228,16 @@ void affine_part(const T* x, T* y, int64_t i, int64_t end, float mean, Gate z) {
   if constexpr (W > 1) affine_part<W / 2, Gated>(x, y, i, end, mean, z);
 }
 
+template <bool Gated, class T>
+void affine_runs(const T* x, T* y, Runs runs, const float* mean, Gates z) {
+  each_run(runs, [&](int64_t, int64_t, int64_t c, int64_t offset) {
+    affine_part<kWidth, Gated>(x + offset, y + offset, 0, runs.space, mean[c], gate(z, c));
+  });
+}
+
 template <class T>
-void affine(const T* x, T* y, int64_t n, float mean, Gate z) {
-  (z.slope == 1 ? affine_part<kWidth, false, T> : affine_part<kWidth, true, T>)(x, y, 0, n, mean, z);
+void affine(const T* x, T* y, Runs runs, const float* mean, Gates z) {
+  (z.slope == 1 ? affine_runs<false, T> : affine_runs<true, T>)(x, y, runs, mean, z);
 }
 
 template <int W, bool Gated, class T>
@@ -264,12 +291,21 @@ void products_part(const T* g, const T* x, int64_t i, int64_t end, float mean, G
   if constexpr (W > 1) products_part<W / 2, Gated>(g, x, i, end, mean, z, sums);
 }
 
+template <bool Gated, class T>
+void products_runs(const T* g, const T* x, Runs runs, const float* mean, Gates z, float* sums) {
+  each_run(runs, [&](int64_t run, int64_t, int64_t c, int64_t offset) {
+    double total[kSums] = {};
+    for (int64_t i = 0; i < runs.space; i += kBlock) {
+      const int64_t end = std::min(i + kBlock, runs.space);
+      products_part<kWidth, Gated>(g + offset, x + offset, i, end, mean[c], gate(z, c), total);
+    }
+    std::copy_n(total, kSums, sums + run * kSums);
+  });
+}
+
 template <class T>
-void products(const T* g, const T* x, int64_t n, float mean, Gate z, float* sums) {
-  const auto part = z.slope == 1 ? products_part<kWidth, false, T> : products_part<kWidth, true, T>;
-  double total[kSums] = {};
-  for (int64_t i = 0; i < n; i += kBlock) part(g, x, i, std::min(i + kBlock, n), mean, z, total);
-  std::copy_n(total, kSums, sums);
+void products(const T* g, const T* x, Runs runs, const float* mean, Gates z, float* sums) {
+  (z.slope == 1 ? products_runs<false, T> : products_runs<true, T>)(g, x, runs, mean, z, sums);
 }
 
 template <int W, bool Gated, class T>
@@ -312,10 +348,20 @@ void combine_part(const T* g, const T* x, T* out, int64_t i, int64_t end, float 
   if constexpr (W > 1) combine_part<W / 2, Gated>(g, x, out, i, end, mean, z, p, q, r);
 }
 
+template <bool Gated, class T>
+void combine_runs(const T* g, const T* x, T* out, Runs runs, const float* factor, const float* mean, Gates z,
+                  const float* p, const float* q, const float* r) {
+  each_run(runs, [&](int64_t, int64_t image, int64_t c, int64_t offset) {
+    const float of_g = factor ? factor[image] * p[c] : p[c];
+    combine_part<kWidth, Gated>(g + offset, x + offset, out + offset, 0, runs.space, mean[c], gate(z, c), of_g, q[c],
+                                r[c]);
+  });
+}
+
 template <class T>
-void combine(const T* g, const T* x, T* out, int64_t n, float factor, float mean, Gate z, float p, float q, float r) {
-  const auto part = z.slope == 1 ? combine_part<kWidth, false, T> : combine_part<kWidth, true, T>;
-  part(g, x, out, 0, n, mean, z, factor * p, q, r);
+void combine(const T* g, const T* x, T* out, Runs runs, const float* factor, const float* mean, Gates z, const float* p,
+             const float* q, const float* r) {
+  (z.slope == 1 ? combine_runs<false, T> : combine_runs<true, T>)(g, x, out, runs, factor, mean, z, p, q, r);
 }
 
 template <int W, bool Gated, class T>

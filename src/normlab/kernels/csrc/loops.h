@@ -25,35 +25,36 @@ constexpr int kSums = 5;
 
 // The activation after a norm's z = scale (x − mean) + bias: z where z > 0, else slope·z, with a slope from 0 (ReLU) to
 // 1 (none). Its gradient passes where z > 0, else slope times as long; z is computed again for it, not kept.
-struct Gate {
-  float scale, bias, slope;
-};
 struct Gates {
   const float *scale, *bias;
   float slope;
   Gates at(int64_t offset) const { return {scale + offset, bias + offset, slope}; }
-  Gate of(int64_t channel) const { return {scale[channel], bias[channel], slope}; }
 };
 
-// Each loop comes in two forms. In the first, n values of one channel lie next to each other. In the second, n rows of
-// all channels do, and what belongs to a channel is an array.
+// Runs of a tensor, from `first` to before `last`: `space` values each, run i of channel i % channels.
+struct Runs {
+  int64_t first, last, channels, space;
+};
+
+// Each loop comes in two forms. In the first, the values of a channel of an image are a run. In the second, n rows of
+// all channels lie next to each other. What belongs to a channel is an array.
 template <class T>
 struct Loops {
-  // sums: Σd, Σd² with d = x − shift.
-  void (*moments)(const T* x, int64_t n, float shift, float* sums);
+  // sums: Σd, Σd² with d = x − shift, [run][sum] or [channel][sum].
+  void (*moments)(const T* x, Runs runs, const float* shift, float* sums);
   void (*moments_rows)(const T* x, int64_t n, int64_t channels, const float* shift, float* sums);
 
   // y: z and the activation after it.
-  void (*affine)(const T* x, T* y, int64_t n, float mean, Gate z);
+  void (*affine)(const T* x, T* y, Runs runs, const float* mean, Gates z);
   void (*affine_rows)(const T* x, T* y, int64_t n, int64_t channels, const float* mean, Gates z);
 
-  // sums: Σg, Σgd, Σg², Σd, Σd² with d = x − mean, and g what the activation after z lets through.
-  void (*products)(const T* g, const T* x, int64_t n, float mean, Gate z, float* sums);
+  // sums: Σg, Σgd, Σg², Σd, Σd² with d = x − mean, and g what the activation after z lets through; as for `moments`.
+  void (*products)(const T* g, const T* x, Runs runs, const float* mean, Gates z, float* sums);
   void (*products_rows)(const T* g, const T* x, int64_t n, int64_t channels, const float* mean, Gates z, float* sums);
 
-  // out = factor·p·g + q (x − mean) + r, and g as above.
-  void (*combine)(const T* g, const T* x, T* out, int64_t n, float factor, float mean, Gate z, float p, float q,
-                  float r);
+  // out = factor·p·g + q (x − mean) + r, and g as above. factor: of each image, or null for 1; in rows of one image.
+  void (*combine)(const T* g, const T* x, T* out, Runs runs, const float* factor, const float* mean, Gates z,
+                  const float* p, const float* q, const float* r);
   void (*combine_rows)(const T* g, const T* x, T* out, int64_t n, int64_t channels, float factor, const float* mean,
                        Gates z, const float* p, const float* q, const float* r);
 };
@@ -64,7 +65,6 @@ struct AllLoops {
   Loops<Float16> of_float16;
 };
 
-// Sums in the second form are [channel][sum], in the first [sum].
 extern const AllLoops kLoopsPlain;
 #if defined(__x86_64__)
 extern const AllLoops kLoopsAvx2;
