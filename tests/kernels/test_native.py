@@ -136,7 +136,7 @@ def test_large_inputs_equal_float64_for_any_number_of_threads(norm, layout, shap
 
 
 def test_tensors_so_large_that_the_system_is_asked_for_large_pages():
-    """Above 32 MiB, in output and gradient; views of a larger block begin between two pages."""
+    """Above 4 MiB, in output and gradient; views of a larger block begin between two pages."""
     block = torch.randn(3, 8, 1100, 1000)
     x, grad = block[1:2], block[2:]
     layer, peer = BatchNorm2d(8), nn.BatchNorm2d(8)

@@ -191,7 +191,7 @@ void image_sums(const Shape& shape, const T* g, const T* x, const float* mean, f
         for (int64_t i = 0; i < shape.space; ++i, from += shape.channels) {
           for (int64_t c = 0; c < shape.channels; ++c) to[c] += to_float(from[c]) - mean[c];
         }
-      } else if (shape.space >= kShort / 4) {
+      } else if (shape.space > kShort / 4) {
         thread_local std::vector<float> of_runs;
         of_runs.resize(2 * shape.channels);
         loops<T>().moments(from, {0, shape.channels, shape.channels, shape.space}, mean, of_runs.data());

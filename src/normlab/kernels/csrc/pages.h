@@ -10,9 +10,9 @@
 
 namespace normlab {
 
-// A tensor larger than this is memory that the system has just given and will take back: to touch each of its pages of
-// 4 KiB for the first time takes longer than the arithmetic.
-constexpr std::size_t kFresh = 32 << 20, kLargePage = 2 << 20;
+// A tensor larger than this is likely to be memory that the system has just given and will take back: to touch each of
+// its pages of 4 KiB for the first time takes longer than the arithmetic.
+constexpr std::size_t kFresh = 4 << 20, kLargePage = 2 << 20;
 
 // Asks the system for large pages in those parts of a tensor that are large pages whole. Only a hint: it has no effect
 // on values, and may be refused.
