@@ -246,6 +246,35 @@ double running_forward(int type, int64_t images, int64_t channels, int64_t space
   return std::max(rate, 1.0 / static_cast<double>(std::max<int64_t>(seen, 1)));
 }
 
+// `GradientMemory.measured`; last_rate: the share of the last batch in the averages, as long as its step was.
+struct Measured {
+  float log_lr, steps, squared_length, step_length, last_rate;
+
+  // Enters how γ and β have moved since the backward pass before, at which they were `before` and were `pushed`.
+  void enter_step(const std::vector<float>& now, const float* before, std::vector<float>& pushed) {
+    double far = 0, force = 0, product = 0;
+    for (std::size_t i = 0; i < now.size(); ++i) {
+      const double moved = double{now[i]} - before[i];
+      far += moved * moved;
+      force += double{pushed[i]} * pushed[i];
+      product += moved * pushed[i];
+    }
+    far = std::sqrt(far);
+    force = std::sqrt(force);
+    const bool shows = far > 0 && force > 0, along = shows && product < -constants.along * far * force;
+    const auto length = static_cast<float>(shows ? far / force : 1);
+    if (shows) {
+      steps += 1;
+      log_lr = lerp(log_lr, std::log(length), std::max(1 / steps, 1 / constants.steps_remembered));
+    }
+    if (along) {
+      step_length = step_length > 0 ? lerp(step_length, length, last_rate) : length;
+      last_rate *= length / step_length;
+    }
+    if (far > 0) std::fill(pushed.begin(), pushed.end(), 0.0f);
+  }
+};
+
 // The backward pass of running batch norm, see `normlab.kernels.ops.normalize_with_memory`. step_bound: below 0 for
 // none. learns: weight and bias are there and both want a gradient.
 void running_backward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer g, Pointer x,
@@ -294,38 +323,19 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
     }
   }
 
-  const float* known = at<float>(measured);
-  float log_lr = known[0], steps = known[1], squared_length = known[2], step_length = known[3], last_rate = known[4];
+  Measured known;
+  std::memcpy(&known, at<float>(measured), sizeof known);
   float pull = 0;
   bool bounded = false;
   if (learns) {
     std::copy_n(at<float>(weight), channels, now.data());
     std::copy_n(at<float>(bias), channels, now.data() + channels);
-    // How the parameters have moved since the last backward pass.
-    double far = 0, force = 0, product = 0, size = 0, length = 0;
-    for (int64_t i = 0; i < both; ++i) {
-      const double moved = double{now[i]} - at<float>(parameters)[i];
-      far += moved * moved;
-      force += double{pushed[i]} * pushed[i];
-      product += moved * pushed[i];
-      size += double{now[i]} * now[i];
-    }
-    far = std::sqrt(far);
-    force = std::sqrt(force);
-    const bool shows = far > 0 && force > 0, along = shows && product < -constants.along * far * force;
-    const auto stride = static_cast<float>(shows ? far / force : 1);
-    if (shows) {
-      steps += 1;
-      log_lr = lerp(log_lr, std::log(stride), std::max(1 / steps, 1 / constants.steps_remembered));
-    }
-    if (along) {
-      step_length = step_length > 0 ? lerp(step_length, stride, last_rate) : stride;
-      last_rate *= stride / step_length;
-    }
-    if (far > 0) std::fill(pushed.begin(), pushed.end(), 0.0f);
+    known.enter_step(now, at<float>(parameters), pushed);
     // Squared lengths of the images' outputs, averaged over space, and lengths of their gradients.
-    const float lr = std::exp(log_lr);
-    const double of_parameters = std::max(std::sqrt(size), std::sqrt(static_cast<double>(channels)));
+    const float lr = std::exp(known.log_lr);
+    double size = 0, length = 0;
+    for (const float value : now) size += double{value} * value;
+    const double of_parameters = std::sqrt(std::max(size, static_cast<double>(channels)));
     int64_t over = 0;
     for (int64_t image = 0; image < images; ++image) {
       for (int64_t c = 0; c < channels; ++c) {
@@ -335,13 +345,14 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
       }
       if (step_bound >= 0) {
         const double excess = std::sqrt(of_images[image]) * (lr / (of_parameters * step_bound));
-        if (excess > 1) factor[image] = static_cast<float>(1 / excess), ++over, bounded = true;
+        if (excess > 1) factor[image] = static_cast<float>(1 / excess), ++over;
       }
     }
-    squared_length = lerp(squared_length, static_cast<float>(length / static_cast<double>(images)), rate);
+    bounded = over > 0;
+    known.squared_length = lerp(known.squared_length, static_cast<float>(length / static_cast<double>(images)), rate);
     if (step_bound >= 0) {
       const float tiny = std::numeric_limits<float>::min(), n = static_cast<float>(images);
-      const float overshoot = 1 - n / std::max(lr * squared_length, tiny);
+      const float overshoot = 1 - n / std::max(lr * known.squared_length, tiny);
       pull = static_cast<float>(over) / n * std::max(overshoot, 0.0f) * constants.pull / std::max(lr, tiny);
     }
   }
@@ -372,7 +383,7 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
     if (i < channels)
       own /= std::max(1.0f, rate * static_cast<float>(of_channels[c * kSums + 4] * inverse[c] * inverse[c] / n));
     const float scale = inverse[c] * or_one(at<float>(weight), c);
-    const float subtracted = lerp(lerp(to_average[i], to_latest[i], last_rate), own, rate) * scale;
+    const float subtracted = lerp(lerp(to_average[i], to_latest[i], known.last_rate), own, rate) * scale;
     if (i < channels) {
       p[c] = scale;
       q[c] = -subtracted * inverse[c];
@@ -385,17 +396,18 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
   }
   if (finite) {
     for (int64_t i = 0; i < both; ++i) {
-      to_average[i] = lerp(to_average[i], to_latest[i], last_rate);
+      to_average[i] = lerp(to_average[i], to_latest[i], known.last_rate);
       to_latest[i] = static_cast<float>(total[i] / n);
       if (learns) at<float>(parameters)[i] = now[i];
       at<float>(push)[i] = pushed[i];
     }
-    const float values[] = {log_lr, steps, squared_length, step_length, rate};
-    std::copy_n(values, 5, at<float>(measured));
+    known.last_rate = rate;
+    std::memcpy(at<float>(measured), &known, sizeof known);
   }
   with_type(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    combine(shape, at<const T>(g), at<const T>(x), at<T>(out), factor.data(), mean, z, p.data(), q.data(), r.data());
+    combine(shape, at<const T>(g), at<const T>(x), at<T>(out), bounded ? factor.data() : nullptr, mean, z, p.data(),
+            q.data(), r.data());
   });
 }
 
