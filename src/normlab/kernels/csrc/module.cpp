@@ -335,14 +335,17 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
     const float lr = std::exp(known.log_lr);
     double size = 0, length = 0;
     for (const float value : now) size += double{value} * value;
+    float* of_distance = p.data();  // for now
+    for (int64_t c = 0; c < channels; ++c) of_distance[c] = inverse[c] * now[c] / static_cast<float>(space);
     const double of_parameters = std::sqrt(std::max(size, static_cast<double>(channels)));
     int64_t over = 0;
     for (int64_t image = 0; image < images; ++image) {
+      float squares = 0;
       for (int64_t c = 0; c < channels; ++c) {
-        const double distance = distances[image * channels + c] / static_cast<double>(space);
-        const double pooled = distance * inverse[c] * now[c] + now[channels + c];
-        length += pooled * pooled;
+        const float pooled = distances[image * channels + c] * of_distance[c] + now[channels + c];
+        squares += pooled * pooled;
       }
+      length += squares;
       if (step_bound >= 0) {
         const double excess = std::sqrt(of_images[image]) * (lr / (of_parameters * step_bound));
         if (excess > 1) factor[image] = static_cast<float>(1 / excess), ++over;
@@ -357,8 +360,19 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
     }
   }
 
-  if (together && bounded) of_each_image();
-  if (!together || bounded) {
+  if (together && bounded && type == 0) {
+    thread_local std::vector<float> bounded_grad;
+    const int64_t row = channels * space;
+    bounded_grad.resize(images * row);
+    for (int64_t image = 0; image < images; ++image) {
+      const float f = factor[image], *from = at<float>(g) + image * row;
+      float* to = bounded_grad.data() + image * row;
+      for (int64_t i = 0; i < row; ++i) to[i] = f * from[i];
+    }
+    of_channels.assign(channels * kSums, 0);
+    total_products(shape, bounded_grad.data(), at<float>(x), mean, z, of_channels.data());
+  } else if (!together || bounded) {
+    if (together) of_each_image();
     of_channels.assign(channels * kSums, 0);
     for (int64_t segment = 0; segment < shape.segments(); ++segment) {
       const double f = factor[segment / per_image];
