@@ -203,18 +203,20 @@ def test_a_gradient_of_one_value_is_spread_out():
 def test_where_memory_alone_does_not_tell_they_are_not_used():
     layer, x = BatchNorm2d(3), torch.randn(4, 3, 2, 2)
     assert native.takes(x, layer.weight, None)
-    assert not native.takes(x.double())
-    assert not native.takes(x[:0])
-    assert not native.takes(x.to("meta"))
-    assert not native.takes(x, torch.randn(3).double())
-    assert not native.takes(x, torch.randn(6)[::2])
+    assert not native.takes(x.double(), None, None)
+    assert not native.takes(x[:0], None, None)
+    assert not native.takes(x.to("meta"), None, None)
+    assert not native.takes(x, torch.randn(3).double(), None)
+    assert not native.takes(x, None, torch.randn(6)[::2])
+    assert not native.takes(x, torch.randn(4), None)
+    assert not native.takes(x, None, None, torch.randn(3).double())
     seen = []
-    torch.func.vmap(lambda part: (seen.append(native.takes(part)), part)[1])(x)
-    torch.func.grad(lambda part: (seen.append(native.takes(part)), part.sum())[1])(x)
+    torch.func.vmap(lambda part: (seen.append(native.takes(part, None, None)), part)[1])(x)
+    torch.func.grad(lambda part: (seen.append(native.takes(part, None, None)), part.sum())[1])(x)
     with torch.autograd.forward_ad.dual_level():
-        seen.append(native.takes(torch.autograd.forward_ad.make_dual(x, x)))
+        seen.append(native.takes(torch.autograd.forward_ad.make_dual(x, x), None, None))
     with FlopCounterMode(display=False):
-        seen.append(native.takes(x))
+        seen.append(native.takes(x, None, None))
     assert seen == [False] * 4
 
 
@@ -228,3 +230,11 @@ def test_they_can_be_switched_off():
     run = subprocess.run([sys.executable, "-c", code], env={**os.environ, native.SWITCH: "off"}, capture_output=True,
                          text=True, check=True)  # fmt: skip
     assert run.stdout.strip() == "composed operators (NORMLAB_KERNELS=off)"
+
+
+@pytest.mark.parametrize("norm", [BatchNorm2d(3), RunningBatchNorm2d(3)], ids=str)
+def test_parameters_of_another_size_are_refused_and_not_read(norm):
+    norm = deepcopy(norm)
+    norm.weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(RuntimeError, match=r"size|elements"):
+        norm(torch.randn(2, 3, 4, 4))

@@ -59,8 +59,10 @@ class RunningNumbers(NamedTuple):
     recomputing: bool
 
 
-def takes(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels can be used for the input `x`, with these parameters and buffers.
+def takes(x: Tensor, weight: Tensor | None, bias: Tensor | None, *buffers: Tensor | None) -> bool:
+    """Whether the kernels can be used for the input `x`, with these parameters of (C,) and buffers.
+
+    The sizes of buffers are those that the layer made and `load_state_dict` holds to; they are not looked at again.
 
     They see memory only, so not where an operation is to be recorded, transformed or batched: by a compiler, `export`,
     `torch.func`, forward-mode gradients or a dispatch mode.
@@ -78,7 +80,9 @@ def takes(x: Tensor, *others: Tensor | None) -> bool:
         and torch._C._get_tracing_state() is None
         and torch.autograd.forward_ad._current_level < 0
         and x.numel() > 0
-        and all(map(_plain, others))
+        and (weight is None or (_plain(weight) and weight.shape == x.shape[1:2]))
+        and (bias is None or (_plain(bias) and bias.shape == x.shape[1:2]))
+        and all(map(_plain, buffers))
     )
 
 
