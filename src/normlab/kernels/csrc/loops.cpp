@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 namespace normlab {
 namespace {
@@ -12,6 +13,9 @@ namespace {
 constexpr int kRegister = NORMLAB_WIDTH, kWidth = 2 * kRegister;
 // Single precision sums over this many values are added up in double precision.
 constexpr int64_t kBlock = 4096;
+
+// Rows of so many channels are gone through one by one: in columns, each value would be a step far from the last.
+constexpr int64_t kLongRow = 128;
 
 // For compilers that take a vector's type to be known before its width is.
 template <int W, class T>
@@ -213,9 +217,40 @@ void moments_rows_part(const T* x, int64_t n, int64_t channels, int64_t c, const
   if constexpr (W > 1) moments_rows_part<W / 2>(x, n, channels, c, shift, sums);
 }
 
+// Adds a value to each of W sums in memory.
+template <int W>
+void add_to(float* sums, typename Register<W>::Floats value) {
+  Register<W>::store(sums, Register<W>::load(sums) + value);
+}
+
+template <int W, class T>
+void moments_row_part(const T* x, int64_t channels, int64_t c, const float* shift, float* sums) {
+  using R = Register<W>;
+  for (; c + W <= channels; c += W) {
+    const auto d = R::load(x + c) - R::load(shift + c);
+    add_to<W>(sums + c, d);
+    add_to<W>(sums + channels + c, d * d);
+  }
+  if constexpr (W > 1) moments_row_part<W / 2>(x, channels, c, shift, sums);
+}
+
+// From [sum][channel] to [channel][sum].
+void transpose(const std::vector<float>& from, int64_t channels, float* to) {
+  const int64_t each = static_cast<int64_t>(from.size()) / channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t sum = 0; sum < each; ++sum) *to++ = from[sum * channels + c];
+  }
+}
+
 template <class T>
 void moments_rows(const T* x, int64_t n, int64_t channels, const float* shift, float* sums) {
-  moments_rows_part<kWidth>(x, n, channels, 0, shift, sums);
+  if (channels < kLongRow) return moments_rows_part<kWidth>(x, n, channels, 0, shift, sums);
+  thread_local std::vector<float> total;
+  total.assign(2 * channels, 0);
+  for (int64_t j = 0; j < n * channels; j += channels) {
+    moments_row_part<kWidth>(x + j, channels, 0, shift, total.data());
+  }
+  transpose(total, channels, sums);
 }
 
 template <int W, bool Gated, class T>
@@ -253,10 +288,25 @@ void affine_rows_part(const T* x, T* y, int64_t n, int64_t channels, int64_t c, 
   if constexpr (W > 1) affine_rows_part<W / 2, Gated>(x, y, n, channels, c, mean, z);
 }
 
+template <int W, bool Gated, class T>
+void affine_row_part(const T* x, T* y, int64_t channels, int64_t c, const float* mean, Gates z) {
+  using R = Register<W>;
+  for (; c + W <= channels; c += W) {
+    const auto value = (R::load(x + c) - R::load(mean + c)) * R::load(z.scale + c) + R::load(z.bias + c);
+    R::store(y + c, Gated ? gated(value, value, z.slope) : value);
+  }
+  if constexpr (W > 1) affine_row_part<W / 2, Gated>(x, y, channels, c, mean, z);
+}
+
 template <class T>
 void affine_rows(const T* x, T* y, int64_t n, int64_t channels, const float* mean, Gates z) {
-  (z.slope == 1 ? affine_rows_part<kWidth, false, T> : affine_rows_part<kWidth, true, T>)(x, y, n, channels, 0, mean,
-                                                                                          z);
+  if (channels < kLongRow) {
+    const auto part = z.slope == 1 ? affine_rows_part<kWidth, false, T> : affine_rows_part<kWidth, true, T>;
+    part(x, y, n, channels, 0, mean, z);
+  } else {
+    const auto part = z.slope == 1 ? affine_row_part<kWidth, false, T> : affine_row_part<kWidth, true, T>;
+    for (int64_t j = 0; j < n * channels; j += channels) part(x + j, y + j, channels, 0, mean, z);
+  }
 }
 
 // The sums of `products`, as many values at a time as there are in Floats.
@@ -331,10 +381,33 @@ void products_rows_part(const T* g, const T* x, int64_t n, int64_t channels, int
   if constexpr (W > 1) products_rows_part<W / 2, Gated>(g, x, n, channels, c, mean, z, sums);
 }
 
+template <int W, bool Gated, class T>
+void products_row_part(const T* g, const T* x, int64_t channels, int64_t c, const float* mean, Gates z, float* sums) {
+  using R = Register<W>;
+  for (; c + W <= channels; c += W) {
+    const auto d = R::load(x + c) - R::load(mean + c);
+    auto grad = R::load(g + c);
+    if constexpr (Gated) grad = gated(d * R::load(z.scale + c) + R::load(z.bias + c), grad, z.slope);
+    add_to<W>(sums + c, grad);
+    add_to<W>(sums + channels + c, grad * d);
+    add_to<W>(sums + 2 * channels + c, grad * grad);
+    add_to<W>(sums + 3 * channels + c, d);
+    add_to<W>(sums + 4 * channels + c, d * d);
+  }
+  if constexpr (W > 1) products_row_part<W / 2, Gated>(g, x, channels, c, mean, z, sums);
+}
+
 template <class T>
 void products_rows(const T* g, const T* x, int64_t n, int64_t channels, const float* mean, Gates z, float* sums) {
-  const auto part = z.slope == 1 ? products_rows_part<kWidth, false, T> : products_rows_part<kWidth, true, T>;
-  part(g, x, n, channels, 0, mean, z, sums);
+  if (channels < kLongRow) {
+    const auto part = z.slope == 1 ? products_rows_part<kWidth, false, T> : products_rows_part<kWidth, true, T>;
+    return part(g, x, n, channels, 0, mean, z, sums);
+  }
+  const auto part = z.slope == 1 ? products_row_part<kWidth, false, T> : products_row_part<kWidth, true, T>;
+  thread_local std::vector<float> total;
+  total.assign(kSums * channels, 0);
+  for (int64_t j = 0; j < n * channels; j += channels) part(g + j, x + j, channels, 0, mean, z, total.data());
+  transpose(total, channels, sums);
 }
 
 template <int W, bool Gated, class T>
@@ -379,11 +452,30 @@ void combine_rows_part(const T* g, const T* x, T* out, int64_t n, int64_t channe
   if constexpr (W > 1) combine_rows_part<W / 2, Gated>(g, x, out, n, channels, c, factor, mean, z, p, q, r);
 }
 
+template <int W, bool Gated, class T>
+void combine_row_part(const T* g, const T* x, T* out, int64_t channels, int64_t c, float factor, const float* mean,
+                      Gates z, const float* p, const float* q, const float* r) {
+  using R = Register<W>;
+  for (; c + W <= channels; c += W) {
+    const auto grad = R::load(g + c), d = R::load(x + c) - R::load(mean + c);
+    const auto passed = Gated ? gated(d * R::load(z.scale + c) + R::load(z.bias + c), grad, z.slope) : grad;
+    R::store(out + c, passed * (R::load(p + c) * factor) + (d * R::load(q + c) + R::load(r + c)));
+  }
+  if constexpr (W > 1) combine_row_part<W / 2, Gated>(g, x, out, channels, c, factor, mean, z, p, q, r);
+}
+
 template <class T>
 void combine_rows(const T* g, const T* x, T* out, int64_t n, int64_t channels, float factor, const float* mean, Gates z,
                   const float* p, const float* q, const float* r) {
-  const auto part = z.slope == 1 ? combine_rows_part<kWidth, false, T> : combine_rows_part<kWidth, true, T>;
-  part(g, x, out, n, channels, 0, factor, mean, z, p, q, r);
+  if (channels < kLongRow) {
+    const auto part = z.slope == 1 ? combine_rows_part<kWidth, false, T> : combine_rows_part<kWidth, true, T>;
+    part(g, x, out, n, channels, 0, factor, mean, z, p, q, r);
+  } else {
+    const auto part = z.slope == 1 ? combine_row_part<kWidth, false, T> : combine_row_part<kWidth, true, T>;
+    for (int64_t j = 0; j < n * channels; j += channels) {
+      part(g + j, x + j, out + j, channels, 0, factor, mean, z, p, q, r);
+    }
+  }
 }
 
 template <class T>
