@@ -113,7 +113,17 @@ def layer_norm(num_features: int, momentum: float) -> GroupNorm:
 @pytest.mark.parametrize("norm", [BatchNorm2d, RunningBatchNorm2d, unbounded_running, group_norm, layer_norm])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
-    "shape", [(2, 70, 45, 33), (40, 5, 8, 8), (600, 33, 1, 1), (70, 33, 2, 2), (1, 3, 150, 150)], ids=str
+    "shape",
+    [
+        (2, 70, 45, 33),
+        (40, 5, 8, 8),
+        (600, 33, 1, 1),
+        (70, 33, 2, 2),
+        (1, 3, 150, 150),
+        (20, 145, 6, 6),
+        (70, 301, 1, 1),
+    ],
+    ids=str,
 )
 def test_large_inputs_equal_float64_for_any_number_of_threads(norm, layout, shape):
     """Sizes at which threads, blocks of rows and every width of register take part."""
