@@ -16,18 +16,18 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from loop import LR, by_hand
 from normlab.data import TensorBatches, load_dataset
 from normlab.kernels import native
 from normlab.models import build_model
 from normlab.study.trial import environment, quick_convolutions
 from normlab.training import Learner, Metrics, accuracy
 
-LR = 0.1
 PEER = "plain, torch batch"
 
 
@@ -40,26 +40,16 @@ def torch_batch_norm() -> nn.Module:
     return model
 
 
-def plain(model: nn.Module, batches: TensorBatches) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    model.train()
-    for x, y in batches:
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def learner(model: nn.Module, batches: TensorBatches) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     Learner(model, batches, optimizer=optimizer, callbacks=[Metrics(accuracy=accuracy)]).fit(1)
 
 
-LOOPS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, TensorBatches], None]]] = {
-    PEER: (torch_batch_norm, plain),
-    "plain, batch": (partial(build_model, "convnet", "batch", 10, 1), plain),
-    "plain, running": (partial(build_model, "convnet", "running", 10, 1), plain),
-    "plain, lesson's rule": (partial(build_model, "convnet", "running_lesson", 10, 1), plain),
+LOOPS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Any], None]]] = {
+    PEER: (torch_batch_norm, by_hand),
+    "plain, batch": (partial(build_model, "convnet", "batch", 10, 1), by_hand),
+    "plain, running": (partial(build_model, "convnet", "running", 10, 1), by_hand),
+    "plain, lesson's rule": (partial(build_model, "convnet", "running_lesson", 10, 1), by_hand),
     "learner, running": (partial(build_model, "convnet", "running", 10, 1), learner),
 }
 

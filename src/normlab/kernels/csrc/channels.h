@@ -77,7 +77,7 @@ class Columns {
   Gates operator()(Gates z) { return {(*this)(z.scale), (*this)(z.bias), z.slope}; }
 
  private:
-  static constexpr int64_t kMost = 7;
+  static constexpr int64_t kMost = 6;
   const Shape shape_;
   const int64_t columns_;
   inline static thread_local std::vector<float> values_;
