@@ -31,7 +31,7 @@ struct Shape {
 template <class T>
 const Loops<T>& loops();
 
-// Calls `rows(segment, image, offset, n)` for each segment of rows, or `runs(runs)` for some runs at a time.
+// Calls `rows(segment, image, offset, n)` for each segment of rows, or `some_runs(runs)` for some at a time.
 template <class EachRows, class SomeRuns>
 void each_segment(const Shape& shape, EachRows rows, SomeRuns some_runs) {
   if (shape.last) {

@@ -285,7 +285,7 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
   const float *mean = at<float>(saved), *inverse = mean + channels;
   const auto rate = static_cast<float>(batch_rate);
   const int64_t both = 2 * channels;
-  thread_local std::vector<float> sums, of_images, distances, factor, p, q, r, now, pushed;
+  thread_local std::vector<float> sums, of_images, distances, of_distance, factor, p, q, r, now, pushed;
   thread_local std::vector<double> total, of_channels;
   factor.assign(images, 1);
   total.assign(both, 0);
@@ -335,7 +335,7 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
     const float lr = std::exp(known.log_lr);
     double size = 0, length = 0;
     for (const float value : now) size += double{value} * value;
-    float* of_distance = p.data();  // for now
+    of_distance.resize(channels);
     for (int64_t c = 0; c < channels; ++c) of_distance[c] = inverse[c] * now[c] / static_cast<float>(space);
     const double of_parameters = std::sqrt(std::max(size, static_cast<double>(channels)));
     int64_t over = 0;
