@@ -89,5 +89,5 @@ def assert_same_state(one: nn.Module, other: nn.Module) -> None:
 @contextmanager
 def composed() -> Iterator[None]:
     """Inside, no compiled kernel is used."""
-    with patch.object(native, "_native", None):
+    with patch.object(native, "kernels", None):
         yield

@@ -35,8 +35,8 @@ SEEDS = range(3)
 def train(net: str, images: float, drift: float, batch_size: int, seed: int, tell: Callback) -> Record:
     running.TOLERATED_DRIFT = drift
     ops.STEADY_IMAGES = images
-    if native._native is not None:
-        native._native.set_constants(ops.STEPS_REMEMBERED, images, ops.ALONG, ops.PULL)
+    if native.kernels is not None:
+        native.kernels.set_constants(ops.STEPS_REMEMBERED, images, ops.ALONG, ops.PULL)
     name = key(net, images, drift, batch_size, seed)
     if net == "resnet":
         record = train_residual_net(name, "running", batch_size, PEAKS[batch_size], seed, tell)

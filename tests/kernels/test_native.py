@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import reference
 from checks import assert_close, cases, composed, double, gradients, layouts, step, with_drawn_parameters
-from normlab.kernels import native, ops
+from normlab.kernels import fused, native, ops
 from normlab.nn import BatchNorm2d, GroupNorm, RunningBatchNorm2d
 from normlab.nn import functional as F
 
@@ -36,15 +36,15 @@ def float32(*parts):
     return [None if part is None else part.float() for part in parts]
 
 
-SETS = [] if native._native is None else native._native.instruction_sets
+SETS = [] if native.kernels is None else native.kernels.instruction_sets
 
 
 @pytest.fixture(params=SETS)
 def every_instruction_set(request):
     """Each that this machine has: another may have no more than the first of them."""
-    native._native.use_instructions(request.param)
+    native.kernels.use_instructions(request.param)
     yield
-    native._native.use_instructions(SETS[-1])
+    native.kernels.use_instructions(SETS[-1])
 
 
 def activated(norm, slope):
@@ -66,7 +66,7 @@ def test_batch_norm_equals_float64(case, slope):
     x64, grad64, *parameters64 = double([x, grad, *float32(*parameters)])
     plain = activated(lambda *inputs: F.batch_norm(*inputs, EPS), slope)
     expected = gradients(plain, grad64, x64, *parameters64)
-    fast = gradients(lambda *inputs: native.batch_norm(*inputs, None, 0.1, EPS, slope), grad, x, *float32(*parameters))
+    fast = gradients(lambda *inputs: fused.batch_norm(*inputs, None, 0.1, EPS, slope), grad, x, *float32(*parameters))
     assert fast[0].dtype == x.dtype
     assert_close(fast, expected, TOLERANCE[x.dtype])
 
@@ -80,7 +80,7 @@ def test_frozen_norm_equals_float64(case, slope):
     x64, grad64, mean64, var64, *parameters64 = double([x, grad, mean, var, *float32(*parameters)])
     plain = activated(lambda x, w, b: reference.normalize(x, mean64, var64, w, b, EPS), slope)
     expected = gradients(plain, grad64, x64, *parameters64)
-    fast = gradients(lambda x, w, b: native.frozen_norm(x, mean, var, w, b, EPS, slope), grad, x, *float32(*parameters))
+    fast = gradients(lambda x, w, b: fused.frozen_norm(x, mean, var, w, b, EPS, slope), grad, x, *float32(*parameters))
     assert_close(fast, expected, TOLERANCE[x.dtype])
 
 
@@ -93,7 +93,7 @@ def test_group_norm_equals_float64(case, slope, data):
     x64, grad64, *parameters64 = double([x, grad, *float32(*parameters)])
     plain = activated(lambda x, w, b: F.group_norm(x, groups, w, b, EPS), slope)
     expected = gradients(plain, grad64, x64, *parameters64)
-    fast = gradients(lambda x, w, b: native.group_norm(x, groups, w, b, EPS, slope), grad, x, *float32(*parameters))
+    fast = gradients(lambda x, w, b: fused.group_norm(x, groups, w, b, EPS, slope), grad, x, *float32(*parameters))
     assert_close(fast, expected, TOLERANCE[x.dtype])
 
 
@@ -158,7 +158,7 @@ def test_tensors_so_large_that_the_system_is_asked_for_large_pages():
 def test_a_mean_far_from_zero_costs_no_digits(data):
     torch.manual_seed(data.draw(st.integers(0, 10**6)))
     x = data.draw(layouts)(torch.randn(3, 4, 9, 9) * 0.1 + 1000)
-    y = native.batch_norm(x, None, None, None, 0.1, 1e-5, 1.0)
+    y = fused.batch_norm(x, None, None, None, 0.1, 1e-5, 1.0)
     expected = nn.functional.batch_norm(x.double(), None, None, None, None, True, 0.1, 1e-5)
     assert_close([y], [expected], 1e-4)
 

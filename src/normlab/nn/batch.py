@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..kernels import native
+from ..kernels import fused, native, operators
 from . import functional as F
 from .activation import SLOPES, activate, check_activation, described
 from .base import PreciseStatistics, recomputing, remember
@@ -33,8 +33,9 @@ class _Batch(PreciseStatistics, _BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         several = x.numel() > x.shape[1] == self.num_features  # values a channel
-        if several and native.takes(x, self.weight, self.bias, *self._buffers.values()):
-            return self._fast(x)
+        own = self.training or self.running_mean is None  # statistics of this batch
+        if several and operators.preferred(x, own) and native.takes(x, self.weight, self.bias, *self._buffers.values()):
+            return self._fast(x, own)
         return activate(self._composed(x), self.activation)
 
     def extra_repr(self) -> str:
@@ -58,16 +59,16 @@ class _Batch(PreciseStatistics, _BatchNorm):
         self._remember(batch_mean, batch_var)
         return y
 
-    def _fast(self, x: Tensor) -> Tensor:
-        """What `forward` computes, by the compiled kernels."""
-        kept = self._kept(native.BatchStatistics._fields)
-        known = native.BatchStatistics(*kept) if kept else None
-        if known and not self.training:
+    def _fast(self, x: Tensor, own: bool) -> Tensor:
+        """What `forward` computes, by the compiled kernels; with the batch's `own` statistics or the running ones."""
+        kept = self._kept(fused.BatchStatistics._fields)
+        known = fused.BatchStatistics(*kept) if kept else None
+        if known and not own:
             mean, var = known.running_mean, known.running_var
-            return native.frozen_norm(x, mean, var, self.weight, self.bias, self.eps, SLOPES[self.activation])
+            return fused.frozen_norm(x, mean, var, self.weight, self.bias, self.eps, SLOPES[self.activation])
         keeps = self.training and not recomputing()
         entered, slope = known if keeps else None, SLOPES[self.activation]
-        return native.batch_norm(x, self.weight, self.bias, entered, self.momentum, self.eps, slope)
+        return fused.batch_norm(x, self.weight, self.bias, entered, self.momentum, self.eps, slope)
 
     def _remember(self, mean: Tensor, var: Tensor | None) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None or var is None:

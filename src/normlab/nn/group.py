@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..errors import check
-from ..kernels import native
+from ..kernels import fused, native, operators
 from .activation import SLOPES, activate, check_activation, described
 from .functional import moments, normalize
 from .per_image import PerImageNorm, check_channels, in_float32, scale_shift
@@ -56,9 +56,9 @@ class GroupNorm(PerImageNorm):
         check_channels(x, self.num_features)
         if x.shape[1:].numel() == self.num_groups:
             x = x - x.detach()  # groups of one value: the operator would leave x − μ a rounding error, times 1/√eps
-        elif self._large(x) and native.takes(x, self.weight, self.bias):
+        elif self._large(x) and operators.preferred(x) and native.takes(x, self.weight, self.bias):
             slope = SLOPES[self.activation]
-            return native.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, slope)
+            return fused.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, slope)
         # The operator itself: torch.nn.functional.group_norm refuses groups of one value.
         return activate(torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps), self.activation)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import check
-from ..kernels import native
+from ..kernels import fused, native, operators
 from ..kernels.ops import GradientMemory, normalize_with_memory
 from . import functional as F
 from .activation import SLOPES, activate, check_activation, described
@@ -135,15 +135,15 @@ class RunningBatchNorm2d(RunningStatistics):
         fast = native.takes(x, self.weight, self.bias, *statistics, *memory)
         if not self.training or x.numel() == 0:  # an empty batch has nothing to add
             mean, var = self.running_mean, self.running_var
-            if fast:
-                return native.frozen_norm(x, mean, var, self.weight, self.bias, self.eps, SLOPES[self.activation])
+            if fast and operators.preferred(x, reduces=False):
+                return fused.frozen_norm(x, mean, var, self.weight, self.bias, self.eps, SLOPES[self.activation])
             mean, var = (F.per_channel(part, x) for part in (mean, var))
             return activate(F.normalize(x, mean, var, self.weight, self.bias, self.eps), self.activation)
         if fast:
             least = (LEAST_SHARE * self.momentum, LEAST_GRADIENT_SHARE * self.momentum)
-            numbers = native.RunningNumbers(self.momentum, self.eps, *least, TOLERATED_DRIFT / len(x), recomputing())
+            numbers = fused.RunningNumbers(self.momentum, self.eps, *least, TOLERATED_DRIFT, recomputing())
             rest = (self.step_bound, SLOPES[self.activation])
-            return native.running_norm(x, self.weight, self.bias, statistics, memory, numbers, *rest)
+            return fused.running_norm(x, self.weight, self.bias, statistics, memory, numbers, *rest)
         with torch.no_grad():
             mean, var, rate = settle(*self._updated(x))
         y = normalize_with_memory(x, mean, var, self.weight, self.bias, rate, memory, self.step_bound, self.eps)
@@ -174,8 +174,8 @@ class RunningBatchNorm2d(RunningStatistics):
         remember(*zip(self._statistics(), new, strict=True))
         return mean, var, self._first_batches(batches, gradient_share)
 
-    def _statistics(self) -> native.RunningStatistics:
-        return native.RunningStatistics(*self._kept(native.RunningStatistics._fields))
+    def _statistics(self) -> fused.RunningStatistics:
+        return fused.RunningStatistics(*self._kept(fused.RunningStatistics._fields))
 
     def _memory(self) -> GradientMemory:
         return GradientMemory(*self._kept(MEMORY))

@@ -220,7 +220,8 @@ double running_forward(int type, int64_t images, int64_t channels, int64_t space
     const double gain = std::max(momentum, 1.0 / static_cast<double>(seen));
     const float new_share = grown(*at<float>(share), with_last.value() * gain, least_share);
     const float new_gradient_share =
-        grown(*at<float>(gradient_share), (with_push.value() - tolerated_drift) * gain, least_gradient_share);
+        grown(*at<float>(gradient_share), (with_push.value() - tolerated_drift / static_cast<double>(images)) * gain,
+              least_gradient_share);
     bool finite = std::isfinite(new_share) && std::isfinite(new_gradient_share);
     for (int64_t c = 0; c < channels; ++c) {
       const float distance = mean[c] - kept_mean[c], beside = (1 - new_share) * distance;

@@ -1,0 +1,225 @@
+"""Norms by the compiled kernels, with their gradients: one kernel a pass.
+
+Each takes what `native.takes` says. Under a compiler the passes are operators of `torch.library` (see `operators`).
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import native, operators, ops
+
+
+class BatchStatistics(NamedTuple):
+    """Buffers of a batch norm layer, by their names there: float32, and the last int64."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+
+class RunningStatistics(NamedTuple):
+    """Buffers of a running batch norm layer, by their names there: float32, but for `num_batches_tracked`, int64."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    share: Tensor
+    innovation: Tensor
+    gradient_share: Tensor
+
+
+class RunningNumbers(NamedTuple):
+    """The numbers of running batch norm.
+
+    Attributes:
+        momentum: how fast the share adapts.
+        eps: added to the variance.
+        least_share: below which the share in the statistics does not fall.
+        least_gradient_share: likewise, in the averages of the backward pass.
+        tolerated_drift: N times the cosine of innovation and push at which the latter stays.
+        recomputing: this batch is in the statistics already.
+    """
+
+    momentum: float
+    eps: float
+    least_share: float
+    least_gradient_share: float
+    tolerated_drift: float
+    recomputing: bool
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    """As `function.apply`, without what that does for `torch.func`, where `takes` is false."""
+    return super(torch.autograd.Function, function).apply(*arguments)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: BatchStatistics | None,
+    momentum: float | None,
+    eps: float,
+    slope: float,
+) -> Tensor:
+    """Batch norm with the mean and variance of this batch, which enter `statistics` unless they are infinite or NaN.
+
+    Args:
+        x: (N, C, *space).
+        weight: γ, (C,), float32, or None for 1.
+        bias: β, likewise, or None for 0.
+        statistics: changed by this call.
+        momentum: weight of this batch in `statistics`; if None, one over the batches seen.
+        eps: added to the variance.
+        slope: of the activation after the norm where it is below 0, from 0 (ReLU) to 1 (none).
+    """
+    momentum = -1.0 if momentum is None else momentum
+    if torch.compiler.is_compiling():
+        kept = statistics or (None, None, None)
+        return operators.BatchNorm.apply(x, weight, bias, *kept, momentum, eps, slope)
+    return _apply(_ChannelNorm, x, weight, bias, statistics, momentum, eps, slope, False)
+
+
+def frozen_norm(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float
+) -> Tensor:
+    """γ (x − mean) / √(var + eps) + β with constant `mean` and `var`, (C,), float32; arguments as in `batch_norm`."""
+    return _apply(_ChannelNorm, x, weight, bias, (mean, var), 0.0, eps, slope, True)
+
+
+def running_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: RunningStatistics,
+    memory: ops.GradientMemory,
+    numbers: RunningNumbers,
+    step_bound: float | None,
+    slope: float,
+) -> Tensor:
+    """Running batch norm; see `RunningBatchNorm2d`.
+
+    Args:
+        x: (N, C, *space).
+        weight: γ, (C,), float32, or None for 1.
+        bias: β, likewise, or None for 0.
+        statistics: changed by this call, unless a value would become infinite or NaN.
+        memory: changed by each backward pass; likewise.
+        numbers: of the layer.
+        step_bound: see `ops.normalize_with_memory`.
+        slope: as in `batch_norm`.
+    """
+    step_bound = -1.0 if step_bound is None else step_bound
+    if torch.compiler.is_compiling():
+        return operators.RunningNorm.apply(x, weight, bias, *statistics, *memory, *numbers[:-1], step_bound, slope)
+    return _apply(_RunningNorm, x, weight, bias, statistics, memory, numbers, step_bound, slope)
+
+
+def group_norm(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float
+) -> Tensor:
+    """Group norm: of each image by itself, over `num_groups` groups of channels and space; as in `batch_norm`."""
+    if torch.compiler.is_compiling():
+        return operators.GroupNorm.apply(x, weight, bias, num_groups, eps, slope)
+    return _apply(_GroupNorm, x, weight, bias, num_groups, eps, slope)
+
+
+class _ChannelNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, statistics, momentum, eps, slope, frozen):  # types: batch_norm, frozen_norm
+        ctx.eps, ctx.frozen = eps, frozen
+        if frozen:
+            return _forward(ctx, x, weight, bias, x.shape[1], slope, "frozen_forward", statistics, eps)
+        statistics = statistics or (None, None, None)
+        return _forward(ctx, x, weight, bias, x.shape[1], slope, "batch_forward", statistics, momentum, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        if torch.is_grad_enabled():  # these gradients are to be differentiated
+            x, weight, bias, saved = ctx.saved_tensors
+            y = _composed(x, weight, bias, saved if ctx.frozen else None, ctx.eps)
+            return *_again(ctx, y, (x, weight, bias), grads[0]), None, None, None, None, None
+        share = 0.0 if ctx.frozen else 1.0
+        return *_backward(ctx, grads[0], "batch_backward", (), share), None, None, None, None, None
+
+
+class _RunningNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, statistics, memory, numbers, step_bound, slope):  # types: running_norm
+        kept = (*statistics, *memory[:2])
+        y = _forward(ctx, x, weight, bias, x.shape[1], slope, "running_forward", kept, *numbers)
+        # Not saved: it may change before this backward pass, by that of another batch.
+        ctx.memory, ctx.step_bound = memory, step_bound
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        # The decorator takes longer than small layers do, and does nothing unless the gradient is to have a gradient.
+        return (_once if torch.is_grad_enabled() else _running_backward)(ctx, *grads)
+
+
+def _running_backward(ctx: Any, *grads: Tensor):
+    learns = all(ctx.needs_input_grad[1:3])
+    numbers = ctx.result, ctx.step_bound, learns
+    return *_backward(ctx, grads[0], "running_backward", ctx.memory, *numbers), None, None, None, None, None
+
+
+_once = once_differentiable(_running_backward)
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, num_groups, eps, slope):  # types: group_norm
+        ctx.num_groups, ctx.eps = num_groups, eps
+        return _forward(ctx, x, weight, bias, len(x) * num_groups, slope, "group_forward", (), num_groups, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        if torch.is_grad_enabled():
+            x, weight, bias, _ = ctx.saved_tensors
+            y = torch.group_norm(x, ctx.num_groups, weight, bias, ctx.eps)
+            return *_again(ctx, y, (x, weight, bias), grads[0]), None, None, None
+        return *_backward(ctx, grads[0], "group_backward", (), ctx.num_groups), None, None, None
+
+
+def _forward(ctx, x, weight, bias, parts, slope, kernel, statistics, *numbers):
+    """The output of a norm that has `parts` means and 1/√(var + eps); they are saved for `_backward`."""
+    ctx.slope = slope
+    x, ctx.described = native.describe(x)
+    numbers = parts, slope, kernel, statistics, *numbers
+    y, saved, ctx.result = native.forward(x, ctx.described, weight, bias, *numbers)
+    ctx.save_for_backward(x, weight, bias, saved)
+    return y
+
+
+def _backward(ctx, grad, kernel, memory, *numbers):
+    """The gradients of `x`, γ and β; None for those that want none."""
+    x, weight, bias, saved = ctx.saved_tensors
+    numbers = ctx.slope, kernel, memory, *numbers
+    found = native.backward(grad, x, ctx.described, weight, bias, saved, *numbers)
+    return operators.wanted(ctx, found)
+
+
+def _again(ctx: Any, y: Tensor, inputs: Iterable[Tensor | None], grad: Tensor) -> list[Tensor | None]:
+    """The gradients of `inputs`, to be differentiated, where the norm is `y`; None for those that want none."""
+    y = ops.activate(y, ctx.slope)
+    wanted = [part for part in inputs if part is not None and part.requires_grad]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return [next(found) if part is not None and part.requires_grad else None for part in inputs]
+
+
+def _composed(x, weight, bias, saved, eps):
+    """A norm of channels in torch's operators; with the statistics of `x` if `saved` is None."""
+    along = (-1, *[1] * (x.dim() - 2))
+    if saved is None:
+        var, mean = torch.var_mean(x.float(), (0, *range(2, x.dim())), correction=0, keepdim=True)
+        inverse = (var + eps).rsqrt()
+    else:
+        mean, inverse = (part.view(along) for part in saved)
+    y = (x - mean) * inverse
+    y = y if weight is None else y * weight.view(along)
+    return (y if bias is None else y + bias.view(along)).to(x.dtype)
