@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/epoch.py [--batch-size 2] [--out benchmarks/results/epoch.jsonl]
 
 A round runs each of the loops over the same part of an epoch in turn, so that all see the same machine: `plain` loops
-are written by hand and keep no figures, `learner` is normlab's with mean loss and accuracy. Convolutions go the way
-that is the faster at this batch size, in every loop. Figures are medians and quartiles over the rounds, of what each
-loop takes over what the plain one with torch's batch norm takes. One line is appended, with versions and machine. Run
-it on an idle machine.
+are written by hand and keep no figures, `learner` is normlab's with mean loss and accuracy, `JAX` (left out where it is
+not installed) a jitted step. Convolutions go the way that is the faster at this batch size, in every loop. What is
+compiled is so before the first round. Figures are medians and quartiles over the rounds, of what each loop takes over
+what the plain one with torch's batch norm takes. One line is appended, with versions and machine. Run it on an idle
+machine.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from normlab.study.trial import environment, quick_convolutions
 from normlab.training import Learner, Metrics, accuracy
 
 PEER = "plain, torch batch"
+Loop = Callable[[TensorBatches], None]
 
 
 def torch_batch_norm() -> nn.Module:
@@ -40,17 +41,40 @@ def torch_batch_norm() -> nn.Module:
     return model
 
 
-def learner(model: nn.Module, batches: TensorBatches) -> None:
+def plain(build: Callable[[], nn.Module]) -> Loop:
+    """The loop by hand of a model."""
+    return partial(by_hand, build())
+
+
+def learner(norm: str, compile: bool = False) -> Loop:
+    """A fit of an epoch."""
+    model = build_model("convnet", norm, 10, 1)
+
+    def loop(batches: TensorBatches) -> None:
+        fitting.train = batches
+        fitting.fit(1)
+
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    Learner(model, batches, optimizer=optimizer, callbacks=[Metrics(accuracy=accuracy)]).fit(1)
+    fitting = Learner(model, (), optimizer=optimizer, callbacks=[Metrics(accuracy=accuracy)], compile=compile)
+    return loop
 
 
-LOOPS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Any], None]]] = {
-    PEER: (torch_batch_norm, by_hand),
-    "plain, batch": (partial(build_model, "convnet", "batch", 10, 1), by_hand),
-    "plain, running": (partial(build_model, "convnet", "running", 10, 1), by_hand),
-    "plain, lesson's rule": (partial(build_model, "convnet", "running_lesson", 10, 1), by_hand),
-    "learner, running": (partial(build_model, "convnet", "running", 10, 1), learner),
+def jax_loop() -> Loop:
+    """That of JAX."""
+    from jax_net import make_loop
+
+    return make_loop(LR)
+
+
+LOOPS: dict[str, Callable[[], Loop]] = {
+    PEER: partial(plain, torch_batch_norm),
+    "plain, batch": partial(plain, partial(build_model, "convnet", "batch", 10, 1)),
+    "plain, running": partial(plain, partial(build_model, "convnet", "running", 10, 1)),
+    "plain, lesson's rule": partial(plain, partial(build_model, "convnet", "running_lesson", 10, 1)),
+    "learner, running": partial(learner, "running"),
+    "learner compiled, batch": partial(learner, "batch", compile=True),
+    "learner compiled, running": partial(learner, "running", compile=True),
+    "JAX, batch": jax_loop,
 }
 
 
@@ -64,22 +88,27 @@ def main() -> None:
     mnist = load_dataset("mnist")
     images = min(len(mnist.x_train), a.batch_size * (a.steps or 400))
     batches = TensorBatches(mnist.x_train[:images], mnist.y_train[:images], a.batch_size, shuffle=True, seed=0)
-    found: dict[str, list[float]] = {name: [] for name in LOOPS}
+    loops: dict[str, Loop] = {}
+    for name, make in LOOPS.items():
+        torch.manual_seed(0)
+        try:
+            loops[name] = make()
+        except ImportError as error:
+            print(f"{name}: left out ({error})")
+    found: dict[str, list[float]] = {name: [] for name in loops}
     with quick_convolutions("convnet", a.batch_size):
         for _ in range(a.rounds + 1):
-            for name, (build, loop) in LOOPS.items():
-                torch.manual_seed(0)
-                model = build()
+            for name, loop in loops.items():
                 start = time.perf_counter()
-                loop(model, batches)
+                loop(batches)
                 found[name].append((time.perf_counter() - start) / len(batches))
-    found = {name: times[1:] for name, times in found.items()}  # the first round warms up
+    found = {name: times[1:] for name, times in found.items()}  # the first round compiles and warms up
     result: dict[str, dict[str, float | list[float]]] = {}
     for name, times in found.items():
         ratios = [mine / theirs for mine, theirs in zip(times, found[PEER], strict=True)]
         quartiles = statistics.quantiles(ratios, n=4)
         result[name] = {"us_per_step": 1e6 * statistics.median(times), "ratio": quartiles[1], "quartiles": quartiles}
-        print(f"{name:22} {1e6 * statistics.median(times):8.0f} µs a step, {quartiles[1]:.2f} of {PEER}")
+        print(f"{name:25} {1e6 * statistics.median(times):8.0f} µs a step, {quartiles[1]:.2f} of {PEER}")
     record = {"batch_size": a.batch_size, "steps": len(batches), "rounds": a.rounds, "kernels": native.PATH}
     with a.out.open("a") as file:
         file.write(json.dumps({**record, **environment(), "loops": result}) + "\n")

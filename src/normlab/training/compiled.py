@@ -11,7 +11,7 @@ from ..errors import check
 
 _SWITCH = "trace_autograd_ops"  # of torch's compiler: gradients are part of the graph, rather than the end of it
 # Checks of what the compiler's own code gave to itself; at batch 2 they take a tenth of the step.
-_OPTIONS = {"size_asserts": False, "alignment_asserts": False}
+_OPTIONS: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
 
 
 class CompiledGradients:
