@@ -169,14 +169,14 @@ void total_products(const Shape& tensor, const T* g, const T* x, const float* me
 }
 
 // Whether images are so small that their sums, one by one, take longer than all of them at once and what is needed of
-// each, `image_sums`.
+// each.
 inline bool has_small_images(const Shape& shape) {
   return shape.last ? shape.images >= kManyImages && shape.space < kShort / 4 : has_short_runs(shape);
 }
 
-// Of each image Σg², and of each of its channels Σd, [image][channel].
+// Of each image Σg².
 template <class T>
-void image_sums(const Shape& shape, const T* g, const T* x, const float* mean, float* squares, float* distances) {
+void image_squares(const Shape& shape, const T* g, float* squares) {
   const int64_t row = shape.channels * shape.space;
   const float zero = 0;
   parallel_for(shape.images, shape.numel(), [&](int64_t begin, int64_t end) {
@@ -184,25 +184,34 @@ void image_sums(const Shape& shape, const T* g, const T* x, const float* mean, f
       float sums[2];
       loops<T>().moments(g + image * row, {0, 1, 1, row}, &zero, sums);
       squares[image] = sums[1];
+    }
+  });
+}
+
+// Of each channel of each image Σd, [image][channel].
+template <class T>
+void image_distances(const Shape& shape, const T* x, const float* mean, float* distances) {
+  const int64_t channels = shape.channels, row = channels * shape.space;
+  parallel_for(shape.images, shape.numel(), [&](int64_t begin, int64_t end) {
+    thread_local std::vector<float> sums;
+    sums.resize(2 * channels);
+    for (int64_t image = begin; image < end; ++image) {
       const T* from = x + image * row;
-      float* to = distances + image * shape.channels;
-      if (shape.last) {
-        std::fill_n(to, shape.channels, 0.0f);
-        for (int64_t i = 0; i < shape.space; ++i, from += shape.channels) {
-          for (int64_t c = 0; c < shape.channels; ++c) to[c] += to_float(from[c]) - mean[c];
-        }
-      } else if (shape.space > kShort / 4) {
-        thread_local std::vector<float> of_runs;
-        of_runs.resize(2 * shape.channels);
-        loops<T>().moments(from, {0, shape.channels, shape.channels, shape.space}, mean, of_runs.data());
-        for (int64_t c = 0; c < shape.channels; ++c) to[c] = of_runs[2 * c];
-      } else {
-        for (int64_t c = 0; c < shape.channels; ++c) {
+      float* to = distances + image * channels;
+      if (!shape.last && shape.space <= kShort / 4) {
+        for (int64_t c = 0; c < channels; ++c) {
           float distance = 0;
           for (int64_t i = 0; i < shape.space; ++i) distance += to_float(*from++) - mean[c];
           to[c] = distance;
         }
+        continue;
       }
+      if (shape.last) {
+        loops<T>().moments_rows(from, shape.space, channels, mean, sums.data());
+      } else {
+        loops<T>().moments(from, {0, channels, channels, shape.space}, mean, sums.data());
+      }
+      for (int64_t c = 0; c < channels; ++c) to[c] = sums[2 * c];
     }
   });
 }

@@ -286,7 +286,7 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
   const float *mean = at<float>(saved), *inverse = mean + channels;
   const auto rate = static_cast<float>(batch_rate);
   const int64_t both = 2 * channels;
-  thread_local std::vector<float> sums, of_images, distances, of_distance, factor, p, q, r, now, pushed;
+  thread_local std::vector<float> sums, of_images, distances, of_distance, squares, factor, p, q, r, now, pushed;
   thread_local std::vector<double> total, of_channels;
   factor.assign(images, 1);
   total.assign(both, 0);
@@ -306,14 +306,13 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
   };
   const bool together = has_small_images(shape) && slope == 1;
   of_images.assign(images, 0);
-  distances.assign(images * channels, 0);
   if (together) {
     with_type(type, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
       total_products(shape, at<const T>(g), at<const T>(x), mean, z, of_channels.data());
-      if (learns) image_sums(shape, at<const T>(g), at<const T>(x), mean, of_images.data(), distances.data());
     });
   } else {
+    distances.assign(images * channels, 0);
     of_each_image();
     for (int64_t segment = 0; segment < shape.segments(); ++segment) {
       for (int64_t c = 0; c < channels; ++c) {
@@ -332,27 +331,57 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
     std::copy_n(at<float>(weight), channels, now.data());
     std::copy_n(at<float>(bias), channels, now.data() + channels);
     known.enter_step(now, at<float>(parameters), pushed);
-    // Squared lengths of the images' outputs, averaged over space, and lengths of their gradients.
     const float lr = std::exp(known.log_lr);
-    double size = 0, length = 0;
+    double size = 0;
     for (const float value : now) size += double{value} * value;
-    of_distance.resize(channels);
-    for (int64_t c = 0; c < channels; ++c) of_distance[c] = inverse[c] * now[c] / static_cast<float>(space);
     const double of_parameters = std::sqrt(std::max(size, static_cast<double>(channels)));
+    // The length of the gradient over its bound, from the square of the former.
+    const auto excess = [&](double square) { return std::sqrt(square) * (lr / (of_parameters * step_bound)); };
     int64_t over = 0;
-    for (int64_t image = 0; image < images; ++image) {
-      float squares = 0;
-      for (int64_t c = 0; c < channels; ++c) {
-        const float pooled = distances[image * channels + c] * of_distance[c] + now[channels + c];
-        squares += pooled * pooled;
+    if (step_bound >= 0) {
+      // No image exceeds the bound if all of them together do not.
+      double square = 0;
+      for (int64_t c = 0; c < channels; ++c) square += of_channels[c * kSums + 2];
+      if (together && !(excess(square) <= 1)) {
+        with_type(type, [&](auto* t) {
+          using T = std::remove_pointer_t<decltype(t)>;
+          image_squares(shape, at<const T>(g), of_images.data());
+        });
       }
-      length += squares;
-      if (step_bound >= 0) {
-        const double excess = std::sqrt(of_images[image]) * (lr / (of_parameters * step_bound));
-        if (excess > 1) factor[image] = static_cast<float>(1 / excess), ++over;
+      for (int64_t image = 0; image < images; ++image) {
+        const double of_image = excess(of_images[image]);
+        if (of_image > 1) factor[image] = static_cast<float>(1 / of_image), ++over;
       }
     }
     bounded = over > 0;
+
+    // The mean squared length of the images' outputs, averaged over space.
+    double length = 0;
+    of_distance.resize(channels);
+    for (int64_t c = 0; c < channels; ++c) of_distance[c] = inverse[c] * now[c] / static_cast<float>(space);
+    if (together && space == 1) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const double scale = of_distance[c], shift = now[channels + c], *of = &of_channels[c * kSums];
+        length += scale * (scale * of[4] + 2 * shift * of[3]) + static_cast<double>(images) * shift * shift;
+      }
+    } else {
+      if (together) {
+        distances.resize(images * channels);
+        with_type(type, [&](auto* t) {
+          using T = std::remove_pointer_t<decltype(t)>;
+          image_distances(shape, at<const T>(x), mean, distances.data());
+        });
+      }
+      squares.assign(channels, 0);
+      for (int64_t image = 0; image < images; ++image) {
+        const float *of = distances.data() + image * channels, *shift = now.data() + channels;
+        for (int64_t c = 0; c < channels; ++c) {
+          const float pooled = of[c] * of_distance[c] + shift[c];
+          squares[c] += pooled * pooled;
+        }
+      }
+      for (const float square : squares) length += square;
+    }
     known.squared_length = lerp(known.squared_length, static_cast<float>(length / static_cast<double>(images)), rate);
     if (step_bound >= 0) {
       const float tiny = std::numeric_limits<float>::min(), n = static_cast<float>(images);
