@@ -143,29 +143,30 @@ void affine(const Shape& tensor, const T* x, T* y, const float* mean, Gates z) {
       [&](Runs runs) { loops<T>().affine(x, y, runs, mean, z); });
 }
 
-// The sums of `Loops::products`, [segment][channel][sum].
+// The sums of `Loops::products`, [segment][channel][sum], all of them or those that the gradient needs.
 template <class T>
-void products(const Shape& shape, const T* g, const T* x, const float* mean, Gates z, float* sums) {
-  const int64_t channels = shape.channels;
+void products(bool all, const Shape& shape, const T* g, const T* x, const float* mean, Gates z, float* sums) {
+  const int64_t channels = shape.channels, each = channels * (all ? kSums : kOfGradient);
   each_segment(
       shape,
       [&](int64_t segment, int64_t, int64_t offset, int64_t n) {
-        loops<T>().products_rows(g + offset, x + offset, n, channels, mean, z, sums + segment * channels * kSums);
+        loops<T>().products_rows(all, g + offset, x + offset, n, channels, mean, z, sums + segment * each);
       },
-      [&](Runs runs) { loops<T>().products(g, x, runs, mean, z, sums); });
+      [&](Runs runs) { loops<T>().products(all, g, x, runs, mean, z, sums); });
 }
 
 // The same of all images, [channel][sum].
 template <class T>
-void total_products(const Shape& tensor, const T* g, const T* x, const float* mean, Gates z, double* total) {
+void total_products(bool all, const Shape& tensor, const T* g, const T* x, const float* mean, Gates z, double* total) {
   const bool in_columns = has_short_runs(tensor);
   const Shape shape = in_columns ? rows_of_columns(tensor) : without_images(tensor);
   Columns columns(tensor);
   if (in_columns) mean = columns(mean), z = columns(z);
   thread_local std::vector<float> sums;
-  sums.resize(shape.segments() * shape.channels * kSums);
-  products(shape, g, x, mean, z, sums.data());
-  add_segments(tensor, shape, kSums, sums.data(), total);
+  const int64_t each = all ? kSums : kOfGradient;
+  sums.resize(shape.segments() * shape.channels * each);
+  products(all, shape, g, x, mean, z, sums.data());
+  add_segments(tensor, shape, each, sums.data(), total);
 }
 
 // Whether images are so small that their sums, one by one, take longer than all of them at once and what is needed of

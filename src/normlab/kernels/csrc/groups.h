@@ -111,7 +111,7 @@ void group_backward(const Shape& shape, int64_t groups, const T* g, const T* x, 
   const float *means = saved, *inverses = saved + shape.images * groups;
   thread_local std::vector<float> mean, scale, shift, sums, p, q, r, of_weight, of_bias;
   for (auto* part : {&mean, &scale, &shift, &p, &q, &r, &of_weight, &of_bias}) part->resize(all);
-  sums.resize(shape.segments() * channels * kSums);
+  sums.resize(shape.segments() * channels * kOfGradient);
   float *to_mean = mean.data(), *to = sums.data(), *to_p = p.data(), *to_q = q.data(), *to_r = r.data();
   float *to_weight = of_weight.data(), *to_bias = of_bias.data();
   for (int64_t i = 0; i < all; ++i) {
@@ -129,8 +129,8 @@ void group_backward(const Shape& shape, int64_t groups, const T* g, const T* x, 
     for (int64_t c = first; c < first + members; ++c) {
       double of_g = 0, of_product = 0;
       for (int64_t segment = image * per_image; segment < (image + 1) * per_image; ++segment) {
-        of_g += to[(segment * channels + c) * kSums];
-        of_product += to[(segment * channels + c) * kSums + 1] * inverse;
+        of_g += to[(segment * channels + c) * kOfGradient];
+        of_product += to[(segment * channels + c) * kOfGradient + 1] * inverse;
       }
       to_bias[image * channels + c] = static_cast<float>(of_g);
       to_weight[image * channels + c] = static_cast<float>(of_product);
@@ -149,7 +149,7 @@ void group_backward(const Shape& shape, int64_t groups, const T* g, const T* x, 
     parallel_for(shape.images * groups, shape.numel(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Runs of_group{i * members, (i + 1) * members, all, space};
-        loops<T>().products(g, x, of_group, to_mean, z, to);
+        loops<T>().products(false, g, x, of_group, to_mean, z, to);
         factors(i);
         loops<T>().combine(g, x, out, of_group, nullptr, to_mean, z, to_p, to_q, to_r);
       }
@@ -159,9 +159,9 @@ void group_backward(const Shape& shape, int64_t groups, const T* g, const T* x, 
     each_segment(
         shape,
         [&](int64_t segment, int64_t image, int64_t at, int64_t n) {
-          float* sum = to + segment * channels * kSums;
+          float* sum = to + segment * channels * kOfGradient;
           const int64_t c = image * channels;
-          loops<T>().products_rows(g + at, x + at, n, channels, to_mean + c, z.at(c), sum);
+          loops<T>().products_rows(false, g + at, x + at, n, channels, to_mean + c, z.at(c), sum);
         },
         no_runs);
     for (int64_t i = 0; i < shape.images * groups; ++i) factors(i);

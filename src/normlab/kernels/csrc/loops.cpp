@@ -15,7 +15,7 @@ constexpr int kRegister = NORMLAB_WIDTH, kWidth = 2 * kRegister;
 constexpr int64_t kBlock = 4096;
 
 // Rows of so many channels are gone through one by one: in columns, each value would be a step far from the last.
-constexpr int64_t kLongRow = 128;
+constexpr int64_t kLongRow = 128, kPiece = 512;
 
 // For compilers that take a vector's type to be known before its width is.
 template <int W, class T>
@@ -234,6 +234,12 @@ void moments_row_part(const T* x, int64_t channels, int64_t c, const float* shif
   if constexpr (W > 1) moments_row_part<W / 2>(x, channels, c, shift, sums);
 }
 
+// Calls part(c, length) for each piece of a long row: the sums of a piece stay in the first-level cache.
+template <class Part>
+void each_piece(int64_t channels, Part part) {
+  for (int64_t c = 0; c < channels; c += kPiece) part(c, std::min(kPiece, channels - c));
+}
+
 // From [sum][channel] to [channel][sum].
 void transpose(const std::vector<float>& from, int64_t channels, float* to) {
   const int64_t each = static_cast<int64_t>(from.size()) / channels;
@@ -246,11 +252,13 @@ template <class T>
 void moments_rows(const T* x, int64_t n, int64_t channels, const float* shift, float* sums) {
   if (channels < kLongRow) return moments_rows_part<kWidth>(x, n, channels, 0, shift, sums);
   thread_local std::vector<float> total;
-  total.assign(2 * channels, 0);
-  for (int64_t j = 0; j < n * channels; j += channels) {
-    moments_row_part<kWidth>(x + j, channels, 0, shift, total.data());
-  }
-  transpose(total, channels, sums);
+  each_piece(channels, [&](int64_t c, int64_t length) {
+    total.assign(2 * length, 0);
+    for (int64_t j = c; j < n * channels; j += channels) {
+      moments_row_part<kWidth>(x + j, length, 0, shift + c, total.data());
+    }
+    transpose(total, length, sums + 2 * c);
+  });
 }
 
 template <int W, bool Gated, class T>
@@ -309,105 +317,117 @@ void affine_rows(const T* x, T* y, int64_t n, int64_t channels, const float* mea
   }
 }
 
-// The sums of `products`, as many values at a time as there are in Floats.
-template <class Floats>
+// The first N sums of `products`, as many values at a time as there are in Floats.
+template <int N, class Floats>
 struct Products {
   Floats sum = {}, product = {}, squares = {}, distance = {}, distances = {};
 
   void add(Floats grad, Floats d) {
     sum += grad;
     product += grad * d;
-    squares += grad * grad;
-    distance += d;
-    distances += d * d;
+    if constexpr (N > 2) {
+      squares += grad * grad;
+      distance += d;
+      distances += d * d;
+    }
+  }
+  // Calls part(i, sum) for each.
+  template <class Part>
+  void each(Part part) const {
+    part(0, sum);
+    part(1, product);
+    if constexpr (N > 2) {
+      part(2, squares);
+      part(3, distance);
+      part(4, distances);
+    }
   }
 };
 
-template <int W, bool Gated, class T>
+template <int W, bool Gated, int N, class T>
 void products_part(const T* g, const T* x, int64_t i, int64_t end, float mean, Gate z, double* sums) {
   using R = Register<W>;
   if (i + W <= end) {
-    Products<typename R::Floats> of;
+    Products<N, typename R::Floats> of;
     for (; i + W <= end; i += W) {
       const auto grad = R::load(g + i), d = R::load(x + i) - mean;
       of.add(Gated ? gated(d * z.scale + z.bias, grad, z.slope) : grad, d);
     }
-    sums[0] += R::sum(of.sum);
-    sums[1] += R::sum(of.product);
-    sums[2] += R::sum(of.squares);
-    sums[3] += R::sum(of.distance);
-    sums[4] += R::sum(of.distances);
+    of.each([&](int at, const auto& values) { sums[at] += R::sum(values); });
   }
-  if constexpr (W > 1) products_part<W / 2, Gated>(g, x, i, end, mean, z, sums);
+  if constexpr (W > 1) products_part<W / 2, Gated, N>(g, x, i, end, mean, z, sums);
 }
 
-template <bool Gated, class T>
+template <bool Gated, int N, class T>
 void products_runs(const T* g, const T* x, Runs runs, const float* mean, Gates z, float* sums) {
   each_run(runs, [&](int64_t run, int64_t, int64_t c, int64_t offset) {
-    double total[kSums] = {};
+    double total[N] = {};
     for (int64_t i = 0; i < runs.space; i += kBlock) {
       const int64_t end = std::min(i + kBlock, runs.space);
-      products_part<kWidth, Gated>(g + offset, x + offset, i, end, mean[c], gate(z, c), total);
+      products_part<kWidth, Gated, N>(g + offset, x + offset, i, end, mean[c], gate(z, c), total);
     }
-    std::copy_n(total, kSums, sums + run * kSums);
+    std::copy_n(total, N, sums + run * N);
   });
 }
 
 template <class T>
-void products(const T* g, const T* x, Runs runs, const float* mean, Gates z, float* sums) {
-  (z.slope == 1 ? products_runs<false, T> : products_runs<true, T>)(g, x, runs, mean, z, sums);
+void products(bool all, const T* g, const T* x, Runs runs, const float* mean, Gates z, float* sums) {
+  const auto some = z.slope == 1 ? products_runs<false, kOfGradient, T> : products_runs<true, kOfGradient, T>;
+  const auto every = z.slope == 1 ? products_runs<false, kSums, T> : products_runs<true, kSums, T>;
+  (all ? every : some)(g, x, runs, mean, z, sums);
 }
 
-template <int W, bool Gated, class T>
+template <int W, bool Gated, int N, class T>
 void products_rows_part(const T* g, const T* x, int64_t n, int64_t channels, int64_t c, const float* mean, Gates z,
                         float* sums) {
   using R = Register<W>;
   for (; c + W <= channels; c += W) {
     const auto m = R::load(mean + c), s = R::load(z.scale + c), b = R::load(z.bias + c);
-    Products<typename R::Floats> of;
+    Products<N, typename R::Floats> of;
     for (int64_t j = c; j < n * channels; j += channels) {
       const auto grad = R::load(g + j), d = R::load(x + j) - m;
       of.add(Gated ? gated(d * s + b, grad, z.slope) : grad, d);
     }
-    for (int i = 0; i < W; ++i) {
-      float* to = sums + kSums * (c + i);
-      to[0] = at(of.sum, i);
-      to[1] = at(of.product, i);
-      to[2] = at(of.squares, i);
-      to[3] = at(of.distance, i);
-      to[4] = at(of.distances, i);
-    }
+    of.each([&](int sum, const auto& values) {
+      for (int i = 0; i < W; ++i) sums[N * (c + i) + sum] = at(values, i);
+    });
   }
-  if constexpr (W > 1) products_rows_part<W / 2, Gated>(g, x, n, channels, c, mean, z, sums);
+  if constexpr (W > 1) products_rows_part<W / 2, Gated, N>(g, x, n, channels, c, mean, z, sums);
 }
 
-template <int W, bool Gated, class T>
+template <int W, bool Gated, int N, class T>
 void products_row_part(const T* g, const T* x, int64_t channels, int64_t c, const float* mean, Gates z, float* sums) {
   using R = Register<W>;
   for (; c + W <= channels; c += W) {
     const auto d = R::load(x + c) - R::load(mean + c);
     auto grad = R::load(g + c);
     if constexpr (Gated) grad = gated(d * R::load(z.scale + c) + R::load(z.bias + c), grad, z.slope);
-    add_to<W>(sums + c, grad);
-    add_to<W>(sums + channels + c, grad * d);
-    add_to<W>(sums + 2 * channels + c, grad * grad);
-    add_to<W>(sums + 3 * channels + c, d);
-    add_to<W>(sums + 4 * channels + c, d * d);
+    Products<N, typename R::Floats> of;
+    of.add(grad, d);
+    of.each([&](int sum, const auto& values) { add_to<W>(sums + sum * channels + c, values); });
   }
-  if constexpr (W > 1) products_row_part<W / 2, Gated>(g, x, channels, c, mean, z, sums);
+  if constexpr (W > 1) products_row_part<W / 2, Gated, N>(g, x, channels, c, mean, z, sums);
+}
+
+template <bool Gated, int N, class T>
+void products_of_rows(const T* g, const T* x, int64_t n, int64_t channels, const float* mean, Gates z, float* sums) {
+  if (channels < kLongRow) return products_rows_part<kWidth, Gated, N>(g, x, n, channels, 0, mean, z, sums);
+  thread_local std::vector<float> total;
+  each_piece(channels, [&](int64_t c, int64_t length) {
+    total.assign(N * length, 0);
+    for (int64_t j = c; j < n * channels; j += channels) {
+      products_row_part<kWidth, Gated, N>(g + j, x + j, length, 0, mean + c, z.at(c), total.data());
+    }
+    transpose(total, length, sums + N * c);
+  });
 }
 
 template <class T>
-void products_rows(const T* g, const T* x, int64_t n, int64_t channels, const float* mean, Gates z, float* sums) {
-  if (channels < kLongRow) {
-    const auto part = z.slope == 1 ? products_rows_part<kWidth, false, T> : products_rows_part<kWidth, true, T>;
-    return part(g, x, n, channels, 0, mean, z, sums);
-  }
-  const auto part = z.slope == 1 ? products_row_part<kWidth, false, T> : products_row_part<kWidth, true, T>;
-  thread_local std::vector<float> total;
-  total.assign(kSums * channels, 0);
-  for (int64_t j = 0; j < n * channels; j += channels) part(g + j, x + j, channels, 0, mean, z, total.data());
-  transpose(total, channels, sums);
+void products_rows(bool all, const T* g, const T* x, int64_t n, int64_t channels, const float* mean, Gates z,
+                   float* sums) {
+  const auto some = z.slope == 1 ? products_of_rows<false, kOfGradient, T> : products_of_rows<true, kOfGradient, T>;
+  const auto every = z.slope == 1 ? products_of_rows<false, kSums, T> : products_of_rows<true, kSums, T>;
+  (all ? every : some)(g, x, n, channels, mean, z, sums);
 }
 
 template <int W, bool Gated, class T>

@@ -20,8 +20,8 @@ inline float to_float(BFloat16 value) {
   return result;
 }
 
-// How many sums `products` takes.
-constexpr int kSums = 5;
+// How many sums `products` takes; and how many of them the gradient of a norm needs, the first ones.
+constexpr int kSums = 5, kOfGradient = 2;
 
 // The activation after a norm's z = scale (x − mean) + bias: z where z > 0, else slope·z, with a slope from 0 (ReLU) to
 // 1 (none). Its gradient passes where z > 0, else slope times as long; z is computed again for it, not kept.
@@ -49,8 +49,10 @@ struct Loops {
   void (*affine_rows)(const T* x, T* y, int64_t n, int64_t channels, const float* mean, Gates z);
 
   // sums: Σg, Σgd, Σg², Σd, Σd² with d = x − mean, and g what the activation after z lets through; as for `moments`.
-  void (*products)(const T* g, const T* x, Runs runs, const float* mean, Gates z, float* sums);
-  void (*products_rows)(const T* g, const T* x, int64_t n, int64_t channels, const float* mean, Gates z, float* sums);
+  // Of `all`, or of those that the gradient needs.
+  void (*products)(bool all, const T* g, const T* x, Runs runs, const float* mean, Gates z, float* sums);
+  void (*products_rows)(bool all, const T* g, const T* x, int64_t n, int64_t channels, const float* mean, Gates z,
+                        float* sums);
 
   // out = factor·p·g + q (x − mean) + r, and g as above. factor: of each image, or null for 1; in rows of one image.
   void (*combine)(const T* g, const T* x, T* out, Runs runs, const float* factor, const float* mean, Gates z,

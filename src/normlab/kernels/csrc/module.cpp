@@ -130,16 +130,16 @@ void batch_backward(int type, int64_t images, int64_t channels, int64_t space, b
   float *grad_weight = at<float>(weight_grad), *grad_bias = at<float>(bias_grad);
   thread_local std::vector<float> p, q, r;
   thread_local std::vector<double> total;
-  total.assign(channels * kSums, 0);
+  total.assign(channels * kOfGradient, 0);
   for (auto* part : {&p, &q, &r}) part->resize(channels);
   with_type(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const Gates z = gates(channels, inverse, at<float>(weight), at<float>(bias), slope);
-    total_products(shape, at<const T>(g), at<const T>(x), mean, z, total.data());
+    total_products(false, shape, at<const T>(g), at<const T>(x), mean, z, total.data());
     const double part = share / static_cast<double>(shape.values());
     for (int64_t c = 0; c < channels; ++c) {
-      grad_bias[c] = static_cast<float>(total[kSums * c]);
-      grad_weight[c] = static_cast<float>(total[kSums * c + 1] * inverse[c]);
+      grad_bias[c] = static_cast<float>(total[kOfGradient * c]);
+      grad_weight[c] = static_cast<float>(total[kOfGradient * c + 1] * inverse[c]);
       p[c] = inverse[c] * or_one(at<float>(weight), c);
       q[c] = static_cast<float>(-part * p[c] * inverse[c] * grad_weight[c]);
       r[c] = static_cast<float>(-part * p[c] * grad_bias[c]);
@@ -301,7 +301,7 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
     sums.resize(shape.segments() * channels * kSums);
     with_type(type, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      products(shape, at<const T>(g), at<const T>(x), mean, z, sums.data());
+      products(true, shape, at<const T>(g), at<const T>(x), mean, z, sums.data());
     });
   };
   const bool together = has_small_images(shape) && slope == 1;
@@ -309,7 +309,7 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
   if (together) {
     with_type(type, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      total_products(shape, at<const T>(g), at<const T>(x), mean, z, of_channels.data());
+      total_products(true, shape, at<const T>(g), at<const T>(x), mean, z, of_channels.data());
     });
   } else {
     distances.assign(images * channels, 0);
@@ -400,7 +400,7 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
       for (int64_t i = 0; i < row; ++i) to[i] = f * from[i];
     }
     of_channels.assign(channels * kSums, 0);
-    total_products(shape, bounded_grad.data(), at<float>(x), mean, z, of_channels.data());
+    total_products(true, shape, bounded_grad.data(), at<float>(x), mean, z, of_channels.data());
   } else if (!together || bounded) {
     if (together) of_each_image();
     of_channels.assign(channels * kSums, 0);
