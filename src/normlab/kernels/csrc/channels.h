@@ -194,25 +194,11 @@ template <class T>
 void image_distances(const Shape& shape, const T* x, const float* mean, float* distances) {
   const int64_t channels = shape.channels, row = channels * shape.space;
   parallel_for(shape.images, shape.numel(), [&](int64_t begin, int64_t end) {
-    thread_local std::vector<float> sums;
-    sums.resize(2 * channels);
+    if (!shape.last) {
+      return loops<T>().distances(x, {begin * channels, end * channels, channels, shape.space}, mean, distances);
+    }
     for (int64_t image = begin; image < end; ++image) {
-      const T* from = x + image * row;
-      float* to = distances + image * channels;
-      if (!shape.last && shape.space <= kShort / 4) {
-        for (int64_t c = 0; c < channels; ++c) {
-          float distance = 0;
-          for (int64_t i = 0; i < shape.space; ++i) distance += to_float(*from++) - mean[c];
-          to[c] = distance;
-        }
-        continue;
-      }
-      if (shape.last) {
-        loops<T>().moments_rows(from, shape.space, channels, mean, sums.data());
-      } else {
-        loops<T>().moments(from, {0, channels, channels, shape.space}, mean, sums.data());
-      }
-      for (int64_t c = 0; c < channels; ++c) to[c] = sums[2 * c];
+      loops<T>().distances_rows(x + image * row, shape.space, channels, mean, distances + image * channels);
     }
   });
 }

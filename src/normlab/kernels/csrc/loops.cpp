@@ -261,6 +261,49 @@ void moments_rows(const T* x, int64_t n, int64_t channels, const float* shift, f
   });
 }
 
+template <int W, class T>
+float distance_part(const T* x, int64_t i, int64_t end, float mean) {
+  using R = Register<W>;
+  float total = 0;
+  if (i + W <= end) {
+    typename R::Floats sum = {};
+    for (; i + W <= end; i += W) sum += R::load(x + i) - mean;
+    total = R::sum(sum);
+  }
+  if constexpr (W > 1) total += distance_part<W / 2>(x, i, end, mean);
+  return total;
+}
+
+template <int W, class T>
+void distances_runs(const T* x, Runs runs, const float* mean, float* sums) {
+  each_run(runs, [&](int64_t run, int64_t, int64_t c, int64_t offset) {
+    sums[run] = distance_part<W>(x + offset, 0, runs.space, mean[c]);
+  });
+}
+
+template <class T>
+void distances(const T* x, Runs runs, const float* mean, float* sums) {
+  constexpr int kMost = kRegister < 16 ? kRegister : 16, kLeast = kMost < 4 ? kMost : 4;
+  (runs.space < kMost ? distances_runs<kLeast, T> : distances_runs<kMost, T>)(x, runs, mean, sums);
+}
+
+template <int W, class T>
+void distances_rows_part(const T* x, int64_t n, int64_t channels, int64_t c, const float* mean, float* sums) {
+  using R = Register<W>;
+  for (; c + W <= channels; c += W) {
+    const auto m = R::load(mean + c);
+    typename R::Floats sum = {};
+    for (int64_t j = c; j < n * channels; j += channels) sum += R::load(x + j) - m;
+    R::store(sums + c, sum);
+  }
+  if constexpr (W > 1) distances_rows_part<W / 2>(x, n, channels, c, mean, sums);
+}
+
+template <class T>
+void distances_rows(const T* x, int64_t n, int64_t channels, const float* mean, float* sums) {
+  distances_rows_part<kWidth>(x, n, channels, 0, mean, sums);
+}
+
 template <int W, bool Gated, class T>
 void affine_part(const T* x, T* y, int64_t i, int64_t end, float mean, Gate z) {
   using R = Register<W>;
@@ -500,8 +543,8 @@ void combine_rows(const T* g, const T* x, T* out, int64_t n, int64_t channels, f
 
 template <class T>
 constexpr Loops<T> loops() {
-  return {moments<T>,  moments_rows<T>,  affine<T>,  affine_rows<T>,
-          products<T>, products_rows<T>, combine<T>, combine_rows<T>};
+  return {moments<T>,     moments_rows<T>, distances<T>,     distances_rows<T>, affine<T>,
+          affine_rows<T>, products<T>,     products_rows<T>, combine<T>,        combine_rows<T>};
 }
 
 }  // namespace

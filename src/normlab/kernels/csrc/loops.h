@@ -44,6 +44,10 @@ struct Loops {
   void (*moments)(const T* x, Runs runs, const float* shift, float* sums);
   void (*moments_rows)(const T* x, int64_t n, int64_t channels, const float* shift, float* sums);
 
+  // sums: Σd, of runs of few values.
+  void (*distances)(const T* x, Runs runs, const float* mean, float* sums);
+  void (*distances_rows)(const T* x, int64_t n, int64_t channels, const float* mean, float* sums);
+
   // y: z and the activation after it.
   void (*affine)(const T* x, T* y, Runs runs, const float* mean, Gates z);
   void (*affine_rows)(const T* x, T* y, int64_t n, int64_t channels, const float* mean, Gates z);
