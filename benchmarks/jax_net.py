@@ -26,22 +26,29 @@ def init(seed: int) -> tuple[Any, Any]:
     return (blocks, head), statistics
 
 
+def batch_norm(parameters, statistics, x):
+    """The output, and the running statistics with this batch in them; channels are the second dimension."""
+    (gamma, beta), (running_mean, running_var) = parameters, statistics
+    dims, along = (0, *range(2, x.ndim)), (-1, *[1] * (x.ndim - 2))
+    mean, var = x.mean(dims), x.var(dims)
+    n = x.size / x.shape[1]
+    unbiased = var * n / max(n - 1, 1)
+    new = running_mean + MOMENTUM * (mean - running_mean), running_var + MOMENTUM * (unbiased - running_var)
+    scale = jax.lax.rsqrt(var + EPS) * gamma
+    return (x - mean.reshape(along)) * scale.reshape(along) + beta.reshape(along), new
+
+
 def loss_func(parameters, statistics, x, y):
-    """Mean cross-entropy, and the running statistics with this batch in them."""
+    """Mean cross-entropy, and the running statistics."""
     blocks, (weight, bias) = parameters
     new = []
-    for (kernel, gamma, beta), (running_mean, running_var) in zip(blocks, statistics, strict=True):
+    for (kernel, *of_norm), known in zip(blocks, statistics, strict=True):
         pad = kernel.shape[-1] // 2
         x = jax.lax.conv_general_dilated(
             x, kernel, (2, 2), [(pad, pad)] * 2, dimension_numbers=("NCHW", "OIHW", "NCHW")
         )
-        x = jax.nn.relu(x)
-        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
-        n = x.size / x.shape[1]
-        unbiased = var * n / max(n - 1, 1)
-        new.append((running_mean + MOMENTUM * (mean - running_mean), running_var + MOMENTUM * (unbiased - running_var)))
-        scale = jax.lax.rsqrt(var + EPS) * gamma
-        x = (x - mean[:, None, None]) * scale[:, None, None] + beta[:, None, None]
+        x, known = batch_norm(of_norm, known, jax.nn.relu(x))
+        new.append(known)
     logits = jax.nn.log_softmax(x.mean((2, 3)) @ weight + bias)
     return -jnp.take_along_axis(logits, y[:, None], 1).mean(), new
 

@@ -1,17 +1,20 @@
 """A layer's training step, forward and backward, against torch's own and against the memory's speed.
 
-    OMP_NUM_THREADS=1 python benchmarks/norms.py [--out benchmarks/results/norms.jsonl]
-    OMP_NUM_THREADS=2 python benchmarks/norms.py
+    OMP_NUM_THREADS=1 python benchmarks/norms.py [--compiled] [--out benchmarks/results/norms.jsonl]
+    OMP_NUM_THREADS=2 python benchmarks/norms.py [--compiled]
 
 Shapes: those of the lesson's net at batch 1, 2, 32 and 512, some of ResNet-50 at 2 and 32, and of a 3-D segmentation
 net at 1. The floor is four copies of the tensor: a norm has to read x for its statistics; to read x and write y; to
 read x and the gradient for its sums; to read both and write the gradient of x, which makes eight passes. A round runs
 every layer in turn, so that all see the same machine; figures are medians over the rounds: how many times as fast as
-torch's layer ours is (`running` as batch norm), and how many times the floor it takes. One line for each shape and
-layer is appended, with versions and machine; a table at the end. Run it on an idle machine.
+torch's layer ours is (`running` as batch norm), and how many times the floor it takes. `--compiled` does the same with
+every layer compiled, theirs and ours, and with JAX's batch norm, jitted, if it is installed. Gradients are as long as
+those of a mean loss; `running, bounded` has longer ones, all of which its bound cuts. One line for each shape and layer
+is appended, with versions and machine; a table at the end. Run it on an idle machine.
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import math
@@ -21,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._dynamo
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -40,12 +44,17 @@ LAYERS: dict[str, Callable[[int, int], nn.Module]] = {  # from channels and spac
     "torch batch": lambda channels, dims: (nn.BatchNorm2d, nn.BatchNorm3d)[dims - 2](channels),
     "batch": lambda channels, dims: build_norm("batch", channels, dims),
     "running": lambda channels, dims: build_norm("running", channels, dims),
+    "running, bounded": lambda channels, dims: build_norm("running", channels, dims),
+    "lesson's rule": lambda channels, dims: build_norm("running_lesson", channels, dims),
     "torch batch, ReLU": lambda channels, dims: nn.Sequential(LAYERS["torch batch"](channels, dims), nn.ReLU()),
     "batch, ReLU": lambda channels, dims: build_norm("batch", channels, dims, activation="relu"),
     "torch group": lambda channels, dims: nn.GroupNorm(8, channels),
     "group": lambda channels, dims: build_norm("group", channels, dims),
 }
-PEERS = {"batch": "torch batch", "running": "torch batch", "batch, ReLU": "torch batch, ReLU", "group": "torch group"}
+PEERS = {
+    "batch": "torch batch", "running": "torch batch", "running, bounded": "torch batch", "lesson's rule": "torch batch",
+    "batch, ReLU": "torch batch, ReLU", "group": "torch group", "JAX batch": "torch batch",
+}  # fmt: skip
 ROUNDS, SECONDS_A_ROUND = 21, 0.01
 
 
@@ -57,6 +66,37 @@ def training_step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], Non
         layer(inputs).backward(grad)
 
     return run
+
+
+def compiled_step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
+    inputs = x.clone().requires_grad_()
+
+    def gradients(grad: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(layer(inputs), [inputs, *layer.parameters()], grad)
+
+    gradients.__code__ = gradients.__code__.replace()  # the compiler's limit is one of each code
+    step = torch.compile(gradients, fullgraph=True, dynamic=False)
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        step(grad)
+    return lambda: step(grad)
+
+
+def jax_step(x: Tensor, grad: Tensor) -> Callable[[], None]:
+    """Batch norm with its running statistics, forward and backward."""
+    import jax
+    import jax.numpy as jnp
+
+    from jax_net import batch_norm
+
+    def gradients(parameters, statistics, x, grad):
+        y, pull_back, statistics = jax.vjp(lambda p, x: batch_norm(p, statistics, x), parameters, x, has_aux=True)
+        return y, pull_back(grad), statistics
+
+    channels = x.shape[1]
+    state = (jnp.ones(channels), jnp.zeros(channels)), (jnp.zeros(channels), jnp.ones(channels))
+    step = jax.jit(gradients)
+    arrays = jnp.asarray(x.contiguous().numpy()), jnp.asarray(grad.contiguous().numpy())
+    return lambda: jax.block_until_ready(step(*state, *arrays))
 
 
 def floor(x: Tensor) -> Callable[[], None]:
@@ -76,13 +116,20 @@ def seconds(run: Callable[[], None], times: int) -> float:
     return (time.perf_counter() - start) / times
 
 
-def measure(shape: tuple[int, ...], layout: torch.memory_format) -> dict[str, list[float]]:
+def measure(shape: tuple[int, ...], layout: torch.memory_format, compiled: bool) -> dict[str, list[float]]:
     """Seconds a step of each layer and of the floor, round by round."""
     torch.manual_seed(0)
     x, grad = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(2))
     refused = () if x.numel() > shape[1] else ("torch batch", "torch batch, ReLU")  # one value a channel
-    layers = {name: build(shape[1], len(shape) - 2) for name, build in LAYERS.items() if name not in refused}
-    runs = {name: training_step(layer, x, grad) for name, layer in layers.items()}
+    make = compiled_step if compiled else training_step
+    torch.compiler.reset()
+    runs = {
+        name: make(build(shape[1], len(shape) - 2), x, grad if "bounded" in name else grad / x.numel())
+        for name, build in LAYERS.items()
+        if name not in refused
+    }
+    if compiled and layout is torch.contiguous_format and importlib.util.find_spec("jax"):
+        runs["JAX batch"] = jax_step(x, grad)
     runs["floor"] = floor(x)
     times = {name: max(1, round(SECONDS_A_ROUND / seconds(run, 2))) for name, run in runs.items()}
     found: dict[str, list[float]] = {name: [] for name in runs}
@@ -95,17 +142,19 @@ def measure(shape: tuple[int, ...], layout: torch.memory_format) -> dict[str, li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "norms.jsonl")
+    parser.add_argument("--compiled", action="store_true")
     a = parser.parse_args()
     table = Table("shape", "layout", "layer", "ms", "speed, torch = 1", "over the floor", box=None)
     speeds: dict[str, list[float]] = {name: [] for name in PEERS}
     cases = [(case, shape) for case, shapes in SHAPES.items() for shape in shapes]
     for (case, shape), last in itertools.product(cases, (False, True)):
         layout = {4: torch.channels_last, 5: torch.channels_last_3d}[len(shape)] if last else torch.contiguous_format
-        found = measure(shape, layout)
+        found = measure(shape, layout, a.compiled)
         floor = found.pop("floor")
         for name, taken in found.items():
             record = {
                 "case": case, "shape": shape, "layout": str(layout).removeprefix("torch."), "layer": name,
+                "compiled": a.compiled,
                 "median_ms": 1e3 * statistics.median(taken),
                 "over_floor": statistics.median(mine / least for mine, least in zip(taken, floor, strict=True)),
                 "kernels": native.PATH, **environment(),
@@ -122,7 +171,7 @@ def main() -> None:
             table.add_row(*cells, f"{record['median_ms']:.4g}", speed, f"{record['over_floor']:.1f}")
     console = Console(width=110)
     console.print(table)
-    for name, values in speeds.items():
+    for name, values in ((name, values) for name, values in speeds.items() if values):
         mean = math.exp(statistics.fmean(map(math.log, values)))
         console.print(f"{name}: {mean:.2f} times {PEERS[name]} (geometric mean), {min(values):.2f} at worst")
 

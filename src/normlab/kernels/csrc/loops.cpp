@@ -14,8 +14,10 @@ constexpr int kRegister = NORMLAB_WIDTH, kWidth = 2 * kRegister;
 // Single precision sums over this many values are added up in double precision.
 constexpr int64_t kBlock = 4096;
 
-// Rows of so many channels are gone through one by one: in columns, each value would be a step far from the last.
+// Rows of so many channels are gone through a few at a time, in pieces whose sums stay in the first-level cache: in
+// columns, each value would be a step far from the last.
 constexpr int64_t kLongRow = 128, kPiece = 512;
+constexpr int kRows = 4;
 
 // For compilers that take a vector's type to be known before its width is.
 template <int W, class T>
@@ -223,15 +225,29 @@ void add_to(float* sums, typename Register<W>::Floats value) {
   Register<W>::store(sums, Register<W>::load(sums) + value);
 }
 
-template <int W, class T>
-void moments_row_part(const T* x, int64_t channels, int64_t c, const float* shift, float* sums) {
+template <int W, int Rows, class T>
+void moments_row_part(const T* x, int64_t stride, int64_t channels, int64_t c, const float* shift, float* sums) {
   using R = Register<W>;
   for (; c + W <= channels; c += W) {
-    const auto d = R::load(x + c) - R::load(shift + c);
-    add_to<W>(sums + c, d);
-    add_to<W>(sums + channels + c, d * d);
+    const auto s = R::load(shift + c);
+    typename R::Floats sum = {}, squares = {};
+    for (int row = 0; row < Rows; ++row) {
+      const auto d = R::load(x + row * stride + c) - s;
+      sum += d;
+      squares += d * d;
+    }
+    add_to<W>(sums + c, sum);
+    add_to<W>(sums + channels + c, squares);
   }
-  if constexpr (W > 1) moments_row_part<W / 2>(x, channels, c, shift, sums);
+  if constexpr (W > 1) moments_row_part<W / 2, Rows>(x, stride, channels, c, shift, sums);
+}
+
+// Calls several(offset) for each kRows of n rows, and one(offset) for those left over.
+template <class Several, class One>
+void each_rows(int64_t n, int64_t stride, Several several, One one) {
+  int64_t row = 0;
+  for (; row + kRows <= n; row += kRows) several(row * stride);
+  for (; row < n; ++row) one(row * stride);
 }
 
 // Calls part(c, length) for each piece of a long row: the sums of a piece stay in the first-level cache.
@@ -254,9 +270,10 @@ void moments_rows(const T* x, int64_t n, int64_t channels, const float* shift, f
   thread_local std::vector<float> total;
   each_piece(channels, [&](int64_t c, int64_t length) {
     total.assign(2 * length, 0);
-    for (int64_t j = c; j < n * channels; j += channels) {
-      moments_row_part<kWidth>(x + j, length, 0, shift + c, total.data());
-    }
+    const auto add = [&](auto part) {
+      return [&, part](int64_t at) { part(x + c + at, channels, length, 0, shift + c, total.data()); };
+    };
+    each_rows(n, channels, add(moments_row_part<kWidth, kRows, T>), add(moments_row_part<kWidth, 1, T>));
     transpose(total, length, sums + 2 * c);
   });
 }
@@ -438,18 +455,22 @@ void products_rows_part(const T* g, const T* x, int64_t n, int64_t channels, int
   if constexpr (W > 1) products_rows_part<W / 2, Gated, N>(g, x, n, channels, c, mean, z, sums);
 }
 
-template <int W, bool Gated, int N, class T>
-void products_row_part(const T* g, const T* x, int64_t channels, int64_t c, const float* mean, Gates z, float* sums) {
+template <int W, bool Gated, int N, int Rows, class T>
+void products_row_part(const T* g, const T* x, int64_t stride, int64_t channels, int64_t c, const float* mean, Gates z,
+                       float* sums) {
   using R = Register<W>;
   for (; c + W <= channels; c += W) {
-    const auto d = R::load(x + c) - R::load(mean + c);
-    auto grad = R::load(g + c);
-    if constexpr (Gated) grad = gated(d * R::load(z.scale + c) + R::load(z.bias + c), grad, z.slope);
+    const auto m = R::load(mean + c);
     Products<N, typename R::Floats> of;
-    of.add(grad, d);
+    for (int row = 0; row < Rows; ++row) {
+      const auto d = R::load(x + row * stride + c) - m;
+      auto grad = R::load(g + row * stride + c);
+      if constexpr (Gated) grad = gated(d * R::load(z.scale + c) + R::load(z.bias + c), grad, z.slope);
+      of.add(grad, d);
+    }
     of.each([&](int sum, const auto& values) { add_to<W>(sums + sum * channels + c, values); });
   }
-  if constexpr (W > 1) products_row_part<W / 2, Gated, N>(g, x, channels, c, mean, z, sums);
+  if constexpr (W > 1) products_row_part<W / 2, Gated, N, Rows>(g, x, stride, channels, c, mean, z, sums);
 }
 
 template <bool Gated, int N, class T>
@@ -458,9 +479,12 @@ void products_of_rows(const T* g, const T* x, int64_t n, int64_t channels, const
   thread_local std::vector<float> total;
   each_piece(channels, [&](int64_t c, int64_t length) {
     total.assign(N * length, 0);
-    for (int64_t j = c; j < n * channels; j += channels) {
-      products_row_part<kWidth, Gated, N>(g + j, x + j, length, 0, mean + c, z.at(c), total.data());
-    }
+    const auto add = [&](auto part) {
+      return
+          [&, part](int64_t at) { part(g + c + at, x + c + at, channels, length, 0, mean + c, z.at(c), total.data()); };
+    };
+    each_rows(n, channels, add(products_row_part<kWidth, Gated, N, kRows, T>),
+              add(products_row_part<kWidth, Gated, N, 1, T>));
     transpose(total, length, sums + N * c);
   });
 }
