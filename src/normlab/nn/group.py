@@ -9,7 +9,10 @@ from .activation import SLOPES, activate, check_activation, described
 from .functional import moments, normalize
 from .per_image import PerImageNorm, check_channels, in_float32, scale_shift
 
-LARGE, LARGE_MAP = 1 << 17, 128  # values of a tensor, and of a channel of one image
+# Where torch's operator is behind the compiled kernel (`benchmarks/norms.py`): from so many values of a tensor, and of a
+# channel of one image; with the channels last in memory up to so many of them, or from so many values.
+LARGE, LARGE_MAP = 1 << 17, 512
+FEW_CHANNELS, BEYOND_CACHE = 128, 1 << 22
 
 
 class GroupNorm(PerImageNorm):
@@ -56,15 +59,21 @@ class GroupNorm(PerImageNorm):
         check_channels(x, self.num_features)
         if x.shape[1:].numel() == self.num_groups:
             x = x - x.detach()  # groups of one value: the operator would leave x − μ a rounding error, times 1/√eps
-        elif self._large(x) and operators.preferred(x) and native.takes(x, self.weight, self.bias):
+        elif self._prefers_kernel(x) and operators.preferred(x) and native.takes(x, self.weight, self.bias):
             slope = SLOPES[self.activation]
             return fused.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, slope)
         # The operator itself: torch.nn.functional.group_norm refuses groups of one value.
         return activate(torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps), self.activation)
 
-    def _large(self, x: Tensor) -> bool:
-        """Whether the compiled kernel is the faster: torch's is quick too, see `benchmarks/norms.py`."""
-        return self.activation is not None or (x.numel() >= LARGE and x.numel() >= LARGE_MAP * len(x) * x.shape[1])
+    def _prefers_kernel(self, x: Tensor) -> bool:
+        """Whether the compiled kernel is the faster: torch's is quick too."""
+        if self.activation is not None:
+            return True
+        if x.numel() < LARGE:
+            return False
+        if x.is_contiguous():
+            return x.numel() >= LARGE_MAP * len(x) * x.shape[1]
+        return x.shape[1] < FEW_CHANNELS or x.numel() >= BEYOND_CACHE
 
     def extra_repr(self) -> str:
         options = f"num_groups={self.num_groups}, eps={self.eps}, affine={self.affine}"
