@@ -9,8 +9,8 @@ from .activation import SLOPES, activate, check_activation, described
 from .functional import moments, normalize
 from .per_image import PerImageNorm, check_channels, in_float32, scale_shift
 
-# Where torch's operator is behind the compiled kernel (`benchmarks/norms.py`): from so many values of a tensor, and of a
-# channel of one image; with the channels last in memory up to so many of them, or from so many values.
+# Where torch's operator is behind the compiled kernel (`benchmarks/norms.py`): from so many values of a tensor, and of
+# a channel of one image; with the channels last in memory up to so many of them, or from so many values.
 LARGE, LARGE_MAP = 1 << 17, 512
 FEW_CHANNELS, BEYOND_CACHE = 128, 1 << 22
 
