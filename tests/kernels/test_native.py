@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import reference
 from checks import assert_close, cases, composed, double, gradients, layouts, step, with_drawn_parameters
 from normlab.kernels import fused, native, ops
-from normlab.nn import BatchNorm2d, GroupNorm, RunningBatchNorm2d
+from normlab.nn import BatchNorm2d, ChannelLayerNorm, GroupNorm, RMSNorm, RunningBatchNorm2d
 from normlab.nn import functional as F
 
 pytestmark = pytest.mark.skipif(native.PATH.startswith("composed"), reason=native.PATH)
@@ -97,6 +97,21 @@ def test_group_norm_equals_float64(case, slope, data):
     assert_close(fast, expected, TOLERANCE[x.dtype])
 
 
+@pytest.mark.usefixtures("every_instruction_set")
+@EXAMPLES
+@given(float_cases, st.booleans())
+def test_norms_of_positions_equal_float64(case, centred):
+    x, grad, *parameters = case
+    x64, grad64, weight64, bias64 = double([x, grad, *float32(*parameters)])
+    if centred:
+        plain = lambda x, w, b: reference.channel_layer_norm(x, w, b, EPS)  # noqa: E731
+    else:
+        plain = lambda x, w, b: reference.scale(reference.rms_norm(x, w, EPS), None, b)  # noqa: E731
+    expected = gradients(plain, grad64, x64, weight64, bias64)
+    fast = gradients(lambda x, w, b: fused.position_norm(x, w, b, centred, EPS), grad, x, *float32(*parameters))
+    assert_close(fast, expected, TOLERANCE[x.dtype])
+
+
 def group_norm(num_features: int, momentum: float) -> GroupNorm:
     return GroupNorm(num_features, num_features, activation="leaky_relu")  # else torch's operator for small tensors
 
@@ -109,8 +124,19 @@ def layer_norm(num_features: int, momentum: float) -> GroupNorm:
     return GroupNorm(num_features, 1, activation="leaky_relu")
 
 
+def channel_layer_norm(num_features: int, momentum: float) -> ChannelLayerNorm:
+    return ChannelLayerNorm(num_features)
+
+
+def rms_norm(num_features: int, momentum: float) -> RMSNorm:
+    return RMSNorm(num_features)
+
+
+BY_CHANNEL = [BatchNorm2d, RunningBatchNorm2d, unbounded_running]
+
+
 @pytest.mark.usefixtures("every_instruction_set")
-@pytest.mark.parametrize("norm", [BatchNorm2d, RunningBatchNorm2d, unbounded_running, group_norm, layer_norm])
+@pytest.mark.parametrize("norm", [*BY_CHANNEL, group_norm, layer_norm, channel_layer_norm, rms_norm])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
     "shape",
@@ -168,6 +194,15 @@ def test_a_mean_far_from_zero_costs_no_digits(data):
 def test_the_gradient_has_a_gradient(layer, activation):
     layer = deepcopy(layer)
     layer.activation = activation
+    assert_the_gradient_has_a_gradient(layer)
+
+
+@pytest.mark.parametrize("norm", [ChannelLayerNorm, RMSNorm])
+def test_the_gradient_of_a_norm_of_positions_has_a_gradient(norm):
+    assert_the_gradient_has_a_gradient(norm(6))
+
+
+def assert_the_gradient_has_a_gradient(layer):
     torch.manual_seed(0)
     with_drawn_parameters(layer)
     x, v = torch.randn(2, 5, 6, 2, 2)

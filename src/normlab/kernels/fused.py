@@ -128,6 +128,19 @@ def group_norm(
     return _apply(_GroupNorm, x, weight, bias, num_groups, eps, slope)
 
 
+def position_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: bool, eps: float) -> Tensor:
+    """Norm of each position of each image over the channels: layer norm if `centred`, else RMS norm; not compiled.
+
+    Args:
+        x: (N, C, *space).
+        weight: γ, (C,), float32, or None for 1.
+        bias: β, likewise, or None for 0.
+        centred: whether the mean is subtracted.
+        eps: added to the variance, or the mean square.
+    """
+    return _apply(_PositionNorm, x, weight, bias, centred, eps)
+
+
 class _ChannelNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, statistics, momentum, eps, slope, frozen):  # types: batch_norm, frozen_norm
@@ -186,6 +199,22 @@ class _GroupNorm(torch.autograd.Function):
         return *_backward(ctx, grads[0], "group_backward", (), ctx.num_groups), None, None, None
 
 
+class _PositionNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, centred, eps):  # types: position_norm
+        ctx.centred, ctx.eps = centred, eps
+        return _forward(ctx, x, weight, bias, x.numel() // x.shape[1], 1.0, "position_forward", (), centred, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        if torch.is_grad_enabled():
+            x, weight, bias, _ = ctx.saved_tensors
+            distance = x.float() - x.float().mean(1, keepdim=True) if ctx.centred else x.float()
+            x_hat = distance * (distance.square().mean(1, keepdim=True) + ctx.eps).rsqrt()
+            return *_again(ctx, _scaled(x_hat, weight, bias).to(x.dtype), (x, weight, bias), grads[0]), None, None
+        return *_backward(ctx, grads[0], "position_backward", (), ctx.centred), None, None
+
+
 def _forward(ctx, x, weight, bias, parts, slope, kernel, statistics, *numbers):
     """The output of a norm that has `parts` means and 1/√(var + eps); they are saved for `_backward`."""
     ctx.slope = slope
@@ -220,6 +249,10 @@ def _composed(x, weight, bias, saved, eps):
         inverse = (var + eps).rsqrt()
     else:
         mean, inverse = (part.view(along) for part in saved)
-    y = (x - mean) * inverse
-    y = y if weight is None else y * weight.view(along)
-    return (y if bias is None else y + bias.view(along)).to(x.dtype)
+    return _scaled((x - mean) * inverse, weight, bias).to(x.dtype)
+
+
+def _scaled(x_hat, weight, bias):
+    along = (-1, *[1] * (x_hat.dim() - 2))
+    y = x_hat if weight is None else x_hat * weight.view(along)
+    return y if bias is None else y + bias.view(along)

@@ -41,6 +41,8 @@ class Learner:
         InputError: `compile` with a torch that cannot compile gradients.
     """
 
+    _compiled: CompiledGradients | None = None
+
     def __init__(
         self,
         model: nn.Module,

@@ -23,6 +23,9 @@ inline float to_float(BFloat16 value) {
 // How many sums `products` takes; and how many of them the gradient of a norm needs, the first ones.
 constexpr int kSums = 5, kOfGradient = 2;
 
+// How many positions a norm of positions takes at a time.
+constexpr int64_t kPositions = 256;
+
 // The activation after a norm's z = scale (x − mean) + bias: z where z > 0, else slope·z, with a slope from 0 (ReLU) to
 // 1 (none). Its gradient passes where z > 0, else slope times as long; z is computed again for it, not kept.
 struct Gates {
@@ -34,6 +37,15 @@ struct Gates {
 // Runs of a tensor, from `first` to before `last`: `space` values each, run i of channel i % channels.
 struct Runs {
   int64_t first, last, channels, space;
+};
+
+// What a norm of each position over its channels is made of: weight and bias, or null for 1 and 0; the mean is
+// subtracted if it is `centred`.
+struct PositionNorm {
+  int64_t channels;
+  const float *weight, *bias;
+  bool centred;
+  float eps;
 };
 
 // Each loop comes in two forms. In the first, the values of a channel of an image are a run. In the second, n rows of
@@ -63,6 +75,16 @@ struct Loops {
                   const float* p, const float* q, const float* r);
   void (*combine_rows)(const T* g, const T* x, T* out, int64_t n, int64_t channels, float factor, const float* mean,
                        Gates z, const float* p, const float* q, const float* r);
+
+  // Norms of n positions, next to each other, at most kPositions of them; a channel lies `stride` after the one before.
+  // mean, inverse: of each position, written by the forward pass. sums: Σg x̂ and Σg of each channel, [sum][channel].
+  void (*position_forward)(const T* x, T* y, int64_t n, int64_t stride, const PositionNorm& norm, float* mean,
+                           float* inverse);
+  void (*position_backward)(const T* g, const T* x, T* out, int64_t n, int64_t stride, const PositionNorm& norm,
+                            const float* mean, const float* inverse, float* sums);
+  void (*position_forward_rows)(const T* x, T* y, int64_t n, const PositionNorm& norm, float* mean, float* inverse);
+  void (*position_backward_rows)(const T* g, const T* x, T* out, int64_t n, const PositionNorm& norm, const float* mean,
+                                 const float* inverse, float* sums);
 };
 
 struct AllLoops {

@@ -7,6 +7,7 @@
 
 #include "channels.h"
 #include "groups.h"
+#include "positions.h"
 
 namespace nb = nanobind;
 
@@ -475,6 +476,27 @@ void group_backward_of(int type, int64_t images, int64_t channels, int64_t space
   });
 }
 
+// Norms of each position over the channels, `centred` or not.
+void position_forward_of(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer x, Pointer y,
+                         Pointer weight, Pointer bias, Pointer saved, double, bool centred, double eps) {
+  const PositionNorm norm{channels, at<float>(weight), at<float>(bias), centred, static_cast<float>(eps)};
+  with_type(type, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    position_norm_forward({images, channels, space, last}, norm, at<const T>(x), at<T>(y), at<float>(saved));
+  });
+}
+
+void position_backward_of(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer g, Pointer x,
+                          Pointer out, Pointer weight, Pointer bias, Pointer saved, Pointer weight_grad,
+                          Pointer bias_grad, double, bool centred) {
+  const PositionNorm norm{channels, at<float>(weight), at<float>(bias), centred, 0};
+  with_type(type, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    position_norm_backward({images, channels, space, last}, norm, at<const T>(g), at<const T>(x), at<T>(out),
+                           at<float>(saved), at<float>(weight_grad), at<float>(bias_grad));
+  });
+}
+
 void set_openmp(Pointer parallel, Pointer max_threads, Pointer thread, Pointer threads, Pointer inside) {
   openmp.parallel = reinterpret_cast<decltype(openmp.parallel)>(parallel);
   openmp.max_threads = reinterpret_cast<decltype(openmp.max_threads)>(max_threads);
@@ -522,6 +544,8 @@ NB_MODULE(_native, m) {
   define("frozen_forward", &frozen_forward);
   define("group_forward", &group_forward_of);
   define("group_backward", &group_backward_of);
+  define("position_forward", &position_forward_of);
+  define("position_backward", &position_backward_of);
   define("running_forward", &running_forward);
   define("running_backward", &running_backward);
 }

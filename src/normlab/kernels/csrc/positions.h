@@ -1,0 +1,79 @@
+// Norms whose statistics are of each position of each image, over the channels.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "channels.h"
+
+namespace normlab {
+
+// Calls part(segment, position, offset, n) for n positions at a time, some in each thread.
+template <class Part>
+int64_t each_positions(const Shape& shape, Part part) {
+  if (shape.last) {
+    const int64_t rows = shape.values(), segments = (rows + kPositions - 1) / kPositions;
+    parallel_for(segments, shape.numel(), [&](int64_t begin, int64_t end) {
+      for (int64_t segment = begin; segment < end; ++segment) {
+        const int64_t first = segment * kPositions;
+        part(segment, first, first * shape.channels, std::min(kPositions, rows - first));
+      }
+    });
+    return segments;
+  }
+  const int64_t per_image = (shape.space + kPositions - 1) / kPositions, segments = shape.images * per_image;
+  parallel_for(segments, shape.numel(), [&](int64_t begin, int64_t end) {
+    for (int64_t segment = begin; segment < end; ++segment) {
+      const int64_t image = segment / per_image, first = segment % per_image * kPositions;
+      const int64_t n = std::min(kPositions, shape.space - first);
+      part(segment, image * shape.space + first, image * shape.channels * shape.space + first, n);
+    }
+  });
+  return segments;
+}
+
+// saved: means, then 1/√(var + eps), of each position.
+template <class T>
+void position_norm_forward(const Shape& shape, const PositionNorm& norm, const T* x, T* y, float* saved) {
+  prefer_large_pages(y, shape.numel() * sizeof(T));
+  float *means = saved, *inverses = saved + shape.values();
+  each_positions(shape, [&](int64_t, int64_t at, int64_t offset, int64_t n) {
+    if (shape.last) {
+      loops<T>().position_forward_rows(x + offset, y + offset, n, norm, means + at, inverses + at);
+    } else {
+      loops<T>().position_forward(x + offset, y + offset, n, shape.space, norm, means + at, inverses + at);
+    }
+  });
+}
+
+template <class T>
+void position_norm_backward(const Shape& shape, const PositionNorm& norm, const T* g, const T* x, T* out,
+                            const float* saved, float* grad_weight, float* grad_bias) {
+  prefer_large_pages(out, shape.numel() * sizeof(T));
+  const int64_t channels = shape.channels;
+  const float *means = saved, *inverses = saved + shape.values();
+  thread_local std::vector<float> sums;
+  sums.resize((shape.values() / kPositions + shape.images) * 2 * channels);
+  float* to = sums.data();
+  const int64_t segments = each_positions(shape, [&](int64_t segment, int64_t at, int64_t offset, int64_t n) {
+    float* of = to + segment * 2 * channels;
+    const float *mean = means + at, *inverse = inverses + at;
+    if (shape.last) {
+      loops<T>().position_backward_rows(g + offset, x + offset, out + offset, n, norm, mean, inverse, of);
+    } else {
+      loops<T>().position_backward(g + offset, x + offset, out + offset, n, shape.space, norm, mean, inverse, of);
+    }
+  });
+  thread_local std::vector<double> total;
+  total.assign(2 * channels, 0);
+  for (int64_t segment = 0; segment < segments; ++segment) {
+    for (int64_t i = 0; i < 2 * channels; ++i) total[i] += *to++;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    grad_weight[c] = static_cast<float>(total[c]);
+    grad_bias[c] = static_cast<float>(total[channels + c]);
+  }
+}
+
+}  // namespace normlab
