@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/epoch.py [--batch-size 2] [--out benchmarks/results/epoch.jsonl]
 
 A round runs each of the loops over the same part of an epoch in turn, so that all see the same machine: `plain` loops
-are written by hand and keep no figures, `learner` is normlab's with mean loss and accuracy, `JAX` (left out where it is
+are written by hand and keep no figures, `learner` is normlab's with mean loss and accuracy and
+the fused optimizer, `JAX` (left out where it is
 not installed) a jitted step. Convolutions go the way that is the faster at this batch size, in every loop. What is
 compiled is so before the first round. Figures are medians and quartiles over the rounds, of what each loop takes over
 what the plain one with torch's batch norm takes. One line is appended, with versions and machine. Run it on an idle
@@ -54,7 +55,7 @@ def learner(norm: str, compile: bool = False) -> Loop:
         fitting.train = batches
         fitting.fit(1)
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, fused=True)
     fitting = Learner(model, (), optimizer=optimizer, callbacks=[Metrics(accuracy=accuracy)], compile=compile)
     return loop
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import reference
 from checks import assert_close, cases, composed, double, gradients, layouts, step, with_drawn_parameters
 from normlab.kernels import fused, native, ops
-from normlab.nn import BatchNorm2d, ChannelLayerNorm, GroupNorm, RMSNorm, RunningBatchNorm2d
+from normlab.nn import BatchNorm2d, BatchRenorm2d, ChannelLayerNorm, GroupNorm, RMSNorm, RunningBatchNorm2d
 from normlab.nn import functional as F
 
 pytestmark = pytest.mark.skipif(native.PATH.startswith("composed"), reason=native.PATH)
@@ -95,6 +95,21 @@ def test_group_norm_equals_float64(case, slope, data):
     expected = gradients(plain, grad64, x64, *parameters64)
     fast = gradients(lambda x, w, b: fused.group_norm(x, groups, w, b, EPS, slope), grad, x, *float32(*parameters))
     assert_close(fast, expected, TOLERANCE[x.dtype])
+
+
+@EXAMPLES
+@given(float_cases)
+def test_batch_norm_of_known_moments_equals_float64(case):
+    x, grad, *parameters = case
+    x64, grad64, *parameters64 = double([x, grad, *float32(*parameters)])
+    expected = gradients(lambda *inputs: F.batch_norm(*inputs, EPS), grad64, x64, *parameters64)
+
+    def norm(x, weight, bias):
+        return fused.batch_norm_of(x, *native.channel_moments(x), weight, bias, EPS)
+
+    assert_close(gradients(norm, grad, x, *float32(*parameters)), expected, TOLERANCE[x.dtype])
+    moments = reference.channel_moments(x64)
+    assert_close(list(native.channel_moments(x)), list(moments), TOLERANCE[x.dtype])
 
 
 @pytest.mark.usefixtures("every_instruction_set")
@@ -197,8 +212,8 @@ def test_the_gradient_has_a_gradient(layer, activation):
     assert_the_gradient_has_a_gradient(layer)
 
 
-@pytest.mark.parametrize("norm", [ChannelLayerNorm, RMSNorm])
-def test_the_gradient_of_a_norm_of_positions_has_a_gradient(norm):
+@pytest.mark.parametrize("norm", [ChannelLayerNorm, RMSNorm, BatchRenorm2d])
+def test_the_gradient_of_a_norm_without_activation_has_a_gradient(norm):
     assert_the_gradient_has_a_gradient(norm(6))
 
 

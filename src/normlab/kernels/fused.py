@@ -53,8 +53,15 @@ class RunningNumbers(NamedTuple):
 
 
 def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
-    """As `function.apply`, without what that does for `torch.func`, where `takes` is false."""
+    """As `function.apply`, without what that does for `torch.func`, where `takes` is false, and without gradients."""
+    if not torch.is_grad_enabled():
+        return function.forward(_NoContext(), *arguments)
     return super(torch.autograd.Function, function).apply(*arguments)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _NoContext:
+    def save_for_backward(self, *_: Any) -> None:
+        """There is no backward pass."""
 
 
 def batch_norm(
@@ -81,14 +88,21 @@ def batch_norm(
     if torch.compiler.is_compiling():
         kept = statistics or (None, None, None)
         return operators.BatchNorm.apply(x, weight, bias, *kept, momentum, eps, slope)
-    return _apply(_ChannelNorm, x, weight, bias, statistics, momentum, eps, slope, False)
+    return _apply(_ChannelNorm, x, weight, bias, None, statistics, momentum, eps, slope, 1.0)
 
 
 def frozen_norm(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float
 ) -> Tensor:
     """γ (x − mean) / √(var + eps) + β with constant `mean` and `var`, (C,), float32; arguments as in `batch_norm`."""
-    return _apply(_ChannelNorm, x, weight, bias, (mean, var), 0.0, eps, slope, True)
+    return _apply(_ChannelNorm, x, weight, bias, (mean, var), None, 0.0, eps, slope, 0.0)
+
+
+def batch_norm_of(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Batch norm with the mean and the biased variance of `x`, known already; arguments as in `batch_norm`."""
+    return _apply(_ChannelNorm, x, weight, bias, (mean, var), None, 0.0, eps, 1.0, 1.0)
 
 
 def running_norm(
@@ -143,10 +157,11 @@ def position_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, centred
 
 class _ChannelNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, statistics, momentum, eps, slope, frozen):  # types: batch_norm, frozen_norm
-        ctx.eps, ctx.frozen = eps, frozen
-        if frozen:
-            return _forward(ctx, x, weight, bias, x.shape[1], slope, "frozen_forward", statistics, eps)
+    def forward(ctx, x, weight, bias, known, statistics, momentum, eps, slope, share):
+        """Types as in `batch_norm`, but for `known`, mean and variance if they are, and the batch's share in them."""
+        ctx.eps, ctx.share = eps, share
+        if known is not None:
+            return _forward(ctx, x, weight, bias, x.shape[1], slope, "frozen_forward", known, eps)
         statistics = statistics or (None, None, None)
         return _forward(ctx, x, weight, bias, x.shape[1], slope, "batch_forward", statistics, momentum, eps)
 
@@ -154,10 +169,10 @@ class _ChannelNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor):
         if torch.is_grad_enabled():  # these gradients are to be differentiated
             x, weight, bias, saved = ctx.saved_tensors
-            y = _composed(x, weight, bias, saved if ctx.frozen else None, ctx.eps)
-            return *_again(ctx, y, (x, weight, bias), grads[0]), None, None, None, None, None
-        share = 0.0 if ctx.frozen else 1.0
-        return *_backward(ctx, grads[0], "batch_backward", (), share), None, None, None, None, None
+            y = _composed(x, weight, bias, None if ctx.share else saved, ctx.eps)
+            return *_again(ctx, y, (x, weight, bias), grads[0]), None, None, None, None, None, None
+        found = _backward(ctx, grads[0], "batch_backward", (), ctx.share)
+        return *found, None, None, None, None, None, None
 
 
 class _RunningNorm(torch.autograd.Function):

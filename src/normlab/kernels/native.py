@@ -24,18 +24,27 @@ def takes(x: Tensor, weight: Tensor | None, bias: Tensor | None, *buffers: Tenso
     The kernels see memory only, so not where an operation is to be exported, transformed or batched: by `torch.export`,
     `torch.func`, forward-mode gradients or a dispatch mode. To a compiler they are operators of `torch.library`.
     """
-    return (
-        kernels is not None
-        and (not torch.compiler.is_exporting() if torch.compiler.is_compiling() else _in_memory(x))
-        and x.dtype in TYPES
-        and x.is_cpu
-        and x.layout is torch.strided
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and x.numel() > 0
-        and (weight is None or (_plain(weight) and weight.shape == x.shape[1:2]))
-        and (bias is None or (_plain(bias) and bias.shape == x.shape[1:2]))
-        and all(map(_plain, buffers))
-    )
+    if (
+        kernels is None
+        or not (not torch.compiler.is_exporting() if torch.compiler.is_compiling() else _in_memory(x))
+        or x.dtype not in TYPES
+        or not x.is_cpu
+        or x.layout is not torch.strided
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or x.numel() == 0
+    ):
+        return False
+    # Written out: this takes as long as a kernel does on a small tensor.
+    channels = x.shape[1]
+    for part in (weight, bias):
+        if part is not None and not (
+            part.dtype is torch.float32 and part.numel() == channels and part.is_contiguous() and part.is_cpu
+        ):
+            return False
+    for part in buffers:
+        if part is not None and not (part.dtype in STATISTICS and part.is_contiguous() and part.is_cpu):
+            return False
+    return True
 
 
 def _in_memory(x: Tensor) -> bool:
@@ -46,10 +55,6 @@ def _in_memory(x: Tensor) -> bool:
         and torch._C._get_tracing_state() is None
         and torch.autograd.forward_ad._current_level < 0
     )
-
-
-def _plain(part: Tensor | None) -> bool:
-    return part is None or (part.dtype in STATISTICS and part.is_contiguous() and part.is_cpu)
 
 
 class Description(NamedTuple):
@@ -98,6 +103,14 @@ def forward(
         *described.arguments, *_pointers(x, y, weight, bias, saved, *statistics), slope, *numbers
     )
     return y, saved, result
+
+
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of (N, C, *space), (C,) each, without a gradient."""
+    x, described = describe(x.detach())
+    found = torch.empty(2, x.shape[1])
+    kernels.channel_moments(*described.arguments, x.data_ptr(), found.data_ptr())
+    return found[0], found[1]
 
 
 def backward(

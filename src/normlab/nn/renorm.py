@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import check
+from ..kernels import fused, native
 from . import functional as F
 from .base import RunningStatistics, recomputing, remember, settle
 from .per_image import in_float32
@@ -73,14 +74,20 @@ class BatchRenorm2d(RunningStatistics):
         if not self.training or x.numel() == 0:  # an empty batch has nothing to add
             mean, var = (F.per_channel(statistic, x) for statistic in (self.running_mean, self.running_var))
             return F.normalize(x, mean, var, self.weight, self.bias, self.eps)
+        if not torch.compiler.is_compiling() and native.takes(x, self.weight, self.bias, *self._buffers.values()):
+            mean, var = native.channel_moments(x)
+            return fused.batch_norm_of(x, mean, var, *self._corrected(x, mean, var), self.eps)
         values = in_float32(x)  # once, so that its gradients add up before rounding
         mean, var = F.moments(values, (0, *range(2, x.dim())))
-        if self._correction is None or not recomputing():
-            n = x.numel() // self.num_features
-            self._correction = self._correct(mean.detach().flatten(), var.detach().flatten(), n)
-        r, d = self._correction
-        weight, bias = (r, d) if self.weight is None else (r * self.weight, d * self.weight + self.bias)
+        weight, bias = self._corrected(x, mean.detach().flatten(), var.detach().flatten())
         return F.normalize(values, mean, var, weight, bias, self.eps).to(x.dtype)
+
+    def _corrected(self, x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """What takes the place of γ and β for a batch of this mean and variance, which enters the running ones."""
+        if self._correction is None or not recomputing():
+            self._correction = self._correct(mean, var, x.numel() // self.num_features)
+        r, d = self._correction
+        return (r, d) if self.weight is None else (r * self.weight, d * self.weight + self.bias)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_correction": None}  # a copy has no pass to run again

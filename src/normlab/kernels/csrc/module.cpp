@@ -90,6 +90,16 @@ Gates gates(int64_t channels, const float* inverse, const float* weight, const f
   return {scale.data(), bias ? bias : zeros.data(), static_cast<float>(slope)};
 }
 
+// mean_and_var: of each channel, the variance biased.
+void channel_moments(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer x,
+                     Pointer mean_and_var) {
+  with_type(type, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    moments(Shape{images, channels, space, last}, at<const T>(x), at<float>(mean_and_var),
+            at<float>(mean_and_var) + channels);
+  });
+}
+
 // Batch norm with the statistics of this batch, which enter the running ones, if there are any, unless they are
 // infinite or NaN. saved: mean, 1/√(var + eps). momentum: below 0 for the mean of all batches.
 void batch_forward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer x, Pointer y,
@@ -539,6 +549,7 @@ NB_MODULE(_native, m) {
   const auto define = [&](const char* name, auto function) {
     m.def(name, function, nb::call_guard<nb::gil_scoped_release>());
   };
+  define("channel_moments", &channel_moments);
   define("batch_forward", &batch_forward);
   define("batch_backward", &batch_backward);
   define("frozen_forward", &frozen_forward);
