@@ -72,6 +72,7 @@ def batch_norm(
     momentum: float | None,
     eps: float,
     slope: float,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Batch norm with the mean and variance of this batch, which enter `statistics` unless they are infinite or NaN.
 
@@ -83,26 +84,35 @@ def batch_norm(
         momentum: weight of this batch in `statistics`; if None, one over the batches seen.
         eps: added to the variance.
         slope: of the activation after the norm where it is below 0, from 0 (ReLU) to 1 (none).
+        residual: as `x`; added before the activation.
     """
     momentum = -1.0 if momentum is None else momentum
     if torch.compiler.is_compiling():
         kept = statistics or (None, None, None)
-        return operators.BatchNorm.apply(x, weight, bias, *kept, momentum, eps, slope)
-    return _apply(_ChannelNorm, x, weight, bias, None, statistics, momentum, eps, slope, 1.0)
+        numbers = momentum, eps, slope if residual is None else 1.0
+        return _added(operators.BatchNorm.apply(x, weight, bias, *kept, *numbers), residual, slope)
+    return _apply(_ChannelNorm, x, weight, bias, residual, None, statistics, momentum, eps, slope, 1.0)
 
 
 def frozen_norm(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    slope: float,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """γ (x − mean) / √(var + eps) + β with constant `mean` and `var`, (C,), float32; arguments as in `batch_norm`."""
-    return _apply(_ChannelNorm, x, weight, bias, (mean, var), None, 0.0, eps, slope, 0.0)
+    return _apply(_ChannelNorm, x, weight, bias, residual, (mean, var), None, 0.0, eps, slope, 0.0)
 
 
 def batch_norm_of(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """Batch norm with the mean and the biased variance of `x`, known already; arguments as in `batch_norm`."""
-    return _apply(_ChannelNorm, x, weight, bias, (mean, var), None, 0.0, eps, 1.0, 1.0)
+    return _apply(_ChannelNorm, x, weight, bias, None, (mean, var), None, 0.0, eps, 1.0, 1.0)
 
 
 def running_norm(
@@ -114,6 +124,7 @@ def running_norm(
     numbers: RunningNumbers,
     step_bound: float | None,
     slope: float,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Running batch norm; see `RunningBatchNorm2d`.
 
@@ -126,11 +137,17 @@ def running_norm(
         numbers: of the layer.
         step_bound: see `ops.normalize_with_memory`.
         slope: as in `batch_norm`.
+        residual: likewise.
     """
     step_bound = -1.0 if step_bound is None else step_bound
     if torch.compiler.is_compiling():
-        return operators.RunningNorm.apply(x, weight, bias, *statistics, *memory, *numbers[:-1], step_bound, slope)
-    return _apply(_RunningNorm, x, weight, bias, statistics, memory, numbers, step_bound, slope)
+        rest = *numbers[:-1], step_bound, slope if residual is None else 1.0
+        return _added(operators.RunningNorm.apply(x, weight, bias, *statistics, *memory, *rest), residual, slope)
+    return _apply(_RunningNorm, x, weight, bias, residual, statistics, memory, numbers, step_bound, slope)
+
+
+def _added(y: Tensor, residual: Tensor | None, slope: float) -> Tensor:
+    return y if residual is None else ops.activate(y + residual, slope)
 
 
 def group_norm(
@@ -157,29 +174,32 @@ def position_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, centred
 
 class _ChannelNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, known, statistics, momentum, eps, slope, share):
+    def forward(ctx, x, weight, bias, residual, known, statistics, momentum, eps, slope, share):
         """Types as in `batch_norm`, but for `known`, mean and variance if they are, and the batch's share in them."""
         ctx.eps, ctx.share = eps, share
         if known is not None:
-            return _forward(ctx, x, weight, bias, x.shape[1], slope, "frozen_forward", known, eps)
+            return _forward_added(ctx, x, weight, bias, residual, slope, "frozen_forward", known, eps)
         statistics = statistics or (None, None, None)
-        return _forward(ctx, x, weight, bias, x.shape[1], slope, "batch_forward", statistics, momentum, eps)
+        return _forward_added(ctx, x, weight, bias, residual, slope, "batch_forward", statistics, momentum, eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         if torch.is_grad_enabled():  # these gradients are to be differentiated
-            x, weight, bias, saved = ctx.saved_tensors
-            y = _composed(x, weight, bias, None if ctx.share else saved, ctx.eps)
-            return *_again(ctx, y, (x, weight, bias), grads[0]), None, None, None, None, None, None
-        found = _backward(ctx, grads[0], "batch_backward", (), ctx.share)
+            x, weight, bias, saved, y = ctx.saved_tensors
+            norm, grad = _composed(x, weight, bias, None if ctx.share else saved, ctx.eps), grads[0]
+            if y is not None:
+                grad = torch.where(y > 0, grad, ctx.slope * grad)
+            found = _again(norm, 1.0 if y is not None else ctx.slope, (x, weight, bias), grad)
+            return *found, grad if ctx.needs_input_grad[3] else None, None, None, None, None, None, None
+        found = _backward_added(ctx, grads[0], "batch_backward", (), ctx.share)
         return *found, None, None, None, None, None, None
 
 
 class _RunningNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, statistics, memory, numbers, step_bound, slope):  # types: running_norm
+    def forward(ctx, x, weight, bias, residual, statistics, memory, numbers, step_bound, slope):  # types: running_norm
         kept = (*statistics, *memory[:2])
-        y = _forward(ctx, x, weight, bias, x.shape[1], slope, "running_forward", kept, *numbers)
+        y = _forward_added(ctx, x, weight, bias, residual, slope, "running_forward", kept, *numbers)
         # Not saved: it may change before this backward pass, by that of another batch.
         ctx.memory, ctx.step_bound = memory, step_bound
         return y
@@ -193,7 +213,7 @@ class _RunningNorm(torch.autograd.Function):
 def _running_backward(ctx: Any, *grads: Tensor):
     learns = all(ctx.needs_input_grad[1:3])
     numbers = ctx.result, ctx.step_bound, learns
-    return *_backward(ctx, grads[0], "running_backward", ctx.memory, *numbers), None, None, None, None, None
+    return *_backward_added(ctx, grads[0], "running_backward", ctx.memory, *numbers), None, None, None, None, None
 
 
 _once = once_differentiable(_running_backward)
@@ -210,7 +230,7 @@ class _GroupNorm(torch.autograd.Function):
         if torch.is_grad_enabled():
             x, weight, bias, _ = ctx.saved_tensors
             y = torch.group_norm(x, ctx.num_groups, weight, bias, ctx.eps)
-            return *_again(ctx, y, (x, weight, bias), grads[0]), None, None, None
+            return *_again(y, ctx.slope, (x, weight, bias), grads[0]), None, None, None
         return *_backward(ctx, grads[0], "group_backward", (), ctx.num_groups), None, None, None
 
 
@@ -226,7 +246,7 @@ class _PositionNorm(torch.autograd.Function):
             x, weight, bias, _ = ctx.saved_tensors
             distance = x.float() - x.float().mean(1, keepdim=True) if ctx.centred else x.float()
             x_hat = distance * (distance.square().mean(1, keepdim=True) + ctx.eps).rsqrt()
-            return *_again(ctx, _scaled(x_hat, weight, bias).to(x.dtype), (x, weight, bias), grads[0]), None, None
+            return *_again(_scaled(x_hat, weight, bias).to(x.dtype), 1.0, (x, weight, bias), grads[0]), None, None
         return *_backward(ctx, grads[0], "position_backward", (), ctx.centred), None, None
 
 
@@ -248,9 +268,32 @@ def _backward(ctx, grad, kernel, memory, *numbers):
     return operators.wanted(ctx, found)
 
 
-def _again(ctx: Any, y: Tensor, inputs: Iterable[Tensor | None], grad: Tensor) -> list[Tensor | None]:
+def _forward_added(ctx, x, weight, bias, residual, slope, kernel, statistics, *numbers):
+    """As `_forward`, of a norm of channels to which `residual`, if there is one, is added."""
+    ctx.slope = slope
+    x, ctx.described = native.describe(x)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=ctx.described.layout)
+    numbers = x.shape[1], slope, kernel, (residual, *statistics), *numbers
+    y, saved, ctx.result = native.forward(x, ctx.described, weight, bias, *numbers)
+    # With a residual the norm alone does not say what the activation let through.
+    ctx.save_for_backward(x, weight, bias, saved, None if residual is None or slope == 1 else y)
+    return y
+
+
+def _backward_added(ctx, grad, kernel, memory, *numbers):
+    """As `_backward`, after `_forward_added`; and the gradient of the residual."""
+    x, weight, bias, saved, y = ctx.saved_tensors
+    slope = ctx.slope
+    if y is not None:
+        grad, slope = native.activation_backward(y, grad, ctx.described, slope), 1.0
+    found = native.backward(grad, x, ctx.described, weight, bias, saved, slope, kernel, memory, *numbers)
+    return *operators.wanted(ctx, found), grad if ctx.needs_input_grad[3] else None
+
+
+def _again(y: Tensor, slope: float, inputs: Iterable[Tensor | None], grad: Tensor) -> list[Tensor | None]:
     """The gradients of `inputs`, to be differentiated, where the norm is `y`; None for those that want none."""
-    y = ops.activate(y, ctx.slope)
+    y = ops.activate(y, slope)
     wanted = [part for part in inputs if part is not None and part.requires_grad]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
     return [next(found) if part is not None and part.requires_grad else None for part in inputs]

@@ -47,6 +47,16 @@ def takes(x: Tensor, weight: Tensor | None, bias: Tensor | None, *buffers: Tenso
     return True
 
 
+def takes_residual(x: Tensor, residual: Tensor | None) -> bool:
+    """Whether the kernels can add `residual`, if there is one, to a norm of `x`, which they take."""
+    return residual is None or (
+        residual.dtype is x.dtype
+        and residual.is_cpu
+        and residual.layout is torch.strided
+        and type(residual) in (Tensor, torch.nn.Parameter)
+    )
+
+
 def _in_memory(x: Tensor) -> bool:
     return (
         not torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
@@ -103,6 +113,14 @@ def forward(
         *described.arguments, *_pointers(x, y, weight, bias, saved, *statistics), slope, *numbers
     )
     return y, saved, result
+
+
+def activation_backward(y: Tensor, grad: Tensor, described: Description, slope: float) -> Tensor:
+    """The gradient of what the activation that gave `y` was applied to."""
+    grad = grad.contiguous(memory_format=described.layout)
+    found = torch.empty_like(y)
+    kernels.activation_backward(described.arguments[0], y.numel(), *_pointers(y, grad, found), slope)
+    return found
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,7 @@ def _saved(x: Tensor, parts: int) -> Tensor:
 def batch_forward(x, weight, bias, running_mean, running_var, num_batches_tracked, slope, momentum, eps):
     """The output, and mean and 1/√(var + eps); enters the batch in the running statistics."""
     x, described = native.describe(x)
-    kept = running_mean, running_var, num_batches_tracked
+    kept = None, running_mean, running_var, num_batches_tracked
     return native.forward(x, described, weight, bias, x.shape[1], slope, "batch_forward", kept, momentum, eps)[:2]
 
 
@@ -88,7 +88,7 @@ def running_forward(x, weight, bias, *rest):
     *kept, slope, momentum, eps, least_share, least_gradient_share, tolerated_drift = rest
     x, described = native.describe(x)
     numbers = momentum, eps, least_share, least_gradient_share, tolerated_drift, False
-    numbers = slope, "running_forward", kept, *numbers
+    numbers = slope, "running_forward", (None, *kept), *numbers
     y, saved, rate = native.forward(x, described, weight, bias, x.shape[1], *numbers)
     return y, saved, torch.tensor(rate, dtype=torch.float32)
 

@@ -15,9 +15,15 @@ def check_activation(name: str | None) -> str | None:
     return name
 
 
-def activate(y: Tensor, name: str | None) -> Tensor:
-    """The activation of `y`, as an operator of its own."""
-    return ops.activate(y, SLOPES[name])
+def activate(y: Tensor, name: str | None, residual: Tensor | None = None) -> Tensor:
+    """The activation of `y`, or of the sum with `residual`, as operators of their own."""
+    return ops.activate(y if residual is None else y + residual, SLOPES[name])
+
+
+def check_residual(x: Tensor, residual: Tensor | None) -> None:
+    """An InputError unless `residual` is None or of the shape of `x`."""
+    if residual is not None and residual.shape != x.shape:
+        check(False, "residual.shape", tuple(residual.shape), f"{tuple(x.shape)}, that of x")
 
 
 def described(name: str | None) -> str:

@@ -6,7 +6,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..kernels import fused, native, operators
 from . import functional as F
-from .activation import SLOPES, activate, check_activation, described
+from .activation import SLOPES, activate, check_activation, check_residual, described
 from .base import PreciseStatistics, recomputing, remember
 
 
@@ -30,13 +30,15 @@ class _Batch(PreciseStatistics, _BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.activation = check_activation(activation)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(x)
+        check_residual(x, residual)
         several = x.numel() > x.shape[1] == self.num_features  # values a channel
         own = self.training or self.running_mean is None  # statistics of this batch
-        if several and operators.preferred(x, own) and native.takes(x, self.weight, self.bias, *self._buffers.values()):
-            return self._fast(x, own)
-        return activate(self._composed(x), self.activation)
+        preferred = several and operators.preferred(x, own) and native.takes_residual(x, residual)
+        if preferred and native.takes(x, self.weight, self.bias, *self._buffers.values()):
+            return self._fast(x, own, residual)
+        return activate(self._composed(x), self.activation, residual)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + described(self.activation)
@@ -59,16 +61,16 @@ class _Batch(PreciseStatistics, _BatchNorm):
         self._remember(batch_mean, batch_var)
         return y
 
-    def _fast(self, x: Tensor, own: bool) -> Tensor:
+    def _fast(self, x: Tensor, own: bool, residual: Tensor | None) -> Tensor:
         """What `forward` computes, by the compiled kernels; with the batch's `own` statistics or the running ones."""
         kept = self._kept(fused.BatchStatistics._fields)
-        known = fused.BatchStatistics(*kept) if kept else None
+        known, slope = fused.BatchStatistics(*kept) if kept else None, SLOPES[self.activation]
         if known and not own:
             mean, var = known.running_mean, known.running_var
-            return fused.frozen_norm(x, mean, var, self.weight, self.bias, self.eps, SLOPES[self.activation])
+            return fused.frozen_norm(x, mean, var, self.weight, self.bias, self.eps, slope, residual)
         keeps = self.training and not recomputing()
-        entered, slope = known if keeps else None, SLOPES[self.activation]
-        return fused.batch_norm(x, self.weight, self.bias, entered, self.momentum, self.eps, slope)
+        entered = known if keeps else None
+        return fused.batch_norm(x, self.weight, self.bias, entered, self.momentum, self.eps, slope, residual)
 
     def _remember(self, mean: Tensor, var: Tensor | None) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None or var is None:
@@ -94,7 +96,8 @@ class BatchNorm2d(_Batch, nn.BatchNorm2d):
     the layer keeps its statistics in float32. `momentum=None` compiles without a break.
 
     With `activation="relu"` or `"leaky_relu"` (of slope .01) the layer is that activation too: the same values and
-    gradients as with one after it, in less time, and without a tensor between the two.
+    gradients as with one after it, in less time, and without a tensor between the two. `layer(x, residual)`, with a
+    tensor like `x`, adds it before the activation: the end of a residual block.
 
     Source: Ioffe and Szegedy 2015, "Batch Normalization".
     """

@@ -9,7 +9,7 @@ from ..errors import check
 from ..kernels import fused, native, operators
 from ..kernels.ops import GradientMemory, normalize_with_memory
 from . import functional as F
-from .activation import SLOPES, activate, check_activation, described
+from .activation import SLOPES, activate, check_activation, check_residual, described
 from .base import RunningStatistics, recomputing, remember, settle
 
 # The share of a batch in the statistics after those of another layer were loaded, which had time to settle.
@@ -129,25 +129,27 @@ class RunningBatchNorm2d(RunningStatistics):
             for buffer in (self.innovation, *self._memory()):
                 buffer.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(x)
+        check_residual(x, residual)
         statistics, memory = self._statistics(), self._memory()
-        fast = native.takes(x, self.weight, self.bias, *statistics, *memory)
+        fast = native.takes_residual(x, residual) and native.takes(x, self.weight, self.bias, *statistics, *memory)
+        slope = SLOPES[self.activation]
         if not self.training or x.numel() == 0:  # an empty batch has nothing to add
             mean, var = self.running_mean, self.running_var
             if fast and operators.preferred(x, reduces=False):
-                return fused.frozen_norm(x, mean, var, self.weight, self.bias, self.eps, SLOPES[self.activation])
+                return fused.frozen_norm(x, mean, var, self.weight, self.bias, self.eps, slope, residual)
             mean, var = (F.per_channel(part, x) for part in (mean, var))
-            return activate(F.normalize(x, mean, var, self.weight, self.bias, self.eps), self.activation)
+            return activate(F.normalize(x, mean, var, self.weight, self.bias, self.eps), self.activation, residual)
         if fast:
             least = (LEAST_SHARE * self.momentum, LEAST_GRADIENT_SHARE * self.momentum)
             numbers = fused.RunningNumbers(self.momentum, self.eps, *least, TOLERATED_DRIFT, recomputing())
-            rest = (self.step_bound, SLOPES[self.activation])
+            rest = (self.step_bound, slope, residual)
             return fused.running_norm(x, self.weight, self.bias, statistics, memory, numbers, *rest)
         with torch.no_grad():
             mean, var, rate = settle(*self._updated(x))
         y = normalize_with_memory(x, mean, var, self.weight, self.bias, rate, memory, self.step_bound, self.eps)
-        return activate(y, self.activation)
+        return activate(y, self.activation, residual)
 
     def extra_repr(self) -> str:
         options = f"eps={self.eps}, momentum={self.momentum}, affine={self.affine}, step_bound={self.step_bound}"

@@ -127,9 +127,9 @@ void moments(const Shape& tensor, const T* x, float* mean, float* var) {
   }
 }
 
-// y: z and the activation after it, see `Gate`.
+// y: z, plus `residual` unless that is null, and the activation after it, see `Gates`.
 template <class T>
-void affine(const Shape& tensor, const T* x, T* y, const float* mean, Gates z) {
+void affine(const Shape& tensor, const T* x, const T* residual, T* y, const float* mean, Gates z) {
   prefer_large_pages(y, tensor.numel() * sizeof(T));
   const bool in_columns = has_short_runs(tensor);
   const Shape shape = in_columns ? rows_of_columns(tensor) : without_images(tensor);
@@ -138,9 +138,21 @@ void affine(const Shape& tensor, const T* x, T* y, const float* mean, Gates z) {
   each_segment(
       shape,
       [&](int64_t, int64_t, int64_t offset, int64_t n) {
-        loops<T>().affine_rows(x + offset, y + offset, n, shape.channels, mean, z);
+        const T* added = residual ? residual + offset : nullptr;
+        loops<T>().affine_rows(x + offset, added, y + offset, n, shape.channels, mean, z);
       },
-      [&](Runs runs) { loops<T>().affine(x, y, runs, mean, z); });
+      [&](Runs runs) { loops<T>().affine(x, residual, y, runs, mean, z); });
+}
+
+// out: what of g the activation lets through, that gave y.
+template <class T>
+void gate(int64_t n, const T* y, const T* g, T* out, float slope) {
+  prefer_large_pages(out, n * sizeof(T));
+  constexpr int64_t kPart = 1 << 12;
+  parallel_for((n + kPart - 1) / kPart, n, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kPart, last = std::min(end * kPart, n);
+    loops<T>().gate(y + first, g + first, out + first, last - first, slope);
+  });
 }
 
 // The sums of `Loops::products`, [segment][channel][sum], all of them or those that the gradient needs.

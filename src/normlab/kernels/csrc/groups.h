@@ -59,7 +59,8 @@ void group_forward(const Shape& shape, int64_t groups, const T* x, T* y, const f
         float of_group[2];
         loops<T>().moments(from, {0, 1, 1, members * space}, &shift, of_group);
         factors(i, Moments::of(static_cast<double>(members * space), shift, of_group));
-        loops<T>().affine(x, y, {i * members, (i + 1) * members, all, space}, to_mean, {to_scale, to_bias, slope});
+        loops<T>().affine(x, nullptr, y, {i * members, (i + 1) * members, all, space}, to_mean,
+                          {to_scale, to_bias, slope});
       }
     });
     return;
@@ -95,7 +96,7 @@ void group_forward(const Shape& shape, int64_t groups, const T* x, T* y, const f
       [&](int64_t, int64_t image, int64_t offset, int64_t n) {
         const int64_t at = image * channels;
         const Gates z = {to_scale + at, to_bias + at, slope};
-        loops<T>().affine_rows(x + offset, y + offset, n, channels, to_mean + at, z);
+        loops<T>().affine_rows(x + offset, nullptr, y + offset, n, channels, to_mean + at, z);
       },
       no_runs);
 }

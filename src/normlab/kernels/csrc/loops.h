@@ -60,9 +60,11 @@ struct Loops {
   void (*distances)(const T* x, Runs runs, const float* mean, float* sums);
   void (*distances_rows)(const T* x, int64_t n, int64_t channels, const float* mean, float* sums);
 
-  // y: z and the activation after it.
-  void (*affine)(const T* x, T* y, Runs runs, const float* mean, Gates z);
-  void (*affine_rows)(const T* x, T* y, int64_t n, int64_t channels, const float* mean, Gates z);
+  // y: z, plus `residual` unless that is null, and the activation after it.
+  void (*affine)(const T* x, const T* residual, T* y, Runs runs, const float* mean, Gates z);
+  void (*affine_rows)(const T* x, const T* residual, T* y, int64_t n, int64_t channels, const float* mean, Gates z);
+  // out: what of n values of g the activation lets through, that gave y.
+  void (*gate)(const T* y, const T* g, T* out, int64_t n, float slope);
 
   // sums: Σg, Σgd, Σg², Σd, Σd² with d = x − mean, and g what the activation after z lets through; as for `moments`.
   // Of `all`, or of those that the gradient needs.

@@ -17,7 +17,7 @@ namespace {
 // The functions of this module have arguments in common. x, y: values, float32 (type 0), bfloat16 (1) or float16 (2),
 // of so many images, channels and space, with the channels last in memory or not. weight, bias: float32 or null, as are
 // all statistics. saved: means, then 1/√(variance + eps), written by the forward pass. g, out: the gradients of y and
-// of x. weight_grad, bias_grad: written.
+// of x. weight_grad, bias_grad: written. residual: values added after the norm, before its activation, or null.
 
 struct InstructionSet {
   const char* name;
@@ -103,8 +103,8 @@ void channel_moments(int type, int64_t images, int64_t channels, int64_t space, 
 // Batch norm with the statistics of this batch, which enter the running ones, if there are any, unless they are
 // infinite or NaN. saved: mean, 1/√(var + eps). momentum: below 0 for the mean of all batches.
 void batch_forward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer x, Pointer y,
-                   Pointer weight, Pointer bias, Pointer saved, Pointer running_mean, Pointer running_var,
-                   Pointer num_batches, double slope, double momentum, double eps) {
+                   Pointer weight, Pointer bias, Pointer saved, Pointer residual, Pointer running_mean,
+                   Pointer running_var, Pointer num_batches, double slope, double momentum, double eps) {
   const Shape shape{images, channels, space, last};
   float *mean = at<float>(saved), *inverse = mean + channels;
   with_type(type, [&](auto* t) {
@@ -127,7 +127,8 @@ void batch_forward(int type, int64_t images, int64_t channels, int64_t space, bo
   for (int64_t c = 0; c < channels; ++c) inverse[c] = 1 / std::sqrt(inverse[c] + static_cast<float>(eps));
   with_type(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    affine(shape, at<const T>(x), at<T>(y), mean, gates(channels, inverse, at<float>(weight), at<float>(bias), slope));
+    affine(shape, at<const T>(x), at<const T>(residual), at<T>(y), mean,
+           gates(channels, inverse, at<float>(weight), at<float>(bias), slope));
   });
 }
 
@@ -161,7 +162,8 @@ void batch_backward(int type, int64_t images, int64_t channels, int64_t space, b
 
 // weight (x − mean) / √(var + eps) + bias. saved: mean, 1/√(var + eps).
 void frozen_forward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer x, Pointer y,
-                    Pointer weight, Pointer bias, Pointer saved, Pointer mean, Pointer var, double slope, double eps) {
+                    Pointer weight, Pointer bias, Pointer saved, Pointer residual, Pointer mean, Pointer var,
+                    double slope, double eps) {
   const Shape shape{images, channels, space, last};
   float *saved_mean = at<float>(saved), *inverse = saved_mean + channels;
   for (int64_t c = 0; c < channels; ++c) {
@@ -171,7 +173,7 @@ void frozen_forward(int type, int64_t images, int64_t channels, int64_t space, b
   with_type(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const Gates z = gates(channels, inverse, at<float>(weight), at<float>(bias), slope);
-    affine(shape, at<const T>(x), at<T>(y), saved_mean, z);
+    affine(shape, at<const T>(x), at<const T>(residual), at<T>(y), saved_mean, z);
   });
 }
 
@@ -198,10 +200,11 @@ float grown(float share, double growth, double least) {
 // Running batch norm, see `RunningBatchNorm2d`; returns the share of this batch in the averages of the backward pass,
 // which are `average` and `latest`, see `running_backward`.
 double running_forward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer x, Pointer y,
-                       Pointer weight, Pointer bias, Pointer saved, Pointer running_mean, Pointer running_var,
-                       Pointer num_batches, Pointer share, Pointer innovation, Pointer gradient_share, Pointer average,
-                       Pointer latest, double slope, double momentum, double eps, double least_share,
-                       double least_gradient_share, double tolerated_drift, bool recomputing) {
+                       Pointer weight, Pointer bias, Pointer saved, Pointer residual, Pointer running_mean,
+                       Pointer running_var, Pointer num_batches, Pointer share, Pointer innovation,
+                       Pointer gradient_share, Pointer average, Pointer latest, double slope, double momentum,
+                       double eps, double least_share, double least_gradient_share, double tolerated_drift,
+                       bool recomputing) {
   const Shape shape{images, channels, space, last};
   float *mean = at<float>(saved), *inverse = mean + channels;
   float *kept_mean = at<float>(running_mean), *kept_var = at<float>(running_var);
@@ -253,7 +256,8 @@ double running_forward(int type, int64_t images, int64_t channels, int64_t space
   for (int64_t c = 0; c < channels; ++c) inverse[c] = 1 / std::sqrt(inverse[c] + epsilon);
   with_type(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    affine(shape, at<const T>(x), at<T>(y), mean, gates(channels, inverse, at<float>(weight), at<float>(bias), slope));
+    affine(shape, at<const T>(x), at<const T>(residual), at<T>(y), mean,
+           gates(channels, inverse, at<float>(weight), at<float>(bias), slope));
   });
   return std::max(rate, 1.0 / static_cast<double>(std::max<int64_t>(seen, 1)));
 }
@@ -466,6 +470,14 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
   });
 }
 
+// What the activation lets through of g, where y is what it gave.
+void activation_backward(int type, int64_t n, Pointer y, Pointer g, Pointer out, double slope) {
+  with_type(type, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    gate(n, at<const T>(y), at<const T>(g), at<T>(out), static_cast<float>(slope));
+  });
+}
+
 void group_forward_of(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer x, Pointer y,
                       Pointer weight, Pointer bias, Pointer saved, double slope, int64_t groups, double eps) {
   with_type(type, [&](auto* t) {
@@ -549,6 +561,7 @@ NB_MODULE(_native, m) {
   const auto define = [&](const char* name, auto function) {
     m.def(name, function, nb::call_guard<nb::gil_scoped_release>());
   };
+  define("activation_backward", &activation_backward);
   define("channel_moments", &channel_moments);
   define("batch_forward", &batch_forward);
   define("batch_backward", &batch_backward);
