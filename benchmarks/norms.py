@@ -143,10 +143,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "norms.jsonl")
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--cases", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     a = parser.parse_args()
     table = Table("shape", "layout", "layer", "ms", "speed, torch = 1", "over the floor", box=None)
     speeds: dict[str, list[float]] = {name: [] for name in PEERS}
-    cases = [(case, shape) for case, shapes in SHAPES.items() for shape in shapes]
+    cases = [(case, shape) for case in a.cases for shape in SHAPES[case]]
     for (case, shape), last in itertools.product(cases, (False, True)):
         layout = {4: torch.channels_last, 5: torch.channels_last_3d}[len(shape)] if last else torch.contiguous_format
         found = measure(shape, layout, a.compiled)

@@ -1,0 +1,120 @@
+"""What the measurements of the layers say, as a table and a picture.
+
+    python benchmarks/report.py [--results benchmarks/results]
+
+Reads `norms.jsonl`, the last measurement of each shape, layout, layer, number of threads and way (compiled or not), and
+writes `norms.md` and `norms.png` beside it.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+MEGABYTE = 2**20
+SIZES = {"above 32 MB": (32, math.inf), ".4 to 32 MB": (0.4, 32), "below .4 MB": (0, 0.4)}
+LAYERS = ("batch", "batch, ReLU", "running", "running, bounded", "group", "lesson's rule", "JAX batch")
+DRAWN = ("batch", "batch, ReLU", "running", "group")
+
+
+def latest(path: Path) -> list[dict[str, Any]]:
+    """The last record of each case that has a speed."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        record.setdefault("compiled", False)
+        settings = *record["shape"], record["layout"], record["layer"], record["machine"]["threads"], record["compiled"]
+        found[settings] = record
+    return [record for record in found.values() if "speed" in record]
+
+
+def megabytes(record: dict[str, Any]) -> float:
+    """Of the input, in float32."""
+    return 4 * math.prod(record["shape"]) / MEGABYTE
+
+
+def figures(records: list[dict[str, Any]]) -> str:
+    """Geometric mean, and the worst in brackets."""
+    speeds = [record["speed"] for record in records]
+    if not speeds:
+        return "–"
+    return f"{math.exp(statistics.fmean(map(math.log, speeds))):.2f} ({min(speeds):.2f})"
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Speeds by layer, size of the tensor and number of threads."""
+    threads = sorted({record["machine"]["threads"] for record in records})
+    columns = [(size, count) for size in (*SIZES, "all") for count in threads]
+    lines = [
+        "| layer | " + " | ".join(f"{size}, {count} thread{'s' * (count > 1)}" for size, count in columns) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for layer in LAYERS:
+        cells = []
+        for size, count in columns:
+            low, high = SIZES.get(size, (0, math.inf))
+            of_layer = [r for r in records if r["layer"] == layer and r["machine"]["threads"] == count]
+            cells.append(figures([r for r in of_layer if low <= megabytes(r) < high]))
+        if set(cells) != {"–"}:
+            lines.append(f"| {layer} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(records: list[dict[str, Any]], path: Path) -> None:
+    """A point for each case: its speed over the size of its tensor."""
+    ways = sorted({record["compiled"] for record in records})
+    figure, axes = plt.subplots(1, len(ways), figsize=(6.5 * len(ways), 4.6), sharey=True, squeeze=False)
+    for ax, compiled in zip(axes[0], ways, strict=True):
+        for layer in DRAWN:
+            mine = [r for r in records if r["layer"] == layer and r["compiled"] == compiled]
+            one = [r for r in mine if r["machine"]["threads"] == 1]
+            ax.plot([megabytes(r) for r in one], [r["speed"] for r in one], "o", ms=4, alpha=0.7, label=layer)
+        ax.axhline(1, color="gray", lw=1)
+        ax.set(xscale="log", yscale="log", xlabel="size of the tensor, MB")
+        ax.set_title("all compiled" if compiled else "eager")
+        ax.grid(True, which="major", alpha=0.3)
+        ax.set_yticks([0.5, 1, 2, 5, 10], ["½", "1", "2", "5", "10"])
+        ax.minorticks_off()
+    axes[0][0].set_ylabel("times as fast as torch's layer")
+    axes[0][0].legend(frameon=False)
+    figure.suptitle("Forward and backward pass, one thread")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    a = parser.parse_args()
+    records = latest(a.results / "norms.jsonl")
+    last = max(records, key=lambda record: record["finished_at"])
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    parts = [
+        "# How fast the layers are\n",
+        "Made by `python benchmarks/report.py` from `norms.jsonl`. Times as fast as torch's layer of the same kind",
+        "(`running`, the lesson's rule and JAX against batch norm), forward and backward: geometric mean over shapes",
+        "and layouts, and the worst.\n",
+        f"{last['machine']['cpu']}; {last['kernels']}; {versions}.\n",
+    ]
+    for compiled, title in ((False, "Eager"), (True, "All compiled")):
+        of_way = [record for record in records if record["compiled"] == compiled]
+        if of_way:
+            parts += [f"## {title}\n", table(of_way), ""]
+    floors = [r["over_floor"] for r in records if r["layer"] in ("batch", "running") and megabytes(r) >= 32]
+    if floors:
+        parts.append(
+            f"Above 32 MB `batch` and `running` take {max(floors):.2f} times four copies of the tensor at most.\n"
+        )
+    (a.results / "norms.md").write_text("\n".join(parts))
+    draw(records, a.results / "norms.png")
+
+
+if __name__ == "__main__":
+    main()
