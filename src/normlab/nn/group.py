@@ -10,9 +10,11 @@ from .functional import moments, normalize
 from .per_image import PerImageNorm, check_channels, in_float32, scale_shift
 
 # Where torch's operator is behind the compiled kernel (`benchmarks/norms.py`): from so many values of a tensor, and of
-# a channel of one image; with the channels last in memory up to so many of them, or from so many values.
+# a channel of one image.
 LARGE, LARGE_MAP = 1 << 17, 512
-FEW_CHANNELS, BEYOND_CACHE = 128, 1 << 22
+# With the channels last in memory: beyond the cache, or from so many images, up to so many channels, from such maps.
+BEYOND_CACHE = 1 << 22
+MANY_IMAGES, FEW_CHANNELS, SMALL_MAP = 16, 128, 32
 
 
 class GroupNorm(PerImageNorm):
@@ -71,9 +73,11 @@ class GroupNorm(PerImageNorm):
             return True
         if x.numel() < LARGE:
             return False
+        images, channels, space = len(x), x.shape[1], x.shape[2:].numel()
         if x.is_contiguous():
-            return x.numel() >= LARGE_MAP * len(x) * x.shape[1]
-        return x.shape[1] < FEW_CHANNELS or x.numel() >= BEYOND_CACHE
+            return space >= LARGE_MAP
+        many_maps = images >= MANY_IMAGES and channels < FEW_CHANNELS and space >= SMALL_MAP
+        return many_maps or x.numel() >= BEYOND_CACHE
 
     def extra_repr(self) -> str:
         options = f"num_groups={self.num_groups}, eps={self.eps}, affine={self.affine}"
