@@ -172,9 +172,10 @@ def main() -> None:
             table.add_row(*cells, f"{record['median_ms']:.4g}", speed, f"{record['over_floor']:.1f}")
     console = Console(width=110)
     console.print(table)
-    for name, values in ((name, values) for name, values in speeds.items() if values):
-        mean = math.exp(statistics.fmean(map(math.log, values)))
-        console.print(f"{name}: {mean:.2f} times {PEERS[name]} (geometric mean), {min(values):.2f} at worst")
+    for name, values in speeds.items():
+        if values:
+            mean = math.exp(statistics.fmean(map(math.log, values)))
+            console.print(f"{name}: {mean:.2f} times {PEERS[name]} (geometric mean), {min(values):.2f} at worst")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,11 @@ def takes(x: Tensor, weight: Tensor | None, bias: Tensor | None, *buffers: Tenso
     channels = x.shape[1]
     for part in (weight, bias):
         if part is not None and not (
-            part.dtype is torch.float32 and part.numel() == channels and part.is_contiguous() and part.is_cpu
+            part.dtype is torch.float32
+            and part.dim() == 1
+            and len(part) == channels
+            and part.is_contiguous()
+            and part.is_cpu
         ):
             return False
     for part in buffers:

@@ -3,14 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch._dynamo
 from torch import Tensor, nn
 
 from ..errors import check
 
 _SWITCH = "trace_autograd_ops"  # of torch's compiler: gradients are part of the graph, rather than the end of it
-# Checks of what the compiler's own code gave to itself; at batch 2 they take a tenth of the step.
+# Checks of what the compiler's own code hands to itself, at each operator.
 _OPTIONS: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
 
 
@@ -22,6 +20,8 @@ class CompiledGradients:
     """
 
     def __init__(self) -> None:
+        import torch._dynamo  # takes longer than all else here, and most learners do without
+
         able = hasattr(torch._dynamo.config, _SWITCH)
         check(able, "compile", True, f"False with torch {torch.__version__}, which cannot compile gradients")
 

@@ -34,7 +34,7 @@ class Learner:
         optimizer: over the model's parameters.
         callbacks: in any order, see `Callback.order`.
         compile: make one compiled function of forward pass, loss and backward pass, by `torch.compile`, at the first
-            training batch of each shape (half a minute for the lesson's net). `after_pred` and `after_loss` then come
+            training batch of each shape, which takes from seconds to a minute. `after_pred` and `after_loss` then come
             after it, and what a callback makes of output or loss there no longer changes the gradients.
 
     Raises:
