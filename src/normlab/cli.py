@@ -165,13 +165,15 @@ class Info:
 
         import torch
 
-        from .kernels import native
+        from .kernels import dispatch, native
 
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         table.add_row("normlab", version("normlab"))
         table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
         table.add_row("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
         table.add_row("kernels", native.PATH)
+        if torch.cuda.is_available():
+            table.add_row("on GPU", f"{dispatch.PATH_ON_GPU}, {torch.cuda.get_device_name()}")
         console.print(table, highlight=False)
         return 0
 

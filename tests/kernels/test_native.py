@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import reference
 from checks import assert_close, cases, composed, double, gradients, layouts, step, with_drawn_parameters
-from normlab.kernels import fused, native, ops
+from normlab.kernels import dispatch, fused, native, ops
 from normlab.nn import BatchNorm2d, BatchRenorm2d, ChannelLayerNorm, GroupNorm, RMSNorm, RunningBatchNorm2d
 from normlab.nn import functional as F
 
@@ -105,11 +105,11 @@ def test_batch_norm_of_known_moments_equals_float64(case):
     expected = gradients(lambda *inputs: F.batch_norm(*inputs, EPS), grad64, x64, *parameters64)
 
     def norm(x, weight, bias):
-        return fused.batch_norm_of(x, *native.channel_moments(x), weight, bias, EPS)
+        return fused.batch_norm_of(x, *dispatch.channel_moments(x), weight, bias, EPS)
 
     assert_close(gradients(norm, grad, x, *float32(*parameters)), expected, TOLERANCE[x.dtype])
     moments = reference.channel_moments(x64)
-    assert_close(list(native.channel_moments(x)), list(moments), TOLERANCE[x.dtype])
+    assert_close(list(dispatch.channel_moments(x)), list(moments), TOLERANCE[x.dtype])
 
 
 @pytest.mark.usefixtures("every_instruction_set")
@@ -262,21 +262,21 @@ def test_a_gradient_of_one_value_is_spread_out():
 
 def test_where_memory_alone_does_not_tell_they_are_not_used():
     layer, x = BatchNorm2d(3), torch.randn(4, 3, 2, 2)
-    assert native.takes(x, layer.weight, None)
-    assert not native.takes(x.double(), None, None)
-    assert not native.takes(x[:0], None, None)
-    assert not native.takes(x.to("meta"), None, None)
-    assert not native.takes(x, torch.randn(3).double(), None)
-    assert not native.takes(x, None, torch.randn(6)[::2])
-    assert not native.takes(x, torch.randn(4), None)
-    assert not native.takes(x, None, None, torch.randn(3).double())
+    assert dispatch.takes(x, layer.weight, None)
+    assert not dispatch.takes(x.double(), None, None)
+    assert not dispatch.takes(x[:0], None, None)
+    assert not dispatch.takes(x.to("meta"), None, None)
+    assert not dispatch.takes(x, torch.randn(3).double(), None)
+    assert not dispatch.takes(x, None, torch.randn(6)[::2])
+    assert not dispatch.takes(x, torch.randn(4), None)
+    assert not dispatch.takes(x, None, None, torch.randn(3).double())
     seen = []
-    torch.func.vmap(lambda part: (seen.append(native.takes(part, None, None)), part)[1])(x)
-    torch.func.grad(lambda part: (seen.append(native.takes(part, None, None)), part.sum())[1])(x)
+    torch.func.vmap(lambda part: (seen.append(dispatch.takes(part, None, None)), part)[1])(x)
+    torch.func.grad(lambda part: (seen.append(dispatch.takes(part, None, None)), part.sum())[1])(x)
     with torch.autograd.forward_ad.dual_level():
-        seen.append(native.takes(torch.autograd.forward_ad.make_dual(x, x), None, None))
+        seen.append(dispatch.takes(torch.autograd.forward_ad.make_dual(x, x), None, None))
     with FlopCounterMode(display=False):
-        seen.append(native.takes(x, None, None))
+        seen.append(dispatch.takes(x, None, None))
     assert seen == [False] * 4
 
 

@@ -1,6 +1,6 @@
 """Norms by the compiled kernels, with their gradients: one kernel a pass.
 
-Each takes what `native.takes` says. Under a compiler the passes are operators of `torch.library` (see `operators`).
+Each takes what `dispatch.takes` says. Under a compiler the passes are operators of `torch.library` (see `operators`).
 """
 
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import native, operators, ops
+from . import dispatch, operators, ops
 
 
 class BatchStatistics(NamedTuple):
@@ -253,9 +253,9 @@ class _PositionNorm(torch.autograd.Function):
 def _forward(ctx, x, weight, bias, parts, slope, kernel, statistics, *numbers):
     """The output of a norm that has `parts` means and 1/√(var + eps); they are saved for `_backward`."""
     ctx.slope = slope
-    x, ctx.described = native.describe(x)
+    x, ctx.described = dispatch.describe(x)
     numbers = parts, slope, kernel, statistics, *numbers
-    y, saved, ctx.result = native.forward(x, ctx.described, weight, bias, *numbers)
+    y, saved, ctx.result = dispatch.forward(x, ctx.described, weight, bias, *numbers)
     ctx.save_for_backward(x, weight, bias, saved)
     return y
 
@@ -264,18 +264,18 @@ def _backward(ctx, grad, kernel, memory, *numbers):
     """The gradients of `x`, γ and β; None for those that want none."""
     x, weight, bias, saved = ctx.saved_tensors
     numbers = ctx.slope, kernel, memory, *numbers
-    found = native.backward(grad, x, ctx.described, weight, bias, saved, *numbers)
+    found = dispatch.backward(grad, x, ctx.described, weight, bias, saved, *numbers)
     return operators.wanted(ctx, found)
 
 
 def _forward_added(ctx, x, weight, bias, residual, slope, kernel, statistics, *numbers):
     """As `_forward`, of a norm of channels to which `residual`, if there is one, is added."""
     ctx.slope = slope
-    x, ctx.described = native.describe(x)
+    x, ctx.described = dispatch.describe(x)
     if residual is not None:
         residual = residual.contiguous(memory_format=ctx.described.layout)
     numbers = x.shape[1], slope, kernel, (residual, *statistics), *numbers
-    y, saved, ctx.result = native.forward(x, ctx.described, weight, bias, *numbers)
+    y, saved, ctx.result = dispatch.forward(x, ctx.described, weight, bias, *numbers)
     # With a residual the norm alone does not say what the activation let through.
     ctx.save_for_backward(x, weight, bias, saved, None if residual is None or slope == 1 else y)
     return y
@@ -286,8 +286,8 @@ def _backward_added(ctx, grad, kernel, memory, *numbers):
     x, weight, bias, saved, y = ctx.saved_tensors
     slope = ctx.slope
     if y is not None:
-        grad, slope = native.activation_backward(y, grad, ctx.described, slope), 1.0
-    found = native.backward(grad, x, ctx.described, weight, bias, saved, slope, kernel, memory, *numbers)
+        grad, slope = dispatch.activation_backward(y, grad, ctx.described, slope), 1.0
+    found = dispatch.backward(grad, x, ctx.described, weight, bias, saved, slope, kernel, memory, *numbers)
     return *operators.wanted(ctx, found), grad if ctx.needs_input_grad[3] else None
 
 

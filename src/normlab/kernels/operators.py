@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import native
+from . import dispatch
 
 LARGE = 1 << 16  # values
+# Not measured: from here on a pass takes longer than it takes to launch three kernels.
+LARGE_ON_GPU = 1 << 22
 
 LIBRARY = torch.library.Library("normlab", "FRAGMENT")
 _PARAMETERS = "Tensor x, Tensor? weight, Tensor? bias"
@@ -21,23 +23,26 @@ _GRADIENTS = "(Tensor, Tensor, Tensor)"
 
 
 def preferred(x: Tensor, reduces: bool = True) -> bool:
-    """Whether the kernel is quicker than a compiler's code, if there is a compiler; for running batch norm it is.
+    """Whether the kernel is quicker than torch's operator, or a compiler's code; running batch norm's always is.
 
     Args:
         x: the input.
         reduces: whether the norm needs statistics of `x`: one that does not is merged into what stands before it.
     """
-    return not torch.compiler.is_compiling() or (reduces and x.numel() >= LARGE)
+    if torch.compiler.is_compiling():
+        return x.is_cpu and reduces and x.numel() >= LARGE
+    return x.is_cpu or x.numel() >= LARGE_ON_GPU
 
 
 def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a function as an operator: of this schema, on a CPU; `fake` says what comes out, without computing."""
+    """Registers a function as an operator, of this schema; `fake` says what comes out, without computing."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__
         # The kernels know several layouts, so that a compiler need not copy its tensors into one.
         LIBRARY.define(f"{name}({schema}", tags=(torch.Tag.flexible_layout,))
-        LIBRARY.impl(name, function, "CPU")
+        for device in ("CPU", "CUDA"):
+            LIBRARY.impl(name, function, device)
         torch.library.register_fake(f"normlab::{name}", fake, lib=LIBRARY)
         return function
 
@@ -51,7 +56,7 @@ def _fake_backward(grad, x, *_):
 
 def _like(x: Tensor) -> Tensor:
     """An empty tensor in the layout that the kernels write."""
-    return torch.empty_like(native.describe(x)[0])
+    return torch.empty_like(dispatch.describe(x)[0])
 
 
 def _saved(x: Tensor, parts: int) -> Tensor:
@@ -65,16 +70,16 @@ def _saved(x: Tensor, parts: int) -> Tensor:
 )
 def batch_forward(x, weight, bias, running_mean, running_var, num_batches_tracked, slope, momentum, eps):
     """The output, and mean and 1/√(var + eps); enters the batch in the running statistics."""
-    x, described = native.describe(x)
+    x, described = dispatch.describe(x)
     kept = None, running_mean, running_var, num_batches_tracked
-    return native.forward(x, described, weight, bias, x.shape[1], slope, "batch_forward", kept, momentum, eps)[:2]
+    return dispatch.forward(x, described, weight, bias, x.shape[1], slope, "batch_forward", kept, momentum, eps)[:2]
 
 
 @_operator(f"Tensor grad, {_PARAMETERS}, Tensor saved, float slope) -> {_GRADIENTS}", _fake_backward)
 def batch_backward(grad, x, weight, bias, saved, slope):
     """The gradients of `x`, γ and β."""
-    x, described = native.describe(x)
-    return native.backward(grad, x, described, weight, bias, saved, slope, "batch_backward", (), 1.0)
+    x, described = dispatch.describe(x)
+    return dispatch.backward(grad, x, described, weight, bias, saved, slope, "batch_backward", (), 1.0)
 
 
 @_operator(
@@ -86,11 +91,11 @@ def batch_backward(grad, x, weight, bias, saved, slope):
 def running_forward(x, weight, bias, *rest):
     """The output, mean and 1/√(var + eps), and the share in the averages of the backward pass."""
     *kept, slope, momentum, eps, least_share, least_gradient_share, tolerated_drift = rest
-    x, described = native.describe(x)
+    x, described = dispatch.describe(x)
     numbers = momentum, eps, least_share, least_gradient_share, tolerated_drift, False
     numbers = slope, "running_forward", (None, *kept), *numbers
-    y, saved, rate = native.forward(x, described, weight, bias, x.shape[1], *numbers)
-    return y, saved, torch.tensor(rate, dtype=torch.float32)
+    y, saved, rate = dispatch.forward(x, described, weight, bias, x.shape[1], *numbers)
+    return y, saved, rate if isinstance(rate, Tensor) else torch.tensor(rate, dtype=torch.float32)
 
 
 @_operator(
@@ -101,9 +106,9 @@ def running_forward(x, weight, bias, *rest):
 def running_backward(grad, x, weight, bias, saved, rate, *rest):
     """The gradients of `x`, γ and β; changes the averages."""
     *memory, slope, step_bound, learns = rest
-    x, described = native.describe(x)
-    kernel, numbers = "running_backward", (rate.item(), step_bound, learns)
-    return native.backward(grad, x, described, weight, bias, saved, slope, kernel, memory, *numbers)
+    x, described = dispatch.describe(x)
+    kernel, numbers = "running_backward", (rate.item() if rate.is_cpu else rate, step_bound, learns)
+    return dispatch.backward(grad, x, described, weight, bias, saved, slope, kernel, memory, *numbers)
 
 
 @_operator(
@@ -112,16 +117,16 @@ def running_backward(grad, x, weight, bias, saved, rate, *rest):
 )
 def group_forward(x, weight, bias, num_groups, slope, eps):
     """The output, and the mean and 1/√(var + eps) of each group."""
-    x, described = native.describe(x)
+    x, described = dispatch.describe(x)
     parts, kernel = len(x) * num_groups, "group_forward"
-    return native.forward(x, described, weight, bias, parts, slope, kernel, (), num_groups, eps)[:2]
+    return dispatch.forward(x, described, weight, bias, parts, slope, kernel, (), num_groups, eps)[:2]
 
 
 @_operator(f"Tensor grad, {_PARAMETERS}, Tensor saved, int num_groups, float slope) -> {_GRADIENTS}", _fake_backward)
 def group_backward(grad, x, weight, bias, saved, num_groups, slope):
     """The gradients of `x`, γ and β."""
-    x, described = native.describe(x)
-    return native.backward(grad, x, described, weight, bias, saved, slope, "group_backward", (), num_groups)
+    x, described = dispatch.describe(x)
+    return dispatch.backward(grad, x, described, weight, bias, saved, slope, "group_backward", (), num_groups)
 
 
 class BatchNorm(torch.autograd.Function):

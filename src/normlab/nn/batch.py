@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..kernels import fused, native, operators
+from ..kernels import dispatch, fused, operators
 from . import functional as F
 from .activation import SLOPES, activate, check_activation, check_residual, described
 from .base import PreciseStatistics, recomputing, remember
@@ -35,8 +35,8 @@ class _Batch(PreciseStatistics, _BatchNorm):
         check_residual(x, residual)
         several = x.numel() > x.shape[1] == self.num_features  # values a channel
         own = self.training or self.running_mean is None  # statistics of this batch
-        preferred = several and operators.preferred(x, own) and native.takes_residual(x, residual)
-        if preferred and native.takes(x, self.weight, self.bias, *self._buffers.values()):
+        preferred = several and operators.preferred(x, own) and dispatch.takes_residual(x, residual)
+        if preferred and dispatch.takes(x, self.weight, self.bias, *self._buffers.values()):
             return self._fast(x, own, residual)
         return activate(self._composed(x), self.activation, residual)
 

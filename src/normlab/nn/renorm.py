@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import check
-from ..kernels import fused, native
+from ..kernels import dispatch, fused
 from . import functional as F
 from .base import RunningStatistics, recomputing, remember, settle
 from .per_image import in_float32
@@ -74,8 +74,8 @@ class BatchRenorm2d(RunningStatistics):
         if not self.training or x.numel() == 0:  # an empty batch has nothing to add
             mean, var = (F.per_channel(statistic, x) for statistic in (self.running_mean, self.running_var))
             return F.normalize(x, mean, var, self.weight, self.bias, self.eps)
-        if not torch.compiler.is_compiling() and native.takes(x, self.weight, self.bias, *self._buffers.values()):
-            mean, var = native.channel_moments(x)
+        if not torch.compiler.is_compiling() and dispatch.takes(x, self.weight, self.bias, *self._buffers.values()):
+            mean, var = dispatch.channel_moments(x)
             return fused.batch_norm_of(x, mean, var, *self._corrected(x, mean, var), self.eps)
         values = in_float32(x)  # once, so that its gradients add up before rounding
         mean, var = F.moments(values, (0, *range(2, x.dim())))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import check
-from ..kernels import fused, native, operators
+from ..kernels import dispatch, fused, operators
 from ..kernels.ops import GradientMemory, normalize_with_memory
 from . import functional as F
 from .activation import SLOPES, activate, check_activation, check_residual, described
@@ -133,7 +133,7 @@ class RunningBatchNorm2d(RunningStatistics):
         self._check_input_dim(x)
         check_residual(x, residual)
         statistics, memory = self._statistics(), self._memory()
-        fast = native.takes_residual(x, residual) and native.takes(x, self.weight, self.bias, *statistics, *memory)
+        fast = dispatch.takes_residual(x, residual) and dispatch.takes(x, self.weight, self.bias, *statistics, *memory)
         slope = SLOPES[self.activation]
         if not self.training or x.numel() == 0:  # an empty batch has nothing to add
             mean, var = self.running_mean, self.running_var

@@ -471,7 +471,9 @@ void running_backward(int type, int64_t images, int64_t channels, int64_t space,
 }
 
 // What the activation lets through of g, where y is what it gave.
-void activation_backward(int type, int64_t n, Pointer y, Pointer g, Pointer out, double slope) {
+void activation_backward(int type, int64_t images, int64_t channels, int64_t space, bool, Pointer y, Pointer g,
+                         Pointer out, double slope) {
+  const int64_t n = images * channels * space;
   with_type(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     gate(n, at<const T>(y), at<const T>(g), at<T>(out), static_cast<float>(slope));

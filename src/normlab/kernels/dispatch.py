@@ -1,0 +1,171 @@
+"""Which tensors the kernels take, and a call of one: compiled ones on a CPU (`native`), Triton's on a GPU (`gpu`)."""
+
+import os
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native
+
+ON_GPU = os.environ.get(native.SWITCH, "on") != "off" and find_spec("triton") is not None
+PATH_ON_GPU = "Triton kernels" if ON_GPU else f"composed operators (no module triton, or {native.SWITCH}=off)"
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STATISTICS = (torch.float32, torch.int64)
+# On a GPU one program has all channels at once, and there are sums for each channel of each image.
+MOST_CHANNELS_ON_GPU, MOST_SUMS_ON_GPU = 1 << 13, 1 << 26
+
+
+def takes(x: Tensor, weight: Tensor | None, bias: Tensor | None, *buffers: Tensor | None) -> bool:
+    """Whether the kernels can be used for the input `x`, with these parameters of (C,) and buffers.
+
+    The sizes of buffers are those that the layer made and `load_state_dict` holds to; they are not looked at again.
+
+    The kernels see memory only, so not where an operation is to be exported, transformed or batched: by `torch.export`,
+    `torch.func`, forward-mode gradients or a dispatch mode. To a compiler they are operators of `torch.library`.
+    """
+    if (
+        not _has_kernels(x)
+        or not (not torch.compiler.is_exporting() if torch.compiler.is_compiling() else _in_memory(x))
+        or x.dtype not in TYPES
+        or x.layout is not torch.strided
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or x.numel() == 0
+    ):
+        return False
+    # Written out: this takes as long as a kernel does on a small tensor.
+    channels, on_cpu = x.shape[1], x.is_cpu
+    for part in (weight, bias):
+        if part is not None and not (
+            part.dtype is torch.float32
+            and part.dim() == 1
+            and len(part) == channels
+            and part.is_contiguous()
+            and part.is_cpu is on_cpu
+        ):
+            return False
+    for part in buffers:
+        if part is not None and not (part.dtype in STATISTICS and part.is_contiguous() and part.is_cpu is on_cpu):
+            return False
+    return on_cpu or all(part is None or part.device == x.device for part in (weight, bias, *buffers))
+
+
+def takes_residual(x: Tensor, residual: Tensor | None) -> bool:
+    """Whether the kernels can add `residual`, if there is one, to a norm of `x`, which they take."""
+    return residual is None or (
+        residual.dtype is x.dtype
+        and residual.device == x.device
+        and residual.layout is torch.strided
+        and type(residual) in (Tensor, torch.nn.Parameter)
+    )
+
+
+def _has_kernels(x: Tensor) -> bool:
+    if x.is_cpu:
+        return native.kernels is not None
+    channels = x.shape[1]
+    return x.is_cuda and ON_GPU and channels <= MOST_CHANNELS_ON_GPU and len(x) * channels <= MOST_SUMS_ON_GPU
+
+
+def _in_memory(x: Tensor) -> bool:
+    return (
+        not torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
+        and torch._C._get_tracing_state() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+class Description(NamedTuple):
+    """How a tensor lies in memory, as the kernels want to know it.
+
+    Attributes:
+        arguments: type, images, channels, space, whether channels are last.
+        layout: torch's word for it.
+    """
+
+    arguments: tuple[int, int, int, int, bool]
+    layout: torch.memory_format
+
+
+def describe(x: Tensor) -> tuple[Tensor, Description]:
+    """`x` in a layout that the kernels know, copied if need be, and its description.
+
+    With a single value in space both layouts are the same, and the rows of channels are the quicker way.
+    """
+    images, channels = x.shape[:2]
+    space = x.numel() // (images * channels)
+    layout, last = torch.contiguous_format, space == 1
+    if not x.is_contiguous():
+        channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+        if channels_last is not None and x.is_contiguous(memory_format=channels_last):
+            layout, last = channels_last, True
+        else:
+            x = x.contiguous()
+    return x, Description((TYPES[x.dtype], images, channels, space, last), layout)
+
+
+def forward(
+    x: Tensor,
+    described: Description,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    parts: int,
+    slope: float,
+    kernel: str,
+    statistics: Iterable[Tensor | None],
+    *numbers: Any,
+) -> tuple[Tensor, Tensor, Any]:
+    """A forward pass by the kernel of this name: the output, the `parts` means and 1/√(var + eps), what it returns."""
+    y, saved = torch.empty_like(x), torch.empty(2, parts, device=x.device)
+    tensors = x, y, weight, bias, saved, *statistics
+    return y, saved, _run(x)(kernel, described.arguments, tensors, slope, *numbers)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    described: Description,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    slope: float,
+    kernel: str,
+    memory: Iterable[Tensor],
+    *numbers: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A backward pass, with `saved` as `forward` gave it: the gradients of `x`, γ and β."""
+    grad = grad.contiguous(memory_format=described.layout)
+    of_x, of_weight = torch.empty_like(x), torch.empty(x.shape[1], device=x.device)
+    of_bias = torch.empty_like(of_weight)
+    tensors = grad, x, of_x, weight, bias, saved, of_weight, of_bias, *memory
+    _run(x)(kernel, described.arguments, tensors, slope, *numbers)
+    return of_x, of_weight, of_bias
+
+
+def activation_backward(y: Tensor, grad: Tensor, described: Description, slope: float) -> Tensor:
+    """The gradient of what the activation that gave `y` was applied to."""
+    grad = grad.contiguous(memory_format=described.layout)
+    found = torch.empty_like(y)
+    _run(y)("activation_backward", described.arguments, (y, grad, found), slope)
+    return found
+
+
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of (N, C, *space), (C,) each, without a gradient."""
+    x, described = describe(x.detach())
+    found = torch.empty(2, x.shape[1], device=x.device)
+    _run(x)("channel_moments", described.arguments, (x, found))
+    return found[0], found[1]
+
+
+def _run(x: Tensor) -> Callable[..., Any]:
+    """What runs a kernel on this tensor's device."""
+    if x.is_cpu:
+        return native.run
+    from . import gpu  # with it Triton's compiler, of which a CPU has no need
+
+    return gpu.run

@@ -1,0 +1,90 @@
+"""Compiles the Triton kernels, without a GPU, as the norms would launch them; prints the name and registers of each."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from normlab.kernels import gpu, native
+from normlab.nn import BatchNorm2d, BatchRenorm2d, ChannelLayerNorm, GroupNorm, RMSNorm, RunningBatchNorm2d
+
+H100 = GPUTarget("cuda", 90, 32)
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+DUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+done = set()
+
+
+class Compiled:
+    """In the place of a kernel: a launch compiles it for these arguments."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *arguments, num_warps=4, **constants):
+        kernel, values = self.kernel, {**dict(zip(self.kernel.arg_names, arguments, strict=False)), **constants}
+        fixed = {p.name: values[p.name] for p in kernel.params if p.is_constexpr or values[p.name] is None}
+        types = {name: "constexpr" if name in fixed else type_of(values[name]) for name in kernel.arg_names}
+        key = kernel.__name__, *types.items(), *fixed.items()
+        if key in done:
+            return
+        done.add(key)
+        aligned = {(i,): [["tt.divisibility", 16]] for i, type in enumerate(types.values()) if type.startswith("*")}
+        source = ASTSource(kernel, types, fixed, aligned)
+        compiled = triton.compile(source, target=H100, options={"num_warps": num_warps})
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            found = subprocess.run([DUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", found).groups()
+        print(kernel.__name__, registers, fixed)
+        assert stack == "0", f"{kernel.__name__} overflows its registers by {stack} bytes a thread"
+
+
+def type_of(value):
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def norms(channels):
+    return [
+        BatchNorm2d(channels, activation="relu"),
+        BatchNorm2d(channels).eval(),
+        RunningBatchNorm2d(channels, activation="relu"),
+        RunningBatchNorm2d(channels, step_bound=None),
+        BatchRenorm2d(channels),
+        GroupNorm(channels, 8, activation="relu"),
+        ChannelLayerNorm(channels),
+        RMSNorm(channels),
+    ]
+
+
+def main():
+    for name, value in list(vars(gpu.kernels).items()):
+        if isinstance(value, triton.JITFunction) and not name.startswith("_"):
+            setattr(gpu.kernels, name, Compiled(value))
+    with patch.multiple(native, run=gpu.run, kernels=object()):
+        for shape, dtype in (
+            ((2, 64, 56, 56), torch.float32),
+            ((32, 2048, 7, 7), torch.float16),
+            ((2, 8, 2, 2), torch.bfloat16),
+        ):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                x = torch.randn(shape, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+                for norm in norms(shape[1]):
+                    norm(x).backward(torch.randn_like(x))
+                    if hasattr(norm, "activation") and not isinstance(norm, GroupNorm):
+                        norm(x, x).sum().backward()
+
+
+if __name__ == "__main__":
+    main()

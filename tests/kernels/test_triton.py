@@ -1,0 +1,183 @@
+"""The Triton kernels equal the layers in float64, on a GPU or, by Triton's interpreter, a CPU; and compile for GPUs."""
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+pytest.importorskip("triton")
+
+from checks import assert_close, assert_same_state, gradients, layouts, step, with_drawn_parameters
+from normlab.kernels import gpu, native, operators
+from normlab.kernels import triton as kernels
+from normlab.nn import (
+    BatchNorm2d,
+    BatchRenorm2d,
+    ChannelLayerNorm,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+    RMSNorm,
+    RunningBatchNorm2d,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")  # numpy, in the interpreter
+
+EPS = 1.0  # so large that no gradient is the small difference of large terms, which half precision rounds apart
+NORMS = {
+    "batch": lambda c: BatchNorm2d(c, EPS),
+    "batch, mean of all": lambda c: BatchNorm2d(c, EPS, None),
+    "batch, leaky": lambda c: BatchNorm2d(c, EPS, activation="leaky_relu"),
+    "batch, untracked": lambda c: BatchNorm2d(c, EPS, track_running_stats=False),
+    "batch, in evaluation": lambda c: BatchNorm2d(c, EPS, activation="leaky_relu").eval(),
+    "running": lambda c: RunningBatchNorm2d(c, EPS),
+    "running, bounded": lambda c: RunningBatchNorm2d(c, EPS, step_bound=0.1),
+    "running, unbounded": lambda c: RunningBatchNorm2d(c, EPS, step_bound=None, activation="leaky_relu"),
+    "running, not affine": lambda c: RunningBatchNorm2d(c, EPS, affine=False),
+    "group": lambda c: GroupNorm(c, 2 if c % 2 == 0 else 1, EPS, activation="leaky_relu"),
+    "layer": lambda c: LayerNorm(c, EPS, affine=False, activation="leaky_relu"),
+    "instance": lambda c: InstanceNorm(c, EPS, activation="leaky_relu"),
+    "renorm": lambda c: BatchRenorm2d(c, EPS, r_ramp=(0, 2), d_ramp=(0, 2)),
+    "channel layer": lambda c: ChannelLayerNorm(c, EPS),
+    "rms": lambda c: RMSNorm(c, EPS),
+}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def triton_kernels(**constants):
+    """Inside, they take the tensors that the kernels of a CPU would; with other constants of `gpu`."""
+    calls = []
+
+    def run(*arguments):
+        calls.append(arguments[0])
+        return gpu.run(*arguments)
+
+    on_cpu = patch.multiple(native, run=run, kernels=object()) if DEVICE == "cpu" else nullcontext()
+    changed = patch.multiple(gpu, **constants) if constants else nullcontext()
+    with on_cpu, changed, patch.object(operators, "LARGE_ON_GPU", 0):
+        yield calls
+
+
+def steps(layer, x, grad):
+    """Two steps of gradient descent: the outputs and gradients, and the state."""
+    found = []
+    for _ in range(2):
+        found += step(layer, x, grad)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter -= 0.1 * parameter.grad
+    return [None if part is None else part.cpu() for part in (*found, *layer.state_dict().values())]
+
+
+@pytest.mark.parametrize("name", NORMS)
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_they_equal_float64(name, data):
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 10**6)))
+    shape = draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(st.integers(2, 9))
+    dtype = draw(st.sampled_from(list(TOLERANCE)))
+    # So small that small tensors have several tiles, rows and blocks.
+    small = draw(st.booleans())
+    constants = {"TILE": 64, "PROGRAMS": draw(st.integers(1, 9)), "AT_ONCE": 16, "WARPS": 1} if small else {}
+    layer = with_drawn_parameters(NORMS[name](shape[1]))
+    x = draw(layouts)((torch.randn(shape) * 2 + 1).to(dtype))
+    grad = draw(layouts)(torch.randn(shape).to(dtype))
+    expected = steps(deepcopy(layer).double(), x.double(), grad.double())
+    with triton_kernels(**constants) as calls:
+        found = steps(layer.to(DEVICE), x.to(DEVICE), grad.to(DEVICE))
+    assert calls or DEVICE == "cuda"
+    assert_close(found, expected, TOLERANCE[dtype])
+
+
+def test_a_mean_far_from_zero_costs_no_digits():
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 9, 9) * 0.1 + 1000
+    expected = nn.functional.batch_norm(x.double(), None, None, None, None, True, 0.1, 1e-5)
+    with triton_kernels(TILE=64):
+        y = BatchNorm2d(4).to(DEVICE)(x.to(DEVICE)).cpu()
+    assert_close([y], [expected], 1e-4)
+
+
+@pytest.mark.parametrize("norm", [BatchNorm2d, RunningBatchNorm2d])
+@pytest.mark.parametrize("spoilt", [float("inf"), float("nan")])
+def test_what_is_not_finite_leaves_the_statistics_alone(norm, spoilt):
+    torch.manual_seed(0)
+    layer, x, grad = norm(3).to(DEVICE), *torch.randn(2, 4, 3, 5, 5, device=DEVICE)
+    with triton_kernels() as calls:
+        step(layer, x, grad)
+        before = deepcopy(layer.state_dict())
+        x[0, 1, 2, 3] = spoilt
+        y = step(layer, x, grad)[0]
+    assert calls or DEVICE == "cuda"
+    assert not y[:, 1].isfinite().any()
+    assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+
+
+def test_a_residual_is_added_before_the_activation():
+    torch.manual_seed(0)
+    for norm in (BatchNorm2d, RunningBatchNorm2d):
+        layer = with_drawn_parameters(norm(5, activation="relu"))
+        x, residual, grad = torch.randn(3, 3, 5, 4, 4)
+        expected = gradients(deepcopy(layer).double(), grad.double(), x.double(), residual.double())
+        with triton_kernels():
+            found = gradients(layer.to(DEVICE), *(part.to(DEVICE) for part in (grad, x, residual)))
+        assert_close([part.cpu() for part in found], expected, 1e-5)
+
+
+def test_a_checkpoint_enters_its_batch_once():
+    torch.manual_seed(0)
+    layer, x = RunningBatchNorm2d(5).to(DEVICE), torch.randn(3, 5, 4, 4, device=DEVICE, requires_grad=True)
+    other = deepcopy(layer)
+    with triton_kernels():
+        layer(x).square().sum().backward()
+        checkpoint(other, x, use_reentrant=False).square().sum().backward()
+    assert_same_state(layer, other)
+
+
+def test_a_compiler_for_gpus_takes_them():
+    """Each kernel that the norms use, in each layout and type, without its registers overflowing."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_for_gpu.py")
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert {line.split()[0] for line in run.stdout.splitlines()} == KERNELS
+
+
+KERNELS = {name for name, value in vars(kernels).items() if hasattr(value, "arg_names") and not name.startswith("_")}
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+@pytest.mark.parametrize("norm", [BatchNorm2d, RunningBatchNorm2d])
+def test_a_step_can_be_recorded_in_a_cuda_graph(norm):
+    torch.manual_seed(0)
+    layer, x, grad = norm(8).to(DEVICE), *torch.randn(2, 2, 8, 14, 14, device=DEVICE)
+    other = deepcopy(layer)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with triton_kernels():
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step(other, x, grad)
+        stream.synchronize()
+        other.load_state_dict(layer.state_dict())
+        with torch.cuda.graph(graph, stream=stream):
+            recorded = step(other, x, grad)
+        for _ in range(4):
+            expected = step(layer, x, grad)
+            graph.replay()
+    assert_close(recorded, expected, 1e-6)
+    assert_close(list(other.state_dict().values()), list(layer.state_dict().values()), 1e-6)
