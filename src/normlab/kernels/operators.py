@@ -2,6 +2,9 @@
 
 Its own code for a norm takes twice as long as these for running batch norm, and longer for the others from `LARGE`
 values on (`benchmarks/norms.py --compiled`). Outside a compiler `fused` is quicker.
+
+On a CPU torch calls them in the compiled module (`csrc/operators.cpp`), which takes half as long as the functions here.
+Those are for a torch that lacks what the module needs of it.
 """
 
 from collections.abc import Callable
@@ -16,6 +19,7 @@ from . import native
 LARGE = 1 << 16  # values
 
 LIBRARY = torch.library.Library("normlab", "FRAGMENT")
+COMPILED = native.register_operators()  # on a CPU
 _PARAMETERS = "Tensor x, Tensor? weight, Tensor? bias"
 _GRADIENTS = "(Tensor, Tensor, Tensor)"
 
@@ -37,7 +41,8 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
         name = function.__name__
         # The kernels know several layouts, so that a compiler need not copy its tensors into one.
         LIBRARY.define(f"{name}({schema}", tags=(torch.Tag.flexible_layout,))
-        LIBRARY.impl(name, function, "CPU")
+        if not COMPILED:
+            LIBRARY.impl(name, function, "CPU")
         torch.library.register_fake(f"normlab::{name}", fake, lib=LIBRARY)
         return function
 
