@@ -27,8 +27,8 @@ sanitize: .venv/dev
 		-C cmake.define.CMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 	@rm .venv/run # the next command installs without
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		$(BIN)/python -m pytest tests/kernels/test_native.py tests/nn/test_running.py \
-		tests/nn/test_activation.py tests/nn/test_residual.py
+		$(BIN)/python -m pytest tests/kernels/test_native.py tests/kernels/test_operators.py \
+		tests/nn/test_running.py tests/nn/test_activation.py tests/nn/test_residual.py
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,12 +1,15 @@
 """The operators that compilers use: what they declare is true, and compiled layers give what plain ones do."""
 
+import warnings
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checks import assert_close, layouts, step, with_drawn_parameters
-from normlab.kernels import native, operators
+from normlab.kernels import dispatch, native, operators
 from normlab.kernels.ops import GradientMemory
 from normlab.nn import BatchNorm2d, GroupNorm, RunningBatchNorm2d, build_norm
 
@@ -40,13 +43,134 @@ def arguments(name, x, affine):
 NAMES = [name for name in vars(operators) if name.endswith(("_forward", "_backward")) and name[0] != "_"]
 
 
+@contextmanager
+def written_in(language):
+    """The operators on a CPU: in Python as where torch has not what those in C++ need."""
+    if language == "C++":
+        yield
+        return
+    with torch.library._scoped_library("normlab", "IMPL") as library, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are to override the others
+        for name in NAMES:
+            library.impl(name, getattr(operators, name), "CPU", allow_override=True)
+        yield
+
+
+@contextmanager
+def calls():
+    """The names of the operators that are called, afterwards."""
+    found = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        yield found
+    names = (event.name for event in profile.events())
+    found += [name.removeprefix("normlab::") for name in names if name.startswith("normlab::")]
+
+
+languages = pytest.mark.parametrize("language", ["C++", "Python"] if operators.COMPILED else ["Python"])
+in_cpp = pytest.mark.skipif(not operators.COMPILED, reason="torch lacks what they need")
+
+
+def test_torch_calls_the_compiled_ones_from_2_10_on():
+    assert (torch.__version__ >= (2, 10)) == operators.COMPILED
+
+
+def test_those_in_python_are_for_a_torch_that_lacks_a_function(monkeypatch):
+    address = native._address
+    monkeypatch.setattr(native, "_address", lambda name: address(name.replace("torch_library_impl", "torch_lacks_it")))
+    assert not native.register_operators()
+
+
+@languages
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=15, deadline=None)
 @given(shapes, dtypes, layouts, st.booleans())
-def test_operators_do_what_they_declare(name, shape, dtype, layout, affine):
+def test_operators_do_what_they_declare(name, language, shape, dtype, layout, affine):
     x = layout(torch.randn(shape, dtype=dtype))
     tests = ("test_schema", "test_faketensor")  # the gradients are those of the norms, below
-    torch.library.opcheck(getattr(torch.ops.normlab, name), arguments(name, x, affine), test_utils=tests)
+    with written_in(language):
+        torch.library.opcheck(getattr(torch.ops.normlab, name), arguments(name, x, affine), test_utils=tests)
+
+
+def tensors(values):
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+@in_cpp
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=30, deadline=None)
+@given(shapes, dtypes, layouts, layouts, st.booleans())
+def test_compiled_ones_do_what_those_in_python_do(name, shape, dtype, layout, grad_layout, affine):
+    given = arguments(name, layout(torch.randn(shape, dtype=dtype)), affine)
+    if name.endswith("_backward"):
+        given = grad_layout(given[0]), *given[1:]
+    others = [part.clone() if torch.is_tensor(part) and part.is_contiguous() else part for part in given]  # to change
+    with pytest.MonkeyPatch.context() as patch:
+        for function in ("describe", "forward", "backward"):
+            patch.setattr(dispatch, function, lambda *_: pytest.fail("Python was called"))
+        found = getattr(torch.ops.normlab, name)(*given)
+    expected = getattr(operators, name)(*others)
+    for one, other in zip((*found, *tensors(given)), (*expected, *tensors(others)), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+        assert one.stride() == other.stride()
+
+
+@in_cpp
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_ones_keep_nothing(name):
+    given = arguments(name, torch.randn(2, C, 3, 4)[..., ::2], affine=True)
+    references = [part._use_count() for part in tensors(given)]
+    found = getattr(torch.ops.normlab, name)(*given)
+    assert [part._use_count() for part in tensors(given)] == references
+    assert [part._use_count() for part in found] == [1] * len(found)
+    wrong = given[0].double(), *given[1:]
+    with pytest.raises(RuntimeError, match="normlab: "):
+        getattr(torch.ops.normlab, name)(*wrong)
+    assert [part._use_count() for part in tensors(given[1:])] == references[1:]
+
+
+WRONG = {  # the operator, its argument's index, what it becomes, what is said
+    "values of float64": ("batch_forward", 0, lambda x: x.double(), "x must be float32"),
+    "no values": ("batch_forward", 0, lambda x: x[:0], "not empty"),
+    "no channels": ("group_forward", 0, lambda x: x.flatten(), "N, C"),
+    "a weight of float16": ("batch_forward", 1, lambda weight: weight.half(), "weight must be contiguous, float32"),
+    "a short bias": ("group_forward", 2, lambda bias: bias[1:], f"bias must be .* {C}"),
+    "every other weight": ("batch_forward", 1, lambda weight: weight.repeat_interleave(2)[::2], "weight must be"),
+    "a mean without a count": ("batch_forward", 5, lambda _: None, "all there, or none"),
+    "a count of float32": ("running_forward", 5, lambda count: count.float(), "num_batches_tracked must be .* int64"),
+    "a short average": ("running_forward", 9, lambda average: average[0], f"average must be .* {2 * C}"),
+    "a gradient of another type": ("batch_backward", 0, lambda grad: grad.half(), "grad must have"),
+    "a gradient of another shape": ("group_backward", 0, lambda grad: grad[:1], "grad must have"),
+    "statistics of another norm": ("group_backward", 4, lambda saved: saved[:, 1:].contiguous(), "saved must be"),
+    "no weight to learn": ("running_backward", 2, lambda _: None, "to be learned"),
+    "groups that are no divisor": ("group_forward", 3, lambda _: 3, "num_groups"),
+    "no groups": ("group_backward", 5, lambda _: 0, "num_groups"),
+}
+
+
+@in_cpp
+@pytest.mark.parametrize("case", WRONG)
+def test_compiled_ones_refuse_what_is_not_theirs(case):
+    name, index, change, message = WRONG[case]
+    given = list(arguments(name, torch.randn(2, C, 3, 3), affine=True))
+    given[index] = change(given[index])
+    with pytest.raises(RuntimeError, match=f"normlab: .*{message}"):
+        getattr(torch.ops.normlab, name)(*given)
+
+
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_a_tensor_of_another_device_is_not_computed_with(index):
+    given = list(arguments("batch_forward", torch.randn(2, C, 3, 3), affine=True))
+    given[index] = given[index].to("meta")
+    before = [part.clone() for part in tensors(given[3:])]
+    torch.ops.normlab.batch_forward(*given)  # tells what would come out
+    for part, other in zip(tensors(given[3:]), before, strict=True):
+        assert part.is_meta or part.equal(other)
+
+
+def test_a_sparse_tensor_is_refused():
+    x, *rest = arguments("batch_forward", torch.randn(2, C, 3, 3), affine=True)
+    with pytest.raises(NotImplementedError, match="normlab::batch_forward"):
+        torch.ops.normlab.batch_forward(x.to_sparse(), *rest)
 
 
 LAYERS = {
@@ -56,32 +180,26 @@ LAYERS = {
 }
 
 
+@languages
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_compiled_layers_use_them_and_equal_plain_ones(name, activation, backend):
+def test_compiled_layers_use_them_and_equal_plain_ones(name, activation, backend, language):
     torch.compiler.reset()
     torch.manual_seed(0)
     layer = with_drawn_parameters(LAYERS[name](activation=activation))
     plain = LAYERS[name](activation=activation)
     plain.load_state_dict(layer.state_dict())
-    used = []
-    real = native.forward
-
-    def counted(*args):
-        used.append(args[6])
-        return real(*args)
-
     compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=False)
     shape = (4, 16, 64, 40)  # so many values that a compiler's own code is slower
-    for seed in range(3):
-        torch.manual_seed(seed)
-        x, grad = torch.randn(shape), torch.randn(shape)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native, "forward", counted)
-            mine = step(compiled, x, grad)
-        assert_close(mine, step(plain, x, grad), 1e-5)
-    assert used == [f"{name}_forward"] * 3
+    with written_in(language):
+        for seed in range(3):
+            torch.manual_seed(seed)
+            x, grad = torch.randn(shape), torch.randn(shape)
+            with calls() as called:
+                mine = step(compiled, x, grad)
+            assert_close(mine, step(plain, x, grad), 1e-5)
+    assert called == [f"{name}_forward", f"{name}_backward"]  # by the last of them: the first is traced too
     for (key, value), other in zip(layer.state_dict().items(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5, msg=key)
 
@@ -99,10 +217,11 @@ def test_any_batch_size_and_layout_in_one_graph(layout):
 
 
 @pytest.mark.parametrize("name", ["batch", "running"])
-def test_small_batch_norms_and_frozen_ones_are_left_to_the_compiler(name, monkeypatch):
+def test_small_batch_norms_and_frozen_ones_are_left_to_the_compiler(name):
     torch.compiler.reset()
-    monkeypatch.setattr(native, "forward", lambda *_: pytest.fail("a kernel was used"))
     layer = build_norm(name, 4)
     if name == "running":
         layer.eval()
-    torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.randn(2, 4, 3, 3))
+    with calls() as called:
+        torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.randn(2, 4, 3, 3))
+    assert not called

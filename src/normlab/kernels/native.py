@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,38 @@ def _openmp() -> list[int] | None:
     """Where functions of torch's own OpenMP runtime are in memory; None if it has none of this kind."""
     names = ("GOMP_parallel", "omp_get_max_threads", "omp_get_thread_num", "omp_get_num_threads", "omp_in_parallel")
     try:
-        library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))))
-        return [ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in names]
-    except (OSError, AttributeError, StopIteration):
+        return [_address(name) for name in names]
+    except AttributeError:
         return None
+
+
+def _address(name: str) -> int:
+    """Where a function of torch's, or of a library that it needs, is in memory.
+
+    Raises:
+        AttributeError: there is none of this name.
+    """
+    return ctypes.cast(getattr(_torch(), name), ctypes.c_void_p).value or 0
+
+
+@cache
+def _torch() -> ctypes.CDLL | None:
+    """Torch's library; None if it is not found."""
+    try:
+        return ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))))
+    except (OSError, StopIteration):
+        return None
+
+
+def register_operators() -> bool:
+    """Has the compiled module implement `operators` on a CPU; False if it, or this torch, cannot (before 2.10)."""
+    if kernels is None:
+        return False
+    try:
+        kernels.register_operators(_address)
+    except AttributeError:
+        return False
+    return True
 
 
 kernels, PATH = _load()

@@ -2,6 +2,9 @@
 
 Its own code for a norm takes twice as long as these for running batch norm, and longer for the others from `LARGE`
 values on (`benchmarks/norms.py --compiled`). Outside a compiler `fused` is quicker.
+
+On a CPU torch calls them in the compiled module (`csrc/operators.cpp`), which takes half as long as the functions here.
+Those are for a torch that lacks what the module needs of it.
 """
 
 from collections.abc import Callable
@@ -11,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import dispatch
+from . import dispatch, native
 
 LARGE = 1 << 16  # values
 # Not measured: from here on a pass takes longer than it takes to launch three kernels.
 LARGE_ON_GPU = 1 << 22
 
 LIBRARY = torch.library.Library("normlab", "FRAGMENT")
+COMPILED = native.register_operators()  # on a CPU
 _PARAMETERS = "Tensor x, Tensor? weight, Tensor? bias"
 _GRADIENTS = "(Tensor, Tensor, Tensor)"
 
@@ -41,7 +45,7 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
         name = function.__name__
         # The kernels know several layouts, so that a compiler need not copy its tensors into one.
         LIBRARY.define(f"{name}({schema}", tags=(torch.Tag.flexible_layout,))
-        for device in ("CPU", "CUDA"):
+        for device in ("CUDA",) if COMPILED else ("CPU", "CUDA"):
             LIBRARY.impl(name, function, device)
         torch.library.register_fake(f"normlab::{name}", fake, lib=LIBRARY)
         return function

@@ -7,6 +7,8 @@
 
 #include "channels.h"
 #include "groups.h"
+#include "norms.h"
+#include "operators.h"
 #include "positions.h"
 
 namespace nb = nanobind;
@@ -55,8 +57,6 @@ struct {
   float steps_remembered, steady_images, along, pull;
 } constants;
 
-using Pointer = uintptr_t;
-
 template <class T>
 T* at(Pointer pointer) {
   return reinterpret_cast<T*>(pointer);
@@ -89,6 +89,8 @@ Gates gates(int64_t channels, const float* inverse, const float* weight, const f
   for (int64_t c = 0; c < channels; ++c) scale[c] = inverse[c] * or_one(weight, c);
   return {scale.data(), bias ? bias : zeros.data(), static_cast<float>(slope)};
 }
+
+}  // namespace
 
 // mean_and_var: of each channel, the variance biased.
 void channel_moments(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer x,
@@ -533,8 +535,6 @@ void set_constants(float steps_remembered, float steady_images, float along, flo
   constants = {steps_remembered, steady_images, along, pull};
 }
 
-}  // namespace
-
 template <>
 const Loops<float>& loops<float>() {
   return in_use->loops->of_float;
@@ -560,6 +560,9 @@ NB_MODULE(_native, m) {
   m.def("use_instructions", &use_instructions);
   m.def("set_openmp", &set_openmp);
   m.def("set_constants", &set_constants);
+  m.def("register_operators", [](nb::callable address) {
+    register_operators([&](const char* name) { return nb::cast<uintptr_t>(address(name)); });
+  });
   const auto define = [&](const char* name, auto function) {
     m.def(name, function, nb::call_guard<nb::gil_scoped_release>());
   };
