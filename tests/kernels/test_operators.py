@@ -23,16 +23,17 @@ shapes = st.sampled_from([(3, C), (2, C, 5), (2, C, 3, 4), (1, C, 2, 3, 2)])
 def arguments(name, x, affine):
     """Of an operator: tensors of the right sizes, and numbers."""
     weight, bias = (torch.randn(C) if affine else None for _ in range(2))
-    grad = torch.randn_like(x)
+    grad, residual = torch.randn_like(x), torch.randn(x.shape).to(x.dtype) if affine else None
     saved, of_groups = torch.rand(2, C) + 0.5, torch.rand(2, len(x) * GROUPS) + 0.5
     statistics = torch.zeros(C), torch.ones(C), torch.tensor(3)
     memory = GradientMemory.empty(C)
     return {
-        "batch_forward": (x, weight, bias, *statistics, SLOPE, 0.1, EPS),
-        "batch_backward": (grad, x, weight, bias, saved, SLOPE),
+        "batch_forward": (x, weight, bias, residual, *statistics, SLOPE, 0.1, EPS),
+        "frozen_forward": (x, weight, bias, residual, *statistics[:2], SLOPE, EPS),
+        "batch_backward": (grad, x, weight, bias, saved, SLOPE, 1.0),
         "running_forward": (
-            *(x, weight, bias, *statistics, torch.ones(()), torch.zeros(C), torch.ones(()), *memory[:2]),
-            *(SLOPE, 0.1, EPS, 0.001, 0.01, 0.2),
+            *(x, weight, bias, residual, *statistics, torch.ones(()), torch.zeros(C), torch.ones(()), *memory[:2]),
+            *(SLOPE, 0.1, EPS, 0.001, 0.01, 0.2, not affine),
         ),
         "running_backward": (grad, x, weight, bias, saved, torch.tensor(0.5), *memory, SLOPE, 0.006, affine),
         "group_forward": (x, weight, bias, GROUPS, SLOPE, EPS),
@@ -135,9 +136,11 @@ WRONG = {  # the operator, its argument's index, what it becomes, what is said
     "a weight of float16": ("batch_forward", 1, lambda weight: weight.half(), "weight must be contiguous, float32"),
     "a short bias": ("group_forward", 2, lambda bias: bias[1:], f"bias must be .* {C}"),
     "every other weight": ("batch_forward", 1, lambda weight: weight.repeat_interleave(2)[::2], "weight must be"),
-    "a mean without a count": ("batch_forward", 5, lambda _: None, "all there, or none"),
-    "a count of float32": ("running_forward", 5, lambda count: count.float(), "num_batches_tracked must be .* int64"),
-    "a short average": ("running_forward", 9, lambda average: average[0], f"average must be .* {2 * C}"),
+    "a mean without a count": ("batch_forward", 6, lambda _: None, "all there, or none"),
+    "a count of float32": ("running_forward", 6, lambda count: count.float(), "num_batches_tracked must be .* int64"),
+    "a short average": ("running_forward", 10, lambda average: average[0], f"average must be .* {2 * C}"),
+    "a residual of another type": ("frozen_forward", 3, lambda residual: residual.half(), "residual must have"),
+    "a short mean": ("frozen_forward", 4, lambda mean: mean[1:], f"mean must be .* {C}"),
     "a gradient of another type": ("batch_backward", 0, lambda grad: grad.half(), "grad must have"),
     "a gradient of another shape": ("group_backward", 0, lambda grad: grad[:1], "grad must have"),
     "statistics of another norm": ("group_backward", 4, lambda saved: saved[:, 1:].contiguous(), "saved must be"),
@@ -157,13 +160,13 @@ def test_compiled_ones_refuse_what_is_not_theirs(case):
         getattr(torch.ops.normlab, name)(*given)
 
 
-@pytest.mark.parametrize("index", [0, 1, 3])
+@pytest.mark.parametrize("index", [0, 1, 4])
 def test_a_tensor_of_another_device_is_not_computed_with(index):
     given = list(arguments("batch_forward", torch.randn(2, C, 3, 3), affine=True))
     given[index] = given[index].to("meta")
-    before = [part.clone() for part in tensors(given[3:])]
+    before = [part.clone() for part in tensors(given[4:])]
     torch.ops.normlab.batch_forward(*given)  # tells what would come out
-    for part, other in zip(tensors(given[3:]), before, strict=True):
+    for part, other in zip(tensors(given[4:]), before, strict=True):
         assert part.is_meta or part.equal(other)
 
 

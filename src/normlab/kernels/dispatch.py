@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import native
 
@@ -14,52 +15,64 @@ ON_GPU = os.environ.get(native.SWITCH, "on") != "off" and find_spec("triton") is
 PATH_ON_GPU = "Triton kernels" if ON_GPU else f"composed operators (no module triton, or {native.SWITCH}=off)"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STATISTICS = (torch.float32, torch.int64)
+_CLASSES = (Tensor, torch.nn.Parameter)  # subclasses may be anything
+# Whether torch is about to do something else with an operation: by attribute each takes as long as a kernel's part.
+_num_modes, _traced = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
+_transforms = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
 # On a GPU one program has all channels at once, and there are sums for each channel of each image.
 MOST_CHANNELS_ON_GPU, MOST_SUMS_ON_GPU = 1 << 13, 1 << 26
 
 
 def takes(x: Tensor, weight: Tensor | None, bias: Tensor | None, *buffers: Tensor | None) -> bool:
-    """Whether the kernels can be used for the input `x`, with these parameters of (C,) and buffers.
+    """Whether the kernels can be used for the input `x`, with these parameters of (C,) and buffers."""
+    return takes_input(x) and takes_parts(x, weight, bias, *buffers)
 
-    The sizes of buffers are those that the layer made and `load_state_dict` holds to; they are not looked at again.
 
-    The kernels see memory only, so not where an operation is to be exported, transformed or batched: by `torch.export`,
+def takes_input(x: Tensor) -> bool:
+    """Whether the kernels can be used for the input `x`.
+
+    They see memory only, so not where an operation is to be exported, transformed or batched: by `torch.export`,
     `torch.func`, forward-mode gradients or a dispatch mode. To a compiler they are operators of `torch.library`.
     """
-    if (
-        not _has_kernels(x)
-        or not (not torch.compiler.is_exporting() if torch.compiler.is_compiling() else _in_memory(x))
-        or x.dtype not in TYPES
-        or x.layout is not torch.strided
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or x.numel() == 0
-    ):
-        return False
-    # Written out: this takes as long as a kernel does on a small tensor.
-    channels, on_cpu = x.shape[1], x.is_cpu
+    if torch.compiler.is_compiling():
+        return _has_kernels(x) and not torch.compiler.is_exporting() and _is_plain(x)
+    return _has_kernels(x) and in_memory(x)
+
+
+def in_memory(x: Tensor) -> bool:
+    """Whether an operation on `x`, outside a compiler, is nothing but that, and on memory that the kernels know."""
+    return (
+        _is_plain(x)
+        and _num_modes() == 0
+        and _transforms() is None
+        and _traced() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in _CLASSES and x.layout is torch.strided and x.dtype in TYPES and x.numel() > 0
+
+
+def takes_parts(x: Tensor, weight: Tensor | None, bias: Tensor | None, *buffers: Tensor | None) -> bool:
+    """Whether the kernels can be used with these parameters of (C,) and buffers, for an input like `x`.
+
+    The sizes of buffers are those that the layer made and `load_state_dict` holds to; they are not looked at.
+    """
+    channels, device = x.shape[1], x.device
     for part in (weight, bias):
-        if part is not None and not (
-            part.dtype is torch.float32
-            and part.dim() == 1
-            and len(part) == channels
-            and part.is_contiguous()
-            and part.is_cpu is on_cpu
-        ):
+        if part is not None and not (part.dtype is torch.float32 and part.dim() == 1 and len(part) == channels):
             return False
     for part in buffers:
-        if part is not None and not (part.dtype in STATISTICS and part.is_contiguous() and part.is_cpu is on_cpu):
+        if part is not None and part.dtype not in STATISTICS:
             return False
-    return on_cpu or all(part is None or part.device == x.device for part in (weight, bias, *buffers))
+    there = [part for part in (weight, bias, *buffers) if part is not None]
+    return all(type(part) in _CLASSES and part.is_contiguous() and part.device == device for part in there)
 
 
-def takes_residual(x: Tensor, residual: Tensor | None) -> bool:
-    """Whether the kernels can add `residual`, if there is one, to a norm of `x`, which they take."""
-    return residual is None or (
-        residual.dtype is x.dtype
-        and residual.device == x.device
-        and residual.layout is torch.strided
-        and type(residual) in (Tensor, torch.nn.Parameter)
-    )
+def takes_residual(x: Tensor, residual: Tensor) -> bool:
+    """Whether the kernels can add `residual` to a norm of `x`, which they take."""
+    return residual.dtype is x.dtype and residual.device == x.device and _is_plain(residual)
 
 
 def _has_kernels(x: Tensor) -> bool:
@@ -67,16 +80,6 @@ def _has_kernels(x: Tensor) -> bool:
         return native.kernels is not None
     channels = x.shape[1]
     return x.is_cuda and ON_GPU and channels <= MOST_CHANNELS_ON_GPU and len(x) * channels <= MOST_SUMS_ON_GPU
-
-
-def _in_memory(x: Tensor) -> bool:
-    return (
-        not torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
-        and torch._C._get_tracing_state() is None
-        and torch.autograd.forward_ad._current_level < 0
-    )
 
 
 class Description(NamedTuple):
@@ -146,8 +149,9 @@ def backward(
     return of_x, of_weight, of_bias
 
 
-def activation_backward(y: Tensor, grad: Tensor, described: Description, slope: float) -> Tensor:
-    """The gradient of what the activation that gave `y` was applied to."""
+def activation_backward(y: Tensor, grad: Tensor, slope: float) -> Tensor:
+    """The gradient of what the activation that gave `y`, an output of `forward`, was applied to."""
+    y, described = describe(y)
     grad = grad.contiguous(memory_format=described.layout)
     found = torch.empty_like(y)
     _run(y)("activation_backward", described.arguments, (y, grad, found), slope)

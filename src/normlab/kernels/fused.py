@@ -1,16 +1,23 @@
-"""Norms by the compiled kernels, with their gradients: one kernel a pass.
+"""Norms by the kernels, with their gradients: one kernel a pass, an operator of `operators`.
 
-Each takes what `dispatch.takes` says. Under a compiler the passes are operators of `torch.library` (see `operators`).
+Each takes what `dispatch.takes` says.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import dispatch, operators, ops
+from . import dispatch, operators, ops  # noqa: F401 - `operators` defines them
+
+# By attribute each would take as long as a part of a kernel does.
+_BATCH_FORWARD, _BATCH_BACKWARD = torch.ops.normlab.batch_forward.default, torch.ops.normlab.batch_backward.default
+_RUNNING_FORWARD = torch.ops.normlab.running_forward.default
+_RUNNING_BACKWARD = torch.ops.normlab.running_backward.default
+_GROUP_FORWARD, _GROUP_BACKWARD = torch.ops.normlab.group_forward.default, torch.ops.normlab.group_backward.default
+_FROZEN_FORWARD = torch.ops.normlab.frozen_forward.default
 
 
 class BatchStatistics(NamedTuple):
@@ -52,11 +59,16 @@ class RunningNumbers(NamedTuple):
     recomputing: bool
 
 
-def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+def _quick(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
     """As `function.apply`, without what that does for `torch.func`, where `takes` is false, and without gradients."""
-    if not torch.is_grad_enabled():
-        return function.forward(_NoContext(), *arguments)
-    return super(torch.autograd.Function, function).apply(*arguments)  # pyright: ignore[reportAttributeAccessIssue]
+    apply = super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+    def call(*arguments: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return function.apply(*arguments)
+        return apply(*arguments) if torch.is_grad_enabled() else function.forward(_NoContext(), *arguments)
+
+    return call
 
 
 class _NoContext:
@@ -87,11 +99,8 @@ def batch_norm(
         residual: as `x`; added before the activation.
     """
     momentum = -1.0 if momentum is None else momentum
-    if torch.compiler.is_compiling():
-        kept = statistics or (None, None, None)
-        numbers = momentum, eps, slope if residual is None else 1.0
-        return _added(operators.BatchNorm.apply(x, weight, bias, *kept, *numbers), residual, slope)
-    return _apply(_ChannelNorm, x, weight, bias, residual, None, statistics, momentum, eps, slope, 1.0)
+    kept = statistics or (None, None, None)
+    return _ChannelNorm(x, weight, bias, residual, None, kept, slope, momentum, eps, 1.0)
 
 
 def frozen_norm(
@@ -105,14 +114,14 @@ def frozen_norm(
     residual: Tensor | None = None,
 ) -> Tensor:
     """γ (x − mean) / √(var + eps) + β with constant `mean` and `var`, (C,), float32; arguments as in `batch_norm`."""
-    return _apply(_ChannelNorm, x, weight, bias, residual, (mean, var), None, 0.0, eps, slope, 0.0)
+    return _ChannelNorm(x, weight, bias, residual, (mean, var), None, slope, 0.0, eps, 0.0)
 
 
 def batch_norm_of(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """Batch norm with the mean and the biased variance of `x`, known already; arguments as in `batch_norm`."""
-    return _apply(_ChannelNorm, x, weight, bias, None, (mean, var), None, 0.0, eps, 1.0, 1.0)
+    return _ChannelNorm(x, weight, bias, None, (mean, var), None, 1.0, 0.0, eps, 1.0)
 
 
 def running_norm(
@@ -140,23 +149,14 @@ def running_norm(
         residual: likewise.
     """
     step_bound = -1.0 if step_bound is None else step_bound
-    if torch.compiler.is_compiling():
-        rest = *numbers[:-1], step_bound, slope if residual is None else 1.0
-        return _added(operators.RunningNorm.apply(x, weight, bias, *statistics, *memory, *rest), residual, slope)
-    return _apply(_RunningNorm, x, weight, bias, residual, statistics, memory, numbers, step_bound, slope)
-
-
-def _added(y: Tensor, residual: Tensor | None, slope: float) -> Tensor:
-    return y if residual is None else ops.activate(y + residual, slope)
+    return _RunningNorm(x, weight, bias, residual, statistics, memory, slope, numbers, step_bound)
 
 
 def group_norm(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float
 ) -> Tensor:
     """Group norm: of each image by itself, over `num_groups` groups of channels and space; as in `batch_norm`."""
-    if torch.compiler.is_compiling():
-        return operators.GroupNorm.apply(x, weight, bias, num_groups, eps, slope)
-    return _apply(_GroupNorm, x, weight, bias, num_groups, eps, slope)
+    return _GroupNorm(x, weight, bias, num_groups, eps, slope)
 
 
 def position_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: bool, eps: float) -> Tensor:
@@ -169,39 +169,47 @@ def position_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, centred
         centred: whether the mean is subtracted.
         eps: added to the variance, or the mean square.
     """
-    return _apply(_PositionNorm, x, weight, bias, centred, eps)
+    return _PositionNorm(x, weight, bias, centred, eps)
 
 
+@_quick
 class _ChannelNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, known, statistics, momentum, eps, slope, share):
+    def forward(ctx, x, weight, bias, residual, known, kept, slope, momentum, eps, share):
         """Types as in `batch_norm`, but for `known`, mean and variance if they are, and the batch's share in them."""
-        ctx.eps, ctx.share = eps, share
-        if known is not None:
-            return _forward_added(ctx, x, weight, bias, residual, slope, "frozen_forward", known, eps)
-        statistics = statistics or (None, None, None)
-        return _forward_added(ctx, x, weight, bias, residual, slope, "batch_forward", statistics, momentum, eps)
+        if known is None:
+            y, saved = _BATCH_FORWARD(x, weight, bias, residual, *kept, slope, momentum, eps)
+        else:
+            y, saved = _FROZEN_FORWARD(x, weight, bias, residual, *known, slope, eps)
+        added = residual is not None
+        # With a residual the norm alone does not say what the activation let through.
+        ctx.save_for_backward(x, weight, bias, saved, y if added and slope != 1 else None)
+        ctx.numbers = slope, added, eps, share
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
+        x, weight, bias, saved, y = ctx.saved_tensors
+        (grad,), (slope, added, eps, share) = grads, ctx.numbers
+        if y is not None:
+            grad, slope = _through_activation(slope, grad, y)
         if torch.is_grad_enabled():  # these gradients are to be differentiated
-            x, weight, bias, saved, y = ctx.saved_tensors
-            norm, grad = _composed(x, weight, bias, None if ctx.share else saved, ctx.eps), grads[0]
-            if y is not None:
-                grad = torch.where(y > 0, grad, ctx.slope * grad)
-            found = _again(norm, 1.0 if y is not None else ctx.slope, (x, weight, bias), grad)
-            return *found, grad if ctx.needs_input_grad[3] else None, None, None, None, None, None, None
-        found = _backward_added(ctx, grads[0], "batch_backward", (), ctx.share)
-        return *found, None, None, None, None, None, None
+            norm = _composed(x, weight, bias, None if share else saved, eps)
+            found = _again(norm, slope, (x, weight, bias), grad)
+        else:
+            found = _BATCH_BACKWARD(grad, x, weight, bias, saved, slope, share)
+        return *_wanted(found, weight, bias), grad if added else None, None, None, None, None, None, None
 
 
+@_quick
 class _RunningNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, statistics, memory, numbers, step_bound, slope):  # types: running_norm
-        kept = (*statistics, *memory[:2])
-        y = _forward_added(ctx, x, weight, bias, residual, slope, "running_forward", kept, *numbers)
-        # Not saved: it may change before this backward pass, by that of another batch.
-        ctx.memory, ctx.step_bound = memory, step_bound
+    def forward(ctx, x, weight, bias, residual, kept, memory, slope, numbers, step_bound):  # types: running_norm
+        y, saved, rate = _RUNNING_FORWARD(x, weight, bias, residual, *kept, *memory[:2], slope, *numbers)
+        added = residual is not None
+        ctx.save_for_backward(x, weight, bias, saved, rate, y if added and slope != 1 else None)
+        # Memory is not saved: it may change before this backward pass, by that of another batch.
+        ctx.numbers = slope, added, step_bound, memory
         return y
 
     @staticmethod
@@ -211,84 +219,72 @@ class _RunningNorm(torch.autograd.Function):
 
 
 def _running_backward(ctx: Any, *grads: Tensor):
-    learns = all(ctx.needs_input_grad[1:3])
-    numbers = ctx.result, ctx.step_bound, learns
-    return *_backward_added(ctx, grads[0], "running_backward", ctx.memory, *numbers), None, None, None, None, None
+    x, weight, bias, saved, rate, y = ctx.saved_tensors
+    (grad,), (slope, added, step_bound, memory) = grads, ctx.numbers
+    if y is not None:
+        grad, slope = _through_activation(slope, grad, y)
+    _, of_weight, of_bias, *_ = ctx.needs_input_grad
+    numbers = slope, step_bound, of_weight and of_bias
+    found = _RUNNING_BACKWARD(grad, x, weight, bias, saved, rate, *memory, *numbers)
+    return *_wanted(found, weight, bias), grad if added else None, None, None, None, None, None
 
 
 _once = once_differentiable(_running_backward)
 
 
+@_quick
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, num_groups, eps, slope):  # types: group_norm
-        ctx.num_groups, ctx.eps = num_groups, eps
-        return _forward(ctx, x, weight, bias, len(x) * num_groups, slope, "group_forward", (), num_groups, eps)
+        y, saved = _GROUP_FORWARD(x, weight, bias, num_groups, slope, eps)
+        ctx.save_for_backward(x, weight, bias, saved)
+        ctx.num_groups, ctx.eps, ctx.slope = num_groups, eps, slope
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
+        x, weight, bias, saved = ctx.saved_tensors
         if torch.is_grad_enabled():
-            x, weight, bias, _ = ctx.saved_tensors
             y = torch.group_norm(x, ctx.num_groups, weight, bias, ctx.eps)
             return *_again(y, ctx.slope, (x, weight, bias), grads[0]), None, None, None
-        return *_backward(ctx, grads[0], "group_backward", (), ctx.num_groups), None, None, None
+        found = _GROUP_BACKWARD(grads[0], x, weight, bias, saved, ctx.num_groups, ctx.slope)
+        return *_wanted(found, weight, bias), None, None, None
 
 
+@_quick
 class _PositionNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, centred, eps):  # types: position_norm
+        x, ctx.described = dispatch.describe(x)
+        parts, kernel = x.numel() // x.shape[1], "position_forward"
+        y, saved, _ = dispatch.forward(x, ctx.described, weight, bias, parts, 1.0, kernel, (), centred, eps)
+        ctx.save_for_backward(x, weight, bias, saved)
         ctx.centred, ctx.eps = centred, eps
-        return _forward(ctx, x, weight, bias, x.numel() // x.shape[1], 1.0, "position_forward", (), centred, eps)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
+        x, weight, bias, saved = ctx.saved_tensors
         if torch.is_grad_enabled():
-            x, weight, bias, _ = ctx.saved_tensors
             distance = x.float() - x.float().mean(1, keepdim=True) if ctx.centred else x.float()
             x_hat = distance * (distance.square().mean(1, keepdim=True) + ctx.eps).rsqrt()
             return *_again(_scaled(x_hat, weight, bias).to(x.dtype), 1.0, (x, weight, bias), grads[0]), None, None
-        return *_backward(ctx, grads[0], "position_backward", (), ctx.centred), None, None
+        numbers = 1.0, "position_backward", (), ctx.centred
+        found = dispatch.backward(grads[0], x, ctx.described, weight, bias, saved, *numbers)
+        return *_wanted(found, weight, bias), None, None
 
 
-def _forward(ctx, x, weight, bias, parts, slope, kernel, statistics, *numbers):
-    """The output of a norm that has `parts` means and 1/√(var + eps); they are saved for `_backward`."""
-    ctx.slope = slope
-    x, ctx.described = dispatch.describe(x)
-    numbers = parts, slope, kernel, statistics, *numbers
-    y, saved, ctx.result = dispatch.forward(x, ctx.described, weight, bias, *numbers)
-    ctx.save_for_backward(x, weight, bias, saved)
-    return y
+def _through_activation(slope: float, grad: Tensor, y: Tensor) -> tuple[Tensor, float]:
+    """The gradient of the sum of norm and residual whose activation is `y`; the slope left to the norm's kernel, 1."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return torch.where(y > 0, grad, slope * grad), 1.0
+    return dispatch.activation_backward(y, grad, slope), 1.0
 
 
-def _backward(ctx, grad, kernel, memory, *numbers):
-    """The gradients of `x`, γ and β; None for those that want none."""
-    x, weight, bias, saved = ctx.saved_tensors
-    numbers = ctx.slope, kernel, memory, *numbers
-    found = dispatch.backward(grad, x, ctx.described, weight, bias, saved, *numbers)
-    return operators.wanted(ctx, found)
-
-
-def _forward_added(ctx, x, weight, bias, residual, slope, kernel, statistics, *numbers):
-    """As `_forward`, of a norm of channels to which `residual`, if there is one, is added."""
-    ctx.slope = slope
-    x, ctx.described = dispatch.describe(x)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=ctx.described.layout)
-    numbers = x.shape[1], slope, kernel, (residual, *statistics), *numbers
-    y, saved, ctx.result = dispatch.forward(x, ctx.described, weight, bias, *numbers)
-    # With a residual the norm alone does not say what the activation let through.
-    ctx.save_for_backward(x, weight, bias, saved, None if residual is None or slope == 1 else y)
-    return y
-
-
-def _backward_added(ctx, grad, kernel, memory, *numbers):
-    """As `_backward`, after `_forward_added`; and the gradient of the residual."""
-    x, weight, bias, saved, y = ctx.saved_tensors
-    slope = ctx.slope
-    if y is not None:
-        grad, slope = dispatch.activation_backward(y, grad, ctx.described, slope), 1.0
-    found = dispatch.backward(grad, x, ctx.described, weight, bias, saved, slope, kernel, memory, *numbers)
-    return *operators.wanted(ctx, found), grad if ctx.needs_input_grad[3] else None
+def _wanted(found: Sequence[Tensor | None], weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Without those of a γ and β that are not there: the kernels compute them always."""
+    of_x, of_weight, of_bias = found
+    return of_x, None if weight is None else of_weight, None if bias is None else of_bias
 
 
 def _again(y: Tensor, slope: float, inputs: Iterable[Tensor | None], grad: Tensor) -> list[Tensor | None]:

@@ -1,10 +1,7 @@
-"""The kernels as operators of `torch.library`, and the norms made of them: what a compiler puts into its graph.
-
-Its own code for a norm takes twice as long as these for running batch norm, and longer for the others from `LARGE`
-values on (`benchmarks/norms.py --compiled`). Outside a compiler `fused` is quicker.
+"""The kernels as operators of `torch.library`: what `fused` makes norms of, and a compiler puts into its graph.
 
 On a CPU torch calls them in the compiled module (`csrc/operators.cpp`), which takes half as long as the functions here.
-Those are for a torch that lacks what the module needs of it.
+Those are for a GPU, and for a torch that lacks what the module needs of it.
 """
 
 from collections.abc import Callable
@@ -12,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import dispatch, native
 
-LARGE = 1 << 16  # values
+# A compiler's own code for a norm, but for running batch norm, is quicker up to so many values
+# (`benchmarks/norms.py --compiled`).
+LARGE = 1 << 16
 # Not measured: from here on a pass takes longer than it takes to launch three kernels.
 LARGE_ON_GPU = 1 << 22
 
@@ -68,38 +66,52 @@ def _saved(x: Tensor, parts: int) -> Tensor:
 
 
 @_operator(
-    f"{_PARAMETERS}, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float slope, "
-    "float momentum, float eps) -> (Tensor, Tensor)",
+    f"{_PARAMETERS}, Tensor? residual, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor(c!)? num_batches_tracked, float slope, float momentum, float eps) -> (Tensor, Tensor)",
     lambda x, *_: (_like(x), _saved(x, x.shape[1])),
 )
-def batch_forward(x, weight, bias, running_mean, running_var, num_batches_tracked, slope, momentum, eps):
+def batch_forward(x, weight, bias, residual, running_mean, running_var, num_batches_tracked, slope, momentum, eps):
     """The output, and mean and 1/√(var + eps); enters the batch in the running statistics."""
-    x, described = dispatch.describe(x)
-    kept = None, running_mean, running_var, num_batches_tracked
-    return dispatch.forward(x, described, weight, bias, x.shape[1], slope, "batch_forward", kept, momentum, eps)[:2]
-
-
-@_operator(f"Tensor grad, {_PARAMETERS}, Tensor saved, float slope) -> {_GRADIENTS}", _fake_backward)
-def batch_backward(grad, x, weight, bias, saved, slope):
-    """The gradients of `x`, γ and β."""
-    x, described = dispatch.describe(x)
-    return dispatch.backward(grad, x, described, weight, bias, saved, slope, "batch_backward", (), 1.0)
+    kept = running_mean, running_var, num_batches_tracked
+    return _of_channels(x, weight, bias, slope, "batch_forward", residual, *kept, numbers=(momentum, eps))[:2]
 
 
 @_operator(
-    f"{_PARAMETERS}, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) num_batches_tracked, Tensor(d!) share,"
-    " Tensor(e!) innovation, Tensor(f!) gradient_share, Tensor average, Tensor latest, float slope, float momentum, "
-    "float eps, float least_share, float least_gradient_share, float tolerated_drift) -> (Tensor, Tensor, Tensor)",
+    f"{_PARAMETERS}, Tensor? residual, Tensor mean, Tensor var, float slope, float eps) -> (Tensor, Tensor)",
+    lambda x, *_: (_like(x), _saved(x, x.shape[1])),
+)
+def frozen_forward(x, weight, bias, residual, mean, var, slope, eps):
+    """The output, and mean and 1/√(var + eps)."""
+    return _of_channels(x, weight, bias, slope, "frozen_forward", residual, mean, var, numbers=(eps,))[:2]
+
+
+@_operator(f"Tensor grad, {_PARAMETERS}, Tensor saved, float slope, float share) -> {_GRADIENTS}", _fake_backward)
+def batch_backward(grad, x, weight, bias, saved, slope, share):
+    """The gradients of `x`, γ and β, where the batch has this share in mean and variance."""
+    x, described = dispatch.describe(x)
+    return dispatch.backward(grad, x, described, weight, bias, saved, slope, "batch_backward", (), share)
+
+
+@_operator(
+    f"{_PARAMETERS}, Tensor? residual, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) num_batches_tracked,"
+    " Tensor(d!) share, Tensor(e!) innovation, Tensor(f!) gradient_share, Tensor average, Tensor latest, float slope, "
+    "float momentum, float eps, float least_share, float least_gradient_share, float tolerated_drift, bool recomputing)"
+    " -> (Tensor, Tensor, Tensor)",
     lambda x, *_: (_like(x), _saved(x, x.shape[1]), x.new_empty((), dtype=torch.float32)),
 )
-def running_forward(x, weight, bias, *rest):
+def running_forward(x, weight, bias, residual, *rest):
     """The output, mean and 1/√(var + eps), and the share in the averages of the backward pass."""
-    *kept, slope, momentum, eps, least_share, least_gradient_share, tolerated_drift = rest
-    x, described = dispatch.describe(x)
-    numbers = momentum, eps, least_share, least_gradient_share, tolerated_drift, False
-    numbers = slope, "running_forward", (None, *kept), *numbers
-    y, saved, rate = dispatch.forward(x, described, weight, bias, x.shape[1], *numbers)
+    kept, (slope, *numbers) = rest[:8], rest[8:]
+    y, saved, rate = _of_channels(x, weight, bias, slope, "running_forward", residual, *kept, numbers=numbers)
     return y, saved, rate if isinstance(rate, Tensor) else torch.tensor(rate, dtype=torch.float32)
+
+
+def _of_channels(x, weight, bias, slope, kernel, residual, *statistics, numbers):
+    x, described = dispatch.describe(x)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=described.layout)
+    statistics = residual, *statistics
+    return dispatch.forward(x, described, weight, bias, x.shape[1], slope, kernel, statistics, *numbers)
 
 
 @_operator(
@@ -131,63 +143,3 @@ def group_backward(grad, x, weight, bias, saved, num_groups, slope):
     """The gradients of `x`, γ and β."""
     x, described = dispatch.describe(x)
     return dispatch.backward(grad, x, described, weight, bias, saved, slope, "group_backward", (), num_groups)
-
-
-class BatchNorm(torch.autograd.Function):
-    """See `fused.batch_norm`; its arguments, but the statistics one by one."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, slope):
-        kept = running_mean, running_var, num_batches_tracked
-        y, saved = torch.ops.normlab.batch_forward(x, weight, bias, *kept, slope, momentum, eps)
-        ctx.save_for_backward(x, weight, bias, saved)
-        ctx.slope = slope
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor):
-        return *wanted(ctx, torch.ops.normlab.batch_backward(grads[0], *ctx.saved_tensors, ctx.slope)), *[None] * 6
-
-
-class RunningNorm(torch.autograd.Function):
-    """See `fused.running_norm`; its arguments, but statistics (6), memory (5) and numbers (5) one by one."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, *rest):
-        kept, memory, numbers, (ctx.step_bound, ctx.slope) = rest[:6], rest[6:11], rest[11:16], rest[16:]
-        operator = torch.ops.normlab.running_forward
-        y, saved, rate = operator(x, weight, bias, *kept, *memory[:2], ctx.slope, *numbers)
-        ctx.save_for_backward(x, weight, bias, saved, rate)
-        ctx.memory = memory
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor):
-        numbers = ctx.slope, ctx.step_bound, all(ctx.needs_input_grad[1:3])
-        found = torch.ops.normlab.running_backward(grads[0], *ctx.saved_tensors, *ctx.memory, *numbers)
-        return *wanted(ctx, found), *[None] * 18
-
-
-class GroupNorm(torch.autograd.Function):
-    """See `fused.group_norm`."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, num_groups, eps, slope):
-        y, saved = torch.ops.normlab.group_forward(x, weight, bias, num_groups, slope, eps)
-        ctx.save_for_backward(x, weight, bias, saved)
-        ctx.num_groups, ctx.slope = num_groups, slope
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor):
-        found = torch.ops.normlab.group_backward(grads[0], *ctx.saved_tensors, ctx.num_groups, ctx.slope)
-        return *wanted(ctx, found), *[None] * 3
-
-
-def wanted(ctx: Any, found: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradients that are wanted: the kernels compute those of γ and β always."""
-    of_x, of_weight, of_bias = found
-    return of_x, of_weight if ctx.needs_input_grad[1] else None, of_bias if ctx.needs_input_grad[2] else None

@@ -20,10 +20,9 @@ def activate(y: Tensor, name: str | None, residual: Tensor | None = None) -> Ten
     return ops.activate(y if residual is None else y + residual, SLOPES[name])
 
 
-def check_residual(x: Tensor, residual: Tensor | None) -> None:
-    """An InputError unless `residual` is None or of the shape of `x`."""
-    if residual is not None and residual.shape != x.shape:
-        check(False, "residual.shape", tuple(residual.shape), f"{tuple(x.shape)}, that of x")
+def check_residual(x: Tensor, residual: Tensor) -> None:
+    """An InputError unless `residual` is of the shape of `x`."""
+    check(residual.shape == x.shape, "residual.shape", tuple(residual.shape), f"{tuple(x.shape)}, that of x")
 
 
 def described(name: str | None) -> str:

@@ -1,12 +1,15 @@
 """What every norm with running statistics does alike: what it accepts, and how its buffers are kept."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import check
+from ..kernels import dispatch, operators
 
 
 def remember(*updates: tuple[Tensor, Tensor]) -> None:
@@ -50,7 +53,38 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class PreciseStatistics(nn.Module):
+class OnKernels(nn.Module):
+    """A norm that the kernels can compute: it remembers that they take its parameters and buffers.
+
+    To look at each of these takes longer than the kernels do on a small tensor. Theirs on a CPU look again, and raise.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    _known: tuple[Tensor | None, ...] | None = None  # γ, β and buffers that were looked at, on a CPU
+
+    def _taken(self, x: Tensor, residual: Tensor | None = None) -> tuple[Any, ...] | None:
+        """γ, β and the buffers, in the order of their making, if the kernels can be used for these inputs; or None."""
+        if residual is not None and not dispatch.takes_residual(x, residual):
+            return None
+        remembers = x.is_cpu and not torch.compiler.is_compiling()
+        if remembers:
+            own, known = (*self._parameters.values(), *self._buffers.values()), self._known
+            if known is not None and len(own) == len(known) and all(map(is_, own, known)):
+                return own if dispatch.in_memory(x) else None
+        own = self.weight, self.bias, *self._buffers.values()
+        if not dispatch.takes(x, *own):
+            return None
+        if remembers and operators.COMPILED and len(self._parameters) == 2:  # fewer: some are computed
+            self._known = own
+        return own
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OnKernels":
+        self._known = None  # parameters may become others and stay the same objects
+        return super()._apply(fn, recurse)
+
+
+class PreciseStatistics(OnKernels):
     """A module whose buffers stay in float32 at least, also when it is cast to half precision."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PreciseStatistics":
@@ -61,10 +95,6 @@ class PreciseStatistics(nn.Module):
             if after is not None and after.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[name] = before.to(after.device, torch.float32)
         return self
-
-    def _kept(self, names: Iterable[str]) -> list[Tensor]:
-        """The buffers of these names; by attribute each would take as long as a part of a compiled kernel."""
-        return [buffer for buffer in [self._buffers[name] for name in names] if buffer is not None]
 
 
 class RunningStatistics(PreciseStatistics, _NormBase):

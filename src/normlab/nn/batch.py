@@ -1,10 +1,12 @@
 """Batch norm, as torch has it, with a defined result where torch refuses or would spoil its statistics."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..kernels import dispatch, fused, operators
+from ..kernels import fused, operators
 from . import functional as F
 from .activation import SLOPES, activate, check_activation, check_residual, described
 from .base import PreciseStatistics, recomputing, remember
@@ -32,12 +34,13 @@ class _Batch(PreciseStatistics, _BatchNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(x)
-        check_residual(x, residual)
-        several = x.numel() > x.shape[1] == self.num_features  # values a channel
+        if residual is not None:
+            check_residual(x, residual)
         own = self.training or self.running_mean is None  # statistics of this batch
-        preferred = several and operators.preferred(x, own) and dispatch.takes_residual(x, residual)
-        if preferred and dispatch.takes(x, self.weight, self.bias, *self._buffers.values()):
-            return self._fast(x, own, residual)
+        if x.numel() > x.size(1) == self.num_features and operators.preferred(x, own):  # several values a channel
+            taken = self._taken(x, residual)
+            if taken is not None:
+                return self._fast(x, taken, own, residual)
         return activate(self._composed(x), self.activation, residual)
 
     def extra_repr(self) -> str:
@@ -61,16 +64,15 @@ class _Batch(PreciseStatistics, _BatchNorm):
         self._remember(batch_mean, batch_var)
         return y
 
-    def _fast(self, x: Tensor, own: bool, residual: Tensor | None) -> Tensor:
-        """What `forward` computes, by the compiled kernels; with the batch's `own` statistics or the running ones."""
-        kept = self._kept(fused.BatchStatistics._fields)
-        known, slope = fused.BatchStatistics(*kept) if kept else None, SLOPES[self.activation]
-        if known and not own:
-            mean, var = known.running_mean, known.running_var
-            return fused.frozen_norm(x, mean, var, self.weight, self.bias, self.eps, slope, residual)
-        keeps = self.training and not recomputing()
-        entered = known if keeps else None
-        return fused.batch_norm(x, self.weight, self.bias, entered, self.momentum, self.eps, slope, residual)
+    def _fast(self, x: Tensor, taken: tuple[Any, ...], own: bool, residual: Tensor | None) -> Tensor:
+        """What `forward` computes, by the kernels; with the batch's `own` statistics or the running ones."""
+        weight, bias, mean, var = taken[:4]
+        slope = SLOPES[self.activation]
+        if not own:
+            return fused.frozen_norm(x, mean, var, weight, bias, self.eps, slope, residual)
+        keeps = self.training and mean is not None and not recomputing()
+        entered = fused.BatchStatistics._make(taken[2:5]) if keeps else None
+        return fused.batch_norm(x, weight, bias, entered, self.momentum, self.eps, slope, residual)
 
     def _remember(self, mean: Tensor, var: Tensor | None) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None or var is None:

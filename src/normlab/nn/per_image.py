@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import check
+from .base import OnKernels
 from .functional import moments, per_channel
 
 
-class PerImageNorm(nn.Module):
+class PerImageNorm(OnKernels):
     """A norm of (N, C, *space) without running statistics: `weight` γ and `bias` β per channel, or None.
 
     Args:

@@ -74,7 +74,7 @@ class BatchRenorm2d(RunningStatistics):
         if not self.training or x.numel() == 0:  # an empty batch has nothing to add
             mean, var = (F.per_channel(statistic, x) for statistic in (self.running_mean, self.running_var))
             return F.normalize(x, mean, var, self.weight, self.bias, self.eps)
-        if not torch.compiler.is_compiling() and dispatch.takes(x, self.weight, self.bias, *self._buffers.values()):
+        if not torch.compiler.is_compiling() and self._taken(x):
             mean, var = dispatch.channel_moments(x)
             return fused.batch_norm_of(x, mean, var, *self._corrected(x, mean, var), self.eps)
         values = in_float32(x)  # once, so that its gradients add up before rounding
@@ -87,7 +87,7 @@ class BatchRenorm2d(RunningStatistics):
         if self._correction is None or not recomputing():
             self._correction = self._correct(mean, var, x.numel() // self.num_features)
         r, d = self._correction
-        return (r, d) if self.weight is None else (r * self.weight, d * self.weight + self.bias)
+        return (r, d) if self.weight is None or self.bias is None else (r * self.weight, d * self.weight + self.bias)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_correction": None}  # a copy has no pass to run again

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import check
-from ..kernels import dispatch, fused, operators
+from ..kernels import fused, operators
 from ..kernels.ops import GradientMemory, normalize_with_memory
 from . import functional as F
 from .activation import SLOPES, activate, check_activation, check_residual, described
@@ -20,6 +20,7 @@ LEAST_SHARE = 0.01
 LEAST_GRADIENT_SHARE = 0.1
 # Times 1/N, the cosine of innovation and push above which that share grows.
 TOLERATED_DRIFT = 0.2
+STATISTICS = fused.RunningStatistics._fields
 MEMORY = tuple(f"gradient_{name}" for name in GradientMemory._fields)
 
 
@@ -126,30 +127,37 @@ class RunningBatchNorm2d(RunningStatistics):
         if "gradient_measured" in self._buffers:  # torch's constructor resets once before they are there
             self.share.fill_(1)
             self.gradient_share.fill_(1)
-            for buffer in (self.innovation, *self._memory()):
-                buffer.zero_()
+            for name in ("innovation", *MEMORY):
+                getattr(self, name).zero_()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(x)
-        check_residual(x, residual)
-        statistics, memory = self._statistics(), self._memory()
-        fast = dispatch.takes_residual(x, residual) and dispatch.takes(x, self.weight, self.bias, *statistics, *memory)
+        if residual is not None:
+            check_residual(x, residual)
+        taken = self._taken(x, residual)
         slope = SLOPES[self.activation]
         if not self.training or x.numel() == 0:  # an empty batch has nothing to add
             mean, var = self.running_mean, self.running_var
-            if fast and operators.preferred(x, reduces=False):
-                return fused.frozen_norm(x, mean, var, self.weight, self.bias, self.eps, slope, residual)
+            if taken is not None and operators.preferred(x, reduces=False):
+                weight, bias = taken[:2]
+                return fused.frozen_norm(x, mean, var, weight, bias, self.eps, slope, residual)
             mean, var = (F.per_channel(part, x) for part in (mean, var))
             return activate(F.normalize(x, mean, var, self.weight, self.bias, self.eps), self.activation, residual)
-        if fast:
-            least = (LEAST_SHARE * self.momentum, LEAST_GRADIENT_SHARE * self.momentum)
-            numbers = fused.RunningNumbers(self.momentum, self.eps, *least, TOLERATED_DRIFT, recomputing())
-            rest = (self.step_bound, slope, residual)
-            return fused.running_norm(x, self.weight, self.bias, statistics, memory, numbers, *rest)
+        if taken is not None:
+            return self._fast(x, taken, slope, residual)
         with torch.no_grad():
             mean, var, rate = settle(*self._updated(x))
+        memory = GradientMemory(*(getattr(self, name) for name in MEMORY))
         y = normalize_with_memory(x, mean, var, self.weight, self.bias, rate, memory, self.step_bound, self.eps)
         return activate(y, self.activation, residual)
+
+    def _fast(self, x: Tensor, taken: tuple[Any, ...], slope: float, residual: Tensor | None) -> Tensor:
+        """The norm in training, by the kernels."""
+        weight, bias = taken[:2]
+        statistics, memory = fused.RunningStatistics._make(taken[2:8]), GradientMemory._make(taken[8:13])
+        least = LEAST_SHARE * self.momentum, LEAST_GRADIENT_SHARE * self.momentum
+        numbers = fused.RunningNumbers(self.momentum, self.eps, *least, TOLERATED_DRIFT, recomputing())
+        return fused.running_norm(x, weight, bias, statistics, memory, numbers, self.step_bound, slope, residual)
 
     def extra_repr(self) -> str:
         options = f"eps={self.eps}, momentum={self.momentum}, affine={self.affine}, step_bound={self.step_bound}"
@@ -173,14 +181,8 @@ class RunningBatchNorm2d(RunningStatistics):
         gradient_share = gradient_share.clamp(LEAST_GRADIENT_SHARE * self.momentum, 1)
         mean, var = F.take_in(batch_mean, batch_var, self.running_mean, self.running_var, share)
         new = (mean, var, batches, share, innovation, gradient_share)
-        remember(*zip(self._statistics(), new, strict=True))
+        remember(*zip((getattr(self, name) for name in STATISTICS), new, strict=True))
         return mean, var, self._first_batches(batches, gradient_share)
-
-    def _statistics(self) -> fused.RunningStatistics:
-        return fused.RunningStatistics(*self._kept(fused.RunningStatistics._fields))
-
-    def _memory(self) -> GradientMemory:
-        return GradientMemory(*self._kept(MEMORY))
 
     def _first_batches(self, batches: Tensor, rate: float | Tensor) -> Tensor:
         """max(rate, 1/t): what makes a moving average the mean of the first batches."""

@@ -13,6 +13,9 @@ void batch_forward(int type, int64_t images, int64_t channels, int64_t space, bo
 void batch_backward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer g, Pointer x,
                     Pointer out, Pointer weight, Pointer bias, Pointer saved, Pointer weight_grad, Pointer bias_grad,
                     double slope, double share);
+void frozen_forward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer x, Pointer y,
+                    Pointer weight, Pointer bias, Pointer saved, Pointer residual, Pointer mean, Pointer var,
+                    double slope, double eps);
 double running_forward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer x, Pointer y,
                        Pointer weight, Pointer bias, Pointer saved, Pointer residual, Pointer running_mean,
                        Pointer running_var, Pointer num_batches, Pointer share, Pointer innovation,

@@ -118,12 +118,11 @@ class Input {
 
   Tensor empty_like() const { return empty(dim_, sizes_, get(torch.strides, x()), dtype_); }
 
-  // A copy of the gradient in the layout of x; null if it has that.
-  Tensor laid(const Tensor& grad) const {
-    check(get(torch.dtype, grad) == dtype_ && get(torch.dim, grad) == dim_ &&
-              std::equal(sizes_, sizes_ + dim_, get(torch.sizes, grad)),
-          "grad must have the type and the shape of x");
-    return lies(grad) ? Tensor() : copied(grad);
+  // A tensor like x, in its layout: itself or a copy, which is kept; null if there is none. name: for an error.
+  Pointer like_x(const char* name, const Tensor& tensor, Tensor& copy) const {
+    if (!tensor) return 0;
+    copy = laid(tensor, name);
+    return data(copy ? copy : tensor);
   }
 
   // Statistics or parameters: of each channel so many values.
@@ -152,6 +151,15 @@ class Input {
       stride *= sizes_[d];
     }
     return true;
+  }
+
+  // A copy in the layout of x; null if the tensor has that.
+  Tensor laid(const Tensor& tensor, const char* name) const {
+    if (get(torch.dtype, tensor) != dtype_ || get(torch.dim, tensor) != dim_ ||
+        !std::equal(sizes_, sizes_ + dim_, get(torch.sizes, tensor))) {
+      throw std::runtime_error(std::string("normlab: ") + name + " must have the type and the shape of x");
+    }
+    return lies(tensor) ? Tensor() : copied(tensor);
   }
 
   Tensor copied(const Tensor& tensor) const {
@@ -191,10 +199,10 @@ Forward forward(Kernel kernel, const Input& in, const Tensor& weight, const Tens
 template <class Kernel, class... Rest>
 Backward backward(Kernel kernel, const Tensor& grad, const Input& in, const Tensor& weight, const Tensor& bias,
                   const Tensor& saved, int64_t parts, Rest... rest) {
-  const Tensor copy = in.laid(grad);
+  Tensor copy;
   Backward found{in.empty_like(), empty(in.channels), empty(in.channels)};
-  kernel(in.type, in.images, in.channels, in.space, in.last, data(copy ? copy : grad), data(in.x()), data(found[0]),
-         in.of_channels("weight", weight), in.of_channels("bias", bias),
+  kernel(in.type, in.images, in.channels, in.space, in.last, in.like_x("grad", grad, copy), data(in.x()),
+         data(found[0]), in.of_channels("weight", weight), in.of_channels("bias", bias),
          data(saved, torch.types[0], 2 * parts, "saved"), data(found[1]), data(found[2]), rest...);
   return found;
 }
@@ -203,39 +211,52 @@ Backward backward(Kernel kernel, const Tensor& grad, const Input& in, const Tens
 namespace operators {
 
 Forward batch_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                      const OptionalTensor& num_batches, double slope, double momentum, double eps) {
+                      const OptionalTensor& residual, const OptionalTensor& running_mean,
+                      const OptionalTensor& running_var, const OptionalTensor& num_batches, double slope,
+                      double momentum, double eps) {
   const Input in(x);
+  Tensor copy;
   check(!running_mean == !running_var && !running_mean == !num_batches, "statistics must be all there, or none");
-  return forward(normlab::batch_forward, in, weight, bias, in.channels, Pointer{0},
+  return forward(normlab::batch_forward, in, weight, bias, in.channels, in.like_x("residual", residual, copy),
                  in.of_channels("running_mean", running_mean), in.of_channels("running_var", running_var),
                  data(num_batches, torch.int64, 1, "num_batches_tracked"), slope, momentum, eps);
 }
 
-Backward batch_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                        const Tensor& saved, double slope) {
+Forward frozen_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& residual, const Tensor& mean, const Tensor& var, double slope,
+                       double eps) {
   const Input in(x);
-  return backward(normlab::batch_backward, grad, in, weight, bias, saved, in.channels, slope, 1.0);
+  Tensor copy;
+  return forward(normlab::frozen_forward, in, weight, bias, in.channels, in.like_x("residual", residual, copy),
+                 in.of_channels("mean", mean), in.of_channels("var", var), slope, eps);
+}
+
+Backward batch_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                        const Tensor& saved, double slope, double share) {
+  const Input in(x);
+  return backward(normlab::batch_backward, grad, in, weight, bias, saved, in.channels, slope, share);
 }
 
 std::array<Tensor, 3> running_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                                      const Tensor& running_mean, const Tensor& running_var, const Tensor& num_batches,
-                                      const Tensor& share, const Tensor& innovation, const Tensor& gradient_share,
-                                      const Tensor& average, const Tensor& latest, double slope, double momentum,
-                                      double eps, double least_share, double least_gradient_share,
-                                      double tolerated_drift) {
+                                      const OptionalTensor& residual, const Tensor& running_mean,
+                                      const Tensor& running_var, const Tensor& num_batches, const Tensor& share,
+                                      const Tensor& innovation, const Tensor& gradient_share, const Tensor& average,
+                                      const Tensor& latest, double slope, double momentum, double eps,
+                                      double least_share, double least_gradient_share, double tolerated_drift,
+                                      bool recomputing) {
   const Input in(x);
+  Tensor copy;
   Tensor rate = empty(0, nullptr, nullptr, torch.types[0]);
   const auto kernel = [&](auto... arguments) {
     *reinterpret_cast<float*>(data(rate)) = static_cast<float>(normlab::running_forward(arguments...));
   };
   Forward found =
-      forward(kernel, in, weight, bias, in.channels, Pointer{0}, in.of_channels("running_mean", running_mean),
-              in.of_channels("running_var", running_var), data(num_batches, torch.int64, 1, "num_batches_tracked"),
-              data(share, torch.types[0], 1, "share"), in.of_channels("innovation", innovation),
-              data(gradient_share, torch.types[0], 1, "gradient_share"), in.of_channels("average", average, 2),
-              in.of_channels("latest", latest, 2), slope, momentum, eps, least_share, least_gradient_share,
-              tolerated_drift, false);
+      forward(kernel, in, weight, bias, in.channels, in.like_x("residual", residual, copy),
+              in.of_channels("running_mean", running_mean), in.of_channels("running_var", running_var),
+              data(num_batches, torch.int64, 1, "num_batches_tracked"), data(share, torch.types[0], 1, "share"),
+              in.of_channels("innovation", innovation), data(gradient_share, torch.types[0], 1, "gradient_share"),
+              in.of_channels("average", average, 2), in.of_channels("latest", latest, 2), slope, momentum, eps,
+              least_share, least_gradient_share, tolerated_drift, recomputing);
   return {std::move(found[0]), std::move(found[1]), std::move(rate)};
 }
 
@@ -338,6 +359,7 @@ void register_operators(const std::function<uintptr_t(const char* name)>& addres
     check(!implement(library, name, function, kVersion), "torch takes no operators");
   };
   implemented("batch_forward", boxed<operators::batch_forward>);
+  implemented("frozen_forward", boxed<operators::frozen_forward>);
   implemented("batch_backward", boxed<operators::batch_backward>);
   implemented("running_forward", boxed<operators::running_forward>);
   implemented("running_backward", boxed<operators::running_backward>);
