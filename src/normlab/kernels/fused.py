@@ -60,8 +60,13 @@ class RunningNumbers(NamedTuple):
 
 
 def _quick(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
-    """As `function.apply`, without what that does for `torch.func`, where `takes` is false, and without gradients."""
+    """As `function.apply`, quicker.
+
+    Without what that does for `torch.func`, where `takes` is false; without a context where there are no gradients; and
+    without the function of torch's that looks for `backward`, once a backward pass.
+    """
     apply = super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
+    function._backward_cls.apply = function.backward  # pyright: ignore[reportAttributeAccessIssue]
 
     def call(*arguments: Any) -> Tensor:
         if torch.compiler.is_compiling():
