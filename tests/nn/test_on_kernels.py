@@ -68,8 +68,9 @@ CHANGES = [half, half_by_its_data, other_objects, other_values, of_another_state
 @pytest.mark.parametrize("name", NORMS)
 def test_after_a_change_it_computes_with_what_there_is(name, change):
     torch.manual_seed(0)
-    layer, x, grad = with_drawn_parameters(deepcopy(NORMS[name])), torch.randn(3, C, 5, 5), torch.randn(3, C, 5, 5)
-    step(layer, x, grad)
+    layer, grad = with_drawn_parameters(deepcopy(NORMS[name])), torch.randn(3, C, 5, 5)
+    step(layer, torch.randn(3, C, 5, 5), grad)
+    x = torch.randn(3, C, 5, 5)  # another: the cosine of `running` would be that of roundings
     if name == "group" and change in (half, half_by_its_data, not_there):
         pytest.skip("torch's operator does not know this")
     torch.manual_seed(1)
