@@ -129,6 +129,28 @@ def batch_norm_of(
     return _ChannelNorm(x, weight, bias, None, (mean, var), None, 1.0, 0.0, eps, 1.0)
 
 
+def batch_norm_over_ranks(
+    x: Tensor,
+    moments: tuple[Tensor, Tensor, Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    total: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Batch norm where this batch is a part of the whole; no gradient of its gradient.
+
+    Args:
+        x: as in `batch_norm`, and so are those not named here.
+        moments: mean and biased variance of the whole, (C,), and its number of values, 0-d; constants.
+        weight: likewise.
+        bias: likewise.
+        eps: likewise.
+        total: called once a backward pass, with the gradients of mean and variance by this part, (2, C); returns the
+            sum of those by all parts.
+    """
+    return _NormOverRanks(x, moments, weight, bias, eps, total)
+
+
 def running_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -204,6 +226,31 @@ class _ChannelNorm(torch.autograd.Function):
         else:
             found = _BATCH_BACKWARD(grad, x, weight, bias, saved, slope, share)
         return *_wanted(found, weight, bias), grad if added else None, None, None, None, None, None, None
+
+
+@_quick
+class _NormOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, moments, weight, bias, eps, total):  # types: batch_norm_over_ranks
+        mean, var, count = moments
+        y, saved = _FROZEN_FORWARD(x, weight, bias, None, mean, var, 1.0, eps)
+        ctx.save_for_backward(x, weight, bias, saved, var, count)
+        ctx.numbers = eps, total
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor):
+        x, weight, bias, saved, var, count = ctx.saved_tensors
+        eps, total = ctx.numbers
+        of_x, of_weight, of_bias = _BATCH_BACKWARD(grads[0], x, weight, bias, saved, 1.0, 0.0)
+        mean, inverse = saved
+        scale = inverse if weight is None else inverse * weight
+        of_mean, of_var = total(torch.stack([-scale * of_bias, -0.5 * scale * inverse * of_weight])) / count
+        # of_x + of_mean + 2 of_var (x − mean), in the form of a norm of x
+        of_x, _ = _FROZEN_FORWARD(x, 2 * of_var / inverse, of_mean, of_x, mean, var, 1.0, eps)
+        of_x, of_weight, of_bias = _wanted((of_x, of_weight, of_bias), weight, bias)
+        return of_x, None, of_weight, of_bias, None, None
 
 
 @_quick

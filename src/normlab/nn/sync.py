@@ -1,12 +1,14 @@
 """Sync batch norm: batch norm over the batches of every rank of a process group, as if they were one batch."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..kernels import dispatch, fused
 from . import functional as F
 from .base import RunningStatistics, remember
 
@@ -62,11 +64,19 @@ class SyncBatchNorm2d(RunningStatistics):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
-        if self.training:
+        taken = None if torch.compiler.is_compiling() else self._taken(x)
+        if not self.training:
+            mean, var = self.running_mean, self.running_var
+            if taken is not None:
+                return fused.frozen_norm(x, mean, var, *taken[:2], eps=self.eps, slope=1.0)
+        elif taken is not None:
+            moments = _gathered(*dispatch.channel_moments(x), x.numel() // x.shape[1], self.process_group)
+            self._remember(*moments)
+            total = partial(_summed, group=self.process_group)
+            return fused.batch_norm_over_ranks(x, moments, *taken[:2], eps=self.eps, total=total)
+        else:
             mean, var, count = moments_over_ranks(x, self.process_group)
             self._remember(mean.detach(), var.detach(), count)
-        else:
-            mean, var = self.running_mean, self.running_var
         return F.normalize(x, F.per_channel(mean, x), F.per_channel(var, x), self.weight, self.bias, self.eps)
 
     def _remember(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
@@ -109,24 +119,41 @@ def moments_over_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> tup
         x: (N, C, *space), N may differ from rank to rank and be 0.
         group: the ranks; None for all. Without a process group, or of one rank, nothing is exchanged.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
-        return _MomentsOverRanks.apply(x, group)
-    return _moments(x)
+    return _MomentsOverRanks.apply(x, group) if _are_several(group) else _moments(x)
+
+
+def _are_several(group: dist.ProcessGroup | None) -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
+def _gathered(
+    mean: Tensor, var: Tensor, count: int | Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and number of the values of every rank, from those of each."""
+    count = mean.new_full((), count) if isinstance(count, int) else count
+    if not _are_several(group):
+        return mean, var, count
+    row = torch.cat([mean, var, count.view(1)])
+    rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, row, group)
+    means, variances, counts = torch.stack(rows).split([len(mean), len(mean), 1], dim=1)
+    count = counts.sum()
+    share = counts / count.clamp(min=1)
+    mean = (share * means).sum(0)
+    return mean, (share * (variances + (means - mean) ** 2)).sum(0), count
+
+
+def _summed(gradients: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over every rank, in place."""
+    if _are_several(group):
+        dist.all_reduce(gradients, group=group)
+    return gradients
 
 
 class _MomentsOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-        mean, var, count = _moments(x)
-        row = torch.cat([mean, var, count.view(1)])
-        rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(rows, row, group)
-        means, variances, counts = torch.stack(rows).split([len(mean), len(mean), 1], dim=1)
-        count = counts.sum()
-        share = counts / count.clamp(min=1)
-        mean = (share * means).sum(0)
-        var = (share * (variances + (means - mean) ** 2)).sum(0)
-        return mean, var, count
+        return _gathered(*_moments(x), group)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -139,8 +166,7 @@ class _MomentsOverRanks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor):
         x, mean, count = ctx.saved_tensors
-        both = torch.stack([grads[0], grads[1]])
-        dist.all_reduce(both, group=ctx.group)
+        both = _summed(torch.stack([grads[0], grads[1]]), ctx.group)
         grad_mean, grad_var = (F.per_channel(grad / count, x) for grad in both)
         return (grad_mean + 2 * grad_var * (x - F.per_channel(mean, x))).to(x.dtype), None
 
