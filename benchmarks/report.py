@@ -67,6 +67,13 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def origin(records: list[dict[str, Any]]) -> str:
+    """Machine, kernels, versions and day of the last one."""
+    last = max(records, key=lambda record: record["finished_at"])
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    return f"{last['machine']['cpu']}; {last['kernels']}; {versions}; {last['finished_at'][:10]}"
+
+
 def draw(records: list[dict[str, Any]], path: Path) -> None:
     """A point for each case: its speed over the size of its tensor."""
     ways = sorted({record["compiled"] for record in records})
@@ -94,20 +101,18 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     a = parser.parse_args()
     records = latest(a.results / "norms.jsonl")
-    last = max(records, key=lambda record: record["finished_at"])
-    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     parts = [
         "# How fast the layers are\n",
         "Made by `python benchmarks/report.py` from `norms.jsonl`. Times as fast as torch's layer of the same kind",
         "(`running`, the lesson's rule and JAX against batch norm), forward and backward: geometric mean over shapes",
         "and layouts, and the worst.\n",
-        f"{last['machine']['cpu']}; {last['kernels']}; {versions}.\n",
     ]
     for compiled, title in ((False, "Eager"), (True, "All compiled")):
         of_way = [record for record in records if record["compiled"] == compiled]
         if of_way:
-            parts += [f"## {title}\n", table(of_way), ""]
-    floors = [r["over_floor"] for r in records if r["layer"] in ("batch", "running") and megabytes(r) >= 32]
+            parts += [f"## {title}\n", f"{origin(of_way)}.\n", table(of_way), ""]
+    norms = [r for r in records if r["layer"] in ("batch", "running") and not r["compiled"]]
+    floors = [r["over_floor"] for r in norms if megabytes(r) >= 32]
     if floors:
         parts.append(
             f"Above 32 MB `batch` and `running` take {max(floors):.2f} times four copies of the tensor at most.\n"
