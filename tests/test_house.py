@@ -15,7 +15,7 @@ FLOORS = [
     {"errors"},
     {"kernels", "training", "observe", "data", "notebook"},
     {"nn"},
-    {"models"},
+    {"surgery", "models"},
     {"lesson"},
     {"study"},
     {"cli"},

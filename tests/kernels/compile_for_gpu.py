@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from unittest.mock import patch
@@ -11,6 +12,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from checks import operators_in_python
 from normlab.kernels import gpu, native
 from normlab.nn import BatchNorm2d, BatchRenorm2d, ChannelLayerNorm, GroupNorm, RMSNorm, RunningBatchNorm2d
 
@@ -72,7 +75,7 @@ def main():
     for name, value in list(vars(gpu.kernels).items()):
         if isinstance(value, triton.JITFunction) and not name.startswith("_"):
             setattr(gpu.kernels, name, Compiled(value))
-    with patch.multiple(native, run=gpu.run, kernels=object()):
+    with patch.multiple(native, run=gpu.run, kernels=object()), operators_in_python():
         for shape, dtype in (
             ((2, 64, 56, 56), torch.float32),
             ((32, 2048, 7, 7), torch.float16),

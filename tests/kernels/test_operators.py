@@ -1,14 +1,13 @@
 """The operators that compilers use: what they declare is true, and compiled layers give what plain ones do."""
 
-import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checks import assert_close, layouts, step, with_drawn_parameters
+from checks import assert_close, layouts, operators_in_python, step, with_drawn_parameters
 from normlab.kernels import dispatch, native, operators
 from normlab.kernels.ops import GradientMemory
 from normlab.nn import BatchNorm2d, GroupNorm, RunningBatchNorm2d, build_norm
@@ -44,17 +43,9 @@ def arguments(name, x, affine):
 NAMES = [name for name in vars(operators) if name.endswith(("_forward", "_backward")) and name[0] != "_"]
 
 
-@contextmanager
 def written_in(language):
-    """The operators on a CPU: in Python as where torch has not what those in C++ need."""
-    if language == "C++":
-        yield
-        return
-    with torch.library._scoped_library("normlab", "IMPL") as library, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they are to override the others
-        for name in NAMES:
-            library.impl(name, getattr(operators, name), "CPU", allow_override=True)
-        yield
+    """The operators on a CPU."""
+    return nullcontext() if language == "C++" else operators_in_python()
 
 
 @contextmanager

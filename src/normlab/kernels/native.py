@@ -16,7 +16,9 @@ SWITCH = "NORMLAB_KERNELS"
 
 def run(kernel: str, arguments: tuple[int, ...], tensors: tuple[Tensor | None, ...], *numbers: Any) -> Any:
     """The kernel of this name, on tensors in memory that it knows; see `csrc/module.cpp`."""
-    return getattr(kernels, kernel)(*arguments, *[0 if part is None else part.data_ptr() for part in tensors], *numbers)
+    pointers = [0 if part is None else part.data_ptr() for part in tensors]
+    values = [number.item() if isinstance(number, Tensor) else number for number in numbers]
+    return getattr(kernels, kernel)(*arguments, *pointers, *values)
 
 
 def _load() -> tuple[Any, str]:

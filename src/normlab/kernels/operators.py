@@ -123,7 +123,7 @@ def running_backward(grad, x, weight, bias, saved, rate, *rest):
     """The gradients of `x`, γ and β; changes the averages."""
     *memory, slope, step_bound, learns = rest
     x, described = dispatch.describe(x)
-    kernel, numbers = "running_backward", (rate.item() if rate.is_cpu else rate, step_bound, learns)
+    kernel, numbers = "running_backward", (rate, step_bound, learns)
     return dispatch.backward(grad, x, described, weight, bias, saved, slope, kernel, memory, *numbers)
 
 

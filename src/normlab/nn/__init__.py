@@ -12,6 +12,7 @@ from .convolution import (
 from .dynamic_tanh import DynamicErf, DynamicTanh
 from .evonorm import EvoNorm1dB0, EvoNorm2dB0, EvoNorm3dB0, EvoNormS0
 from .filter_response import FilterResponseNorm, ThresholdedLinearUnit
+from .frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from .ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from .group import ChannelLayerNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from .mabn import MovingAverageBatchNorm1d, MovingAverageBatchNorm2d, MovingAverageBatchNorm3d
@@ -42,6 +43,9 @@ __all__ = [
     "EvoNorm3dB0",
     "EvoNormS0",
     "FilterResponseNorm",
+    "FrozenBatchNorm1d",
+    "FrozenBatchNorm2d",
+    "FrozenBatchNorm3d",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",

@@ -20,6 +20,7 @@ from .convolution import (
 from .dynamic_tanh import DynamicErf, DynamicTanh
 from .evonorm import EvoNorm1dB0, EvoNorm2dB0, EvoNorm3dB0, EvoNormS0
 from .filter_response import FilterResponseNorm
+from .frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from .ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from .group import ChannelLayerNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from .mabn import MovingAverageBatchNorm1d, MovingAverageBatchNorm2d, MovingAverageBatchNorm3d
@@ -90,6 +91,10 @@ NORMS: dict[str, Norm] = {
     "ghost": Norm(
         (GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d),
         "ghost batch norm: batch norm of each virtual batch of 32 images",
+    ),
+    "frozen": Norm(
+        (FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d),
+        "frozen batch norm: each channel with constant statistics",
     ),
     "switchable": Norm(
         (SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d),

@@ -1,0 +1,67 @@
+"""Frozen batch norm: constant statistics, in training as in evaluation."""
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import fused, operators
+from . import functional as F
+from .base import RunningStatistics
+
+
+class FrozenBatchNorm2d(RunningStatistics):
+    """Batch norm of (N, C, H, W) with constant statistics: y = γ (x − μ) / √(σ² + eps) + β, per channel.
+
+    μ and σ² are `running_mean` and `running_var`, in training as in evaluation: no batch changes them, whatever mode
+    the model is in, and no image has a part in another's output. γ and β learn, unless their `requires_grad` is False.
+    Its state is that of a batch norm. A layer that was never given a trained one's statistics only scales and shifts.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        affine: learn γ and β.
+        device: of parameters and statistics.
+        dtype: of the parameters.
+
+    Raises:
+        InputError: an argument or the shape of an input is out of range.
+
+    Source: He et al. 2016, "Deep Residual Learning for Image Recognition", the implementation's fine-tuning for
+    detection, where a batch is one or two images.
+    """
+
+    was: tuple[nn.Module, list[bool]] | None  # what `normlab.freeze` took out, and which of its parts learned
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(num_features, eps, affine=affine, device=device, dtype=dtype)
+        self.was = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        mean, var = self.running_mean, self.running_var
+        taken = self._taken(x) if operators.preferred(x, reduces=False) else None
+        if taken is not None:
+            weight, bias = taken[:2]
+            return fused.frozen_norm(x, mean, var, weight, bias, self.eps, slope=1.0)
+        return F.normalize(x, F.per_channel(mean, x), F.per_channel(var, x), self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, affine={self.affine}"
+
+
+class FrozenBatchNorm1d(FrozenBatchNorm2d):
+    """Frozen batch norm of (N, C) or (N, C, L); see `FrozenBatchNorm2d`."""
+
+    accepted_dims = (2, 3)
+
+
+class FrozenBatchNorm3d(FrozenBatchNorm2d):
+    """Frozen batch norm of (N, C, D, H, W); see `FrozenBatchNorm2d`."""
+
+    accepted_dims = (5,)

@@ -1,0 +1,168 @@
+"""Running statistics measured anew: those of the images themselves, not of a moving average."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import check
+from .convert import called
+from .effect import Batches, Forward, evaluating, first_input
+from .modules import Choice, Found, chosen, norms
+from .report import Report, Row
+
+
+def recalibrate(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    forward: Forward = first_input,
+    only: Choice | Iterable[Choice] | None = None,
+    skip: Choice | Iterable[Choice] = (),
+    sweeps: int = 3,
+    progress: bool = False,
+) -> Report:
+    """Measure the mean and variance of what each norm is given, over all batches together, and keep them as its own.
+
+    Every batch goes through the model in evaluation mode, so its size does not matter, down to one image:
+
+        μ = Σ x / n          σ² = Σ (x − μ)² / (n − 1)          over all batches and space, per channel, in float64
+
+    What a norm is given depends on the norms before it. Therefore it is done several times: after k sweeps the
+    statistics are exact k norms deep, and behind that nearly. Statistics that are not finite become 0 and 1 at first.
+
+    Args:
+        model: changed: the buffers `running_mean`, `running_var` and `num_batches_tracked` of its norms.
+        batches: gone through `sweeps` times; a thousand images and more are enough.
+        forward: runs the model on one of `batches`; by default on the batch, or on the first of its parts.
+        only: the norms to measure, see `convert`.
+        skip: those to leave, likewise.
+        sweeps: from 1.
+        progress: show a bar.
+
+    Returns:
+        For every norm how far its mean and deviation moved.
+
+    Raises:
+        InputError: there are no batches, `batches` can be gone through only once, or a norm is given inf or NaN.
+
+    Source: Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3.
+    """
+    check(sweeps >= 1, "sweeps", sweeps, "a whole number from 1")
+    once = iter(batches) is batches
+    check(not once or sweeps == 1, "batches", batches, "something that can be gone through again, unless sweeps is 1")
+    measured, report = [], Report()
+    for found in norms(model):
+        reason = _reason(found, only, skip)
+        if reason is None:
+            measured.append(found)
+        else:
+            report.rows.append(Row(found.name, called(found.module), None, reason))
+    before = {found.module: [part.clone() for part in _statistics(found.module)] for found in measured}
+    for found in measured:
+        mean, var, _ = _statistics(found.module)
+        if not _finite(mean, var):
+            mean.zero_()
+            var.fill_(1)
+    run: set[nn.Module] = set()
+    try:
+        for sweep in range(sweeps):
+            shown = _shown(batches, progress, f"sweep {sweep + 1} of {sweeps}")
+            moments = _measure(model, measured, shown, forward)
+            for found in measured:
+                if found.module in moments:
+                    moments[found.module].write(found)
+            run |= set(moments)
+    except BaseException:  # all or none
+        for module, parts in before.items():
+            for part, value in zip(_statistics(module), parts, strict=True):
+                part.copy_(value)
+        raise
+    for found in measured:
+        ran, kind = found.module in run, called(found.module)
+        note = _moved(before[found.module], _statistics(found.module)) if ran else "not run"
+        report.rows.append(Row(found.name, kind, kind if ran else None, note))
+    return report
+
+
+class _Moments:
+    """Number, mean and sum of squared distances of each channel, over all that was added."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares, self.batches = 0, torch.zeros(()), torch.zeros(()), 0
+
+    def add(self, x: Tensor) -> None:
+        values = x.detach().double().transpose(0, 1).flatten(1)
+        count = values.shape[1]
+        if count == 0:
+            return
+        var, mean = torch.var_mean(values, 1, correction=0)
+        total = self.count + count
+        distance = mean - self.mean.to(mean)
+        self.squares = self.squares.to(mean) + var * count + distance**2 * (self.count * count / total)
+        self.mean = self.mean.to(mean) + distance * (count / total)
+        self.count, self.batches = total, self.batches + 1
+
+    def write(self, found: Found) -> None:
+        accepted = "inputs that reach this norm without an infinite value or NaN"
+        check(_finite(self.mean, self.squares), "batches", found.name, accepted)
+        mean, var, batches = _statistics(found.module)
+        mean.copy_(self.mean)
+        var.copy_(self.squares / max(self.count - 1, 1))
+        batches.fill_(self.batches)
+
+
+def _measure(
+    model: nn.Module, measured: list[Found], batches: Iterable[Any], forward: Forward
+) -> dict[nn.Module, _Moments]:
+    moments: dict[nn.Module, _Moments] = {}
+
+    def see(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        moments.setdefault(norm, _Moments()).add(inputs[0])
+
+    handles = [found.module.register_forward_pre_hook(see) for found in measured]
+    some = False
+    try:
+        with evaluating(model):
+            for batch in batches:
+                some = True
+                forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    check(some, "batches", batches, "at least one batch")
+    return moments
+
+
+def _reason(found: Found, only: Any, skip: Any) -> str | None:
+    if not chosen(only, found) or (skip != () and chosen(skip, found)):
+        return "not chosen"
+    return None if getattr(found.module, "running_mean", None) is not None else "has no running statistics"
+
+
+def _statistics(norm: nn.Module) -> list[Tensor]:
+    return [norm.get_buffer(name) for name in ("running_mean", "running_var", "num_batches_tracked")]
+
+
+def _finite(*parts: Tensor) -> bool:
+    return all(bool(part.isfinite().all()) for part in parts)
+
+
+def _moved(before: list[Tensor], after: list[Tensor]) -> str:
+    """How far, in the words of the report."""
+    (old_mean, old_var, _), (mean, var, _) = before, after
+    if not _finite(old_mean, old_var):
+        return "was not finite"
+    deviation = var.clamp(min=torch.finfo(var.dtype).tiny).sqrt()
+    far = ((mean - old_mean).abs() / deviation).median().item()
+    ratio = (old_var.clamp(min=0).sqrt() / deviation).median().item()
+    return f"mean moved by {far:.2g} deviations; the deviation was {ratio:.2g} of what it is (medians of channels)"
+
+
+def _shown(batches: Batches, progress: bool, what: str) -> Iterable[Any]:
+    if not progress:
+        return batches
+    from rich.progress import track
+
+    return track(batches, description=what)

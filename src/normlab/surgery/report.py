@@ -1,0 +1,82 @@
+"""What surgery did to a model, module by module, and what it left."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module.
+
+    Attributes:
+        name: where it is in the model; several, with commas, if it is used in several places.
+        was: its class.
+        became: the class in its place, or None if it was left as it is.
+        note: what carries over, or why it was left.
+        change: root mean square of the change of its output over the deviation of what it was, on the batches given,
+            with all that stands before it as it was; None if none were given.
+    """
+
+    name: str
+    was: str
+    became: str | None
+    note: str
+    change: float | None = None
+
+
+@dataclass
+class Report:
+    """Every norm of a model, touched or left; printed as a table.
+
+    Attributes:
+        rows: in the order of the model.
+        change: of the model's output, as of a module's; None if it was not measured.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    change: float | None = None
+
+    @property
+    def touched(self) -> list[Row]:
+        """The modules that are others now."""
+        return [row for row in self.rows if row.became is not None]
+
+    @property
+    def skipped(self) -> list[Row]:
+        """Those that were left as they are."""
+        return [row for row in self.rows if row.became is None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table("module", "was", "became", "note", box=None, pad_edge=False)
+        measured = any(row.change is not None for row in self.rows)
+        if measured:
+            table.add_column("change", justify="right")
+        for row in self.rows:
+            change = [] if not measured else ["" if row.change is None else f"{row.change:.3g}"]
+            table.add_row(row.name or "(the model)", row.was, row.became or "–", row.note, *change)
+        table.caption = f"{len(self.touched)} changed, {len(self.skipped)} left" + (
+            "" if self.change is None else f"; the model's output changes by {self.change:.3g} of its deviation"
+        )
+        table.caption_justify = "left"
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = StringIO()
+        Console(file=text, width=160).print(self)
+        return text.getvalue().rstrip()

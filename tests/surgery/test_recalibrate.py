@@ -1,0 +1,95 @@
+"""Statistics measured anew are those of all images together, whatever the batch size."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from normlab.errors import InputError
+from normlab.nn import RunningBatchNorm2d
+from normlab.surgery import recalibrate
+from surgery.test_convert import Block, images, trained
+
+IMAGES = torch.randn(60, 3, 6, 6, generator=torch.Generator().manual_seed(1)) * 3 - 1
+
+
+def spoilt(model):
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.running_mean.fill_(7)
+            module.running_var.fill_(50)
+    return model
+
+
+@pytest.mark.parametrize("size", [1, 7, 60])
+def test_the_first_norm_has_the_moments_of_its_input(size):
+    model = spoilt(trained())
+    recalibrate(model, IMAGES.split(size), sweeps=1)
+    given = model.conv1(IMAGES).detach().double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(model.norm1.running_mean.double(), given.mean(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.norm1.running_var.double(), given.var(1), rtol=1e-5, atol=1e-5)
+    assert model.norm1.num_batches_tracked == len(IMAGES.split(size))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, RunningBatchNorm2d])
+def test_after_as_many_sweeps_as_norms_evaluation_is_training_on_all_images_at_once(norm):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3), norm(8), nn.ReLU()]
+    model = spoilt(nn.Sequential(*layers, nn.Conv2d(8, 4, 1), norm(4)))
+    recalibrate(model, IMAGES.split(2), sweeps=3)
+    expected = nn.Sequential(*(nn.BatchNorm2d(m.num_features) if isinstance(m, norm) else m for m in model)).train()
+    torch.testing.assert_close(model.eval()(IMAGES), expected(IMAGES), rtol=1e-2, atol=1e-2)  # n or n − 1
+
+
+def test_it_says_how_far_they_moved_and_leaves_the_rest():
+    model = trained()
+    state = copy.deepcopy(model.state_dict())
+    report = recalibrate(model, IMAGES.split(4), only="norm1")
+    assert [row.name for row in report.touched] == ["norm1"]
+    assert "mean moved by" in report.touched[0].note
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, state[name])}
+    assert changed <= {"norm1.running_mean", "norm1.running_var", "norm1.num_batches_tracked"}
+    assert model.training
+
+
+def test_statistics_that_were_not_finite_are_mended():
+    model = trained()
+    model.norm1.running_var[0] = float("nan")
+    report = recalibrate(model, IMAGES.split(4))
+    assert "was not finite" in str(report)
+    assert model.eval()(IMAGES).isfinite().all()
+
+
+def test_norms_that_have_none_or_are_not_run_are_named():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4))
+    model.add_module("unused", nn.BatchNorm2d(4))
+    model.forward = lambda x: model[1](model[0](x))
+    notes = {row.name: row.note for row in recalibrate(model, IMAGES.split(4))}
+    assert notes == {"1": "has no running statistics", "unused": "not run"}
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "at least one batch"),
+        (iter([images()]), "gone through again"),
+        ([torch.full((2, 3, 6, 6), float("inf"))], "norm1"),
+    ],
+)
+def test_batches_that_cannot_be_used(batches, message):
+    model = trained()
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=message):
+        recalibrate(model, batches)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_inputs_of_several_parts():
+    model = trained()
+    batches = [{"image": x} for x in IMAGES.split(5)]
+    recalibrate(model, batches, forward=lambda model, batch: model(batch["image"]), progress=True)
+    other = Block()
+    other.load_state_dict(trained().state_dict())
+    recalibrate(other, [(x, 0) for x in IMAGES.split(5)])
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
