@@ -69,7 +69,7 @@ class Report:
             change = [] if not measured else ["" if row.change is None else f"{row.change:.3g}"]
             table.add_row(row.name or "(the model)", row.was, row.became or "–", row.note, *change)
         table.caption = f"{len(self.touched)} changed, {len(self.skipped)} left" + (
-            "" if self.change is None else f"; the model's output changes by {self.change:.3g} of its deviation"
+            "" if self.change is None else f"; the model's output changes by {self.change:.3g}"
         )
         table.caption_justify = "left"
         return table
