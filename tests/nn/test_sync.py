@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from normlab.errors import InputError
+from normlab.kernels import dispatch, fused, native
 from normlab.nn.sync import SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, moments_over_ranks
 
 RANKS = 3
@@ -244,6 +245,16 @@ def test_a_group_of_one_rank_is_batch_norm(ranks):
 
 def test_evaluation_exchanges_nothing(ranks):
     assert [rank["evaluation"].shape[0] for rank in ranks] == [0, 1, 2]
+
+
+@pytest.mark.skipif(native.kernels is None, reason=native.PATH)
+def test_an_input_that_wants_no_gradient_exchanges_none():
+    """As with an empty batch, which goes another way: else ranks would wait for one another for ever."""
+    x, weight = torch.randn(4, CHANNELS, 2, 2), torch.ones(CHANNELS, requires_grad=True)
+    moments = *dispatch.channel_moments(x), torch.tensor(16.0)
+    y = fused.batch_norm_over_ranks(x, moments, weight, None, EPS, lambda _: pytest.fail("exchanged"))
+    y.square().sum().backward()
+    assert weight.grad.isfinite().all()
 
 
 def test_distributed_data_parallel_trains_on_the_mean_gradient(ranks):

@@ -145,8 +145,8 @@ def batch_norm_over_ranks(
         weight: likewise.
         bias: likewise.
         eps: likewise.
-        total: called once a backward pass, with the gradients of mean and variance by this part, (2, C); returns the
-            sum of those by all parts.
+        total: called once a backward pass in which `x` wants a gradient, with the gradients of mean and variance by
+            this part, (2, C); returns the sum of those by all parts.
     """
     return _NormOverRanks(x, moments, weight, bias, eps, total)
 
@@ -244,11 +244,12 @@ class _NormOverRanks(torch.autograd.Function):
         x, weight, bias, saved, var, count = ctx.saved_tensors
         eps, total = ctx.numbers
         of_x, of_weight, of_bias = _BATCH_BACKWARD(grads[0], x, weight, bias, saved, 1.0, 0.0)
-        mean, inverse = saved
-        scale = inverse if weight is None else inverse * weight
-        of_mean, of_var = total(torch.stack([-scale * of_bias, -0.5 * scale * inverse * of_weight])) / count
-        # of_x + of_mean + 2 of_var (x − mean), in the form of a norm of x
-        of_x, _ = _FROZEN_FORWARD(x, 2 * of_var / inverse, of_mean, of_x, mean, var, 1.0, eps)
+        if ctx.needs_input_grad[0]:  # else the parts that are empty do not take part in `total` either
+            mean, inverse = saved
+            scale = inverse if weight is None else inverse * weight
+            of_mean, of_var = total(torch.stack([-scale * of_bias, -0.5 * scale * inverse * of_weight])) / count
+            # of_x + of_mean + 2 of_var (x − mean), in the form of a norm of x
+            of_x, _ = _FROZEN_FORWARD(x, 2 * of_var / inverse, of_mean, of_x, mean, var, 1.0, eps)
         of_x, of_weight, of_bias = _wanted((of_x, of_weight, of_bias), weight, bias)
         return of_x, None, of_weight, of_bias, None, None
 

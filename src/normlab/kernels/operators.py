@@ -1,7 +1,7 @@
 """The kernels as operators of `torch.library`: what `fused` makes norms of, and a compiler puts into its graph.
 
-On a CPU torch calls them in the compiled module (`csrc/operators.cpp`), which takes half as long as the functions here.
-Those are for a GPU, and for a torch that lacks what the module needs of it.
+On a CPU torch calls them in the compiled module (`csrc/operators.cpp`), without Python in between. The functions here
+are for a GPU, and for a torch that lacks what the module needs of it.
 """
 
 from collections.abc import Callable

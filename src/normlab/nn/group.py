@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..errors import check
-from ..kernels import fused, operators
+from ..kernels import dispatch, fused, operators
 from .activation import SLOPES, activate, check_activation, described
 from .functional import moments, normalize
 from .per_image import PerImageNorm, check_channels, in_float32, scale_shift
@@ -158,7 +158,7 @@ class ChannelLayerNorm(PerImageNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         check_channels(x, self.num_features)
-        if not torch.compiler.is_compiling() and self._taken(x):
+        if not torch.compiler.is_compiling() and dispatch.takes(x, self.weight, self.bias):
             return fused.position_norm(x, self.weight, self.bias, True, self.eps)
         mean, var = moments(x, (1,))
         return normalize(x, mean, var, self.weight, self.bias, self.eps)
@@ -200,7 +200,7 @@ class RMSNorm(PerImageNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         check_channels(x, self.num_features)
-        if not torch.compiler.is_compiling() and self._taken(x):
+        if not torch.compiler.is_compiling() and dispatch.takes(x, self.weight, None):
             return fused.position_norm(x, self.weight, None, False, self.eps)
         wide = in_float32(x)
         x_hat = wide * ((wide * wide).mean(1, keepdim=True) + self.eps).rsqrt()
