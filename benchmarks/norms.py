@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/norms.py [--compiled] [--out benchmarks/results/norms.jsonl]
     OMP_NUM_THREADS=2 python benchmarks/norms.py [--compiled]
+    python benchmarks/norms.py --device cuda [--compiled | --recorded] [--dtype bfloat16] [--always]
 
 Shapes: those of the lesson's net at batch 1, 2, 32 and 512, some of ResNet-50 at 2 and 32, and of a 3-D segmentation
 net at 1. The floor is four copies of the tensor: a norm has to read x for its statistics; to read x and write y; to
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from normlab.kernels import native
+from normlab.kernels import dispatch, native, operators
 from normlab.nn import build_norm
 from normlab.study.trial import environment
 
@@ -56,6 +57,7 @@ PEERS = {
     "batch, ReLU": "torch batch, ReLU", "group": "torch group", "JAX batch": "torch batch",
 }  # fmt: skip
 ROUNDS, SECONDS_A_ROUND = 21, 0.01
+Step = Callable[[nn.Module, Tensor, Tensor], Callable[[], None]]
 
 
 def training_step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
@@ -81,6 +83,18 @@ def compiled_step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], Non
     return lambda: step(grad)
 
 
+def recorded_step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
+    step, stream, graph = training_step(layer, x, grad), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    stream.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return graph.replay
+
+
 def jax_step(x: Tensor, grad: Tensor) -> Callable[[], None]:
     """Batch norm with its running statistics, forward and backward."""
     import jax
@@ -95,7 +109,7 @@ def jax_step(x: Tensor, grad: Tensor) -> Callable[[], None]:
     channels = x.shape[1]
     state = (jnp.ones(channels), jnp.zeros(channels)), (jnp.zeros(channels), jnp.ones(channels))
     step = jax.jit(gradients)
-    arrays = jnp.asarray(x.contiguous().numpy()), jnp.asarray(grad.contiguous().numpy())
+    arrays = [jnp.asarray(part.float().contiguous().cpu().numpy(), str(part.dtype)[6:]) for part in (x, grad)]
     return lambda: jax.block_until_ready(step(*state, *arrays))
 
 
@@ -110,25 +124,33 @@ def floor(x: Tensor) -> Callable[[], None]:
 
 
 def seconds(run: Callable[[], None], times: int) -> float:
+    _wait()
     start = time.perf_counter()
     for _ in range(times):
         run()
+    _wait()
     return (time.perf_counter() - start) / times
 
 
-def measure(shape: tuple[int, ...], layout: torch.memory_format, compiled: bool) -> dict[str, list[float]]:
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(x: Tensor, grad: Tensor, layout: torch.memory_format, make: Step) -> dict[str, list[float]]:
     """Seconds a step of each layer and of the floor, round by round."""
-    torch.manual_seed(0)
-    x, grad = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(2))
+    shape = x.shape
+    x, grad = (part.contiguous(memory_format=layout) for part in (x, grad))
     refused = () if x.numel() > shape[1] else ("torch batch", "torch batch, ReLU")  # one value a channel
-    make = compiled_step if compiled else training_step
+    if x.is_cuda and x.dtype != torch.float32:
+        refused = (*refused, "torch group", "lesson's rule")  # one of its parameters' type only
     torch.compiler.reset()
     runs = {
-        name: make(build(shape[1], len(shape) - 2), x, grad if "bounded" in name else grad / x.numel())
+        name: make(build(shape[1], len(shape) - 2).to(x.device), x, grad if "bounded" in name else grad / x.numel())
         for name, build in LAYERS.items()
         if name not in refused
     }
-    if compiled and layout is torch.contiguous_format and importlib.util.find_spec("jax"):
+    if make is compiled_step and layout is torch.contiguous_format and importlib.util.find_spec("jax"):
         runs["JAX batch"] = jax_step(x, grad)
     runs["floor"] = floor(x)
     times = {name: max(1, round(SECONDS_A_ROUND / seconds(run, 2))) for name, run in runs.items()}
@@ -141,31 +163,46 @@ def measure(shape: tuple[int, ...], layout: torch.memory_format, compiled: bool)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "norms.jsonl")
-    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--out", type=Path, help="default: norms.jsonl or, of a GPU, norms_gpu.jsonl in results")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--compiled", action="store_true")
+    ways.add_argument("--recorded", action="store_true")
+    parser.add_argument("--always", action="store_true")
     parser.add_argument("--cases", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     a = parser.parse_args()
+    on_gpu = a.device == "cuda"
+    out = a.out or Path(__file__).parent / "results" / ("norms_gpu.jsonl" if on_gpu else "norms.jsonl")
+    make = compiled_step if a.compiled else recorded_step if a.recorded else training_step
+    if a.always:
+        operators.LARGE_ON_GPU = 0
+    about = {"kernels": native.PATH}
+    if on_gpu:
+        about = {"kernels": dispatch.PATH_ON_GPU, "gpu": torch.cuda.get_device_name(), "always": a.always}
     table = Table("shape", "layout", "layer", "ms", "speed, torch = 1", "over the floor", box=None)
     speeds: dict[str, list[float]] = {name: [] for name in PEERS}
     cases = [(case, shape) for case in a.cases for shape in SHAPES[case]]
     for (case, shape), last in itertools.product(cases, (False, True)):
         layout = {4: torch.channels_last, 5: torch.channels_last_3d}[len(shape)] if last else torch.contiguous_format
-        found = measure(shape, layout, a.compiled)
+        torch.manual_seed(0)
+        x, grad = torch.randn(2, *shape, device=a.device).to(getattr(torch, a.dtype))
+        found = measure(x, grad, layout, make)
         floor = found.pop("floor")
         for name, taken in found.items():
             record = {
                 "case": case, "shape": shape, "layout": str(layout).removeprefix("torch."), "layer": name,
-                "compiled": a.compiled,
+                "compiled": a.compiled, "recorded": a.recorded, "dtype": a.dtype,
                 "median_ms": 1e3 * statistics.median(taken),
                 "over_floor": statistics.median(mine / least for mine, least in zip(taken, floor, strict=True)),
-                "kernels": native.PATH, **environment(),
+                **about, **environment(),
             }  # fmt: skip
             if PEERS.get(name) in found:
                 ratios = [theirs / mine for theirs, mine in zip(found[PEERS[name]], taken, strict=True)]
                 record["speed"] = statistics.median(ratios)
                 record["speed_quartiles"] = statistics.quantiles(ratios, n=4)[::2]
                 speeds[name].append(record["speed"])
-            with a.out.open("a") as file:
+            with out.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             speed = f"{record['speed']:.2f}" if "speed" in record else ""
             cells = "×".join(map(str, shape)), record["layout"].removesuffix("_format"), name
