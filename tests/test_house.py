@@ -16,7 +16,7 @@ FLOORS = [
     {"kernels", "training", "observe", "data", "notebook"},
     {"nn"},
     {"surgery", "models"},
-    {"lesson"},
+    {"lesson", "health"},
     {"study"},
     {"cli"},
 ]

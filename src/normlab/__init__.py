@@ -3,18 +3,19 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .health import diagnose
     from .surgery import convert, fold, freeze, recalibrate, sync, unfreeze, unsync
 
-__all__ = ["convert", "fold", "freeze", "recalibrate", "sync", "unfreeze", "unsync"]
+__all__ = ["convert", "diagnose", "fold", "freeze", "recalibrate", "sync", "unfreeze", "unsync"]
 
 
 def __getattr__(name: str) -> Any:
-    """What surgery offers, imported when it is asked for: the command line's help does without torch."""
+    """What surgery and health offer, imported when it is asked for: the command line's help does without torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import surgery
+    from . import health, surgery
 
-    return getattr(surgery, name)
+    return getattr(health if name == "diagnose" else surgery, name)
 
 
 def __dir__() -> list[str]:

@@ -10,6 +10,7 @@ from ..errors import check
 from .convert import called
 from .effect import Batches, Forward, evaluating, first_input
 from .modules import Choice, Found, chosen, norms
+from .moments import Moments
 from .report import Report, Row
 
 
@@ -72,7 +73,7 @@ def recalibrate(
             moments = _measure(model, measured, shown, forward)
             for found in measured:
                 if found.module in moments:
-                    moments[found.module].write(found)
+                    _write(moments[found.module], found)
             run |= set(moments)
     except BaseException:  # all or none
         for module, parts in before.items():
@@ -86,40 +87,13 @@ def recalibrate(
     return report
 
 
-class _Moments:
-    """Number, mean and sum of squared distances of each channel, over all that was added."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares, self.batches = 0, torch.zeros(()), torch.zeros(()), 0
-
-    def add(self, x: Tensor) -> None:
-        values = x.detach().double().transpose(0, 1).flatten(1)
-        count = values.shape[1]
-        if count == 0:
-            return
-        var, mean = torch.var_mean(values, 1, correction=0)
-        total = self.count + count
-        distance = mean - self.mean.to(mean)
-        self.squares = self.squares.to(mean) + var * count + distance**2 * (self.count * count / total)
-        self.mean = self.mean.to(mean) + distance * (count / total)
-        self.count, self.batches = total, self.batches + 1
-
-    def write(self, found: Found) -> None:
-        accepted = "inputs that reach this norm without an infinite value or NaN"
-        check(_finite(self.mean, self.squares), "batches", found.name, accepted)
-        mean, var, batches = _statistics(found.module)
-        mean.copy_(self.mean)
-        var.copy_(self.squares / max(self.count - 1, 1))
-        batches.fill_(self.batches)
-
-
 def _measure(
     model: nn.Module, measured: list[Found], batches: Iterable[Any], forward: Forward
-) -> dict[nn.Module, _Moments]:
-    moments: dict[nn.Module, _Moments] = {}
+) -> dict[nn.Module, Moments]:
+    moments: dict[nn.Module, Moments] = {}
 
     def see(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        moments.setdefault(norm, _Moments()).add(inputs[0])
+        moments.setdefault(norm, Moments()).add(inputs[0])
 
     handles = [found.module.register_forward_pre_hook(see) for found in measured]
     some = False
@@ -133,6 +107,15 @@ def _measure(
             handle.remove()
     check(some, "batches", batches, "at least one batch")
     return moments
+
+
+def _write(moments: Moments, found: Found) -> None:
+    accepted = "inputs that reach this norm without an infinite value or NaN"
+    check(_finite(moments.mean, moments.squares), "batches", found.name, accepted)
+    mean, var, batches = _statistics(found.module)
+    mean.copy_(moments.mean)
+    var.copy_(moments.squares / max(moments.count - 1, 1))
+    batches.fill_(moments.batches)
 
 
 def _reason(found: Found, only: Any, skip: Any) -> str | None:

@@ -1,0 +1,213 @@
+"""What is wrong with a model's norms, in plain words, ranked, each with its remedy."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ..errors import check
+from ..surgery.effect import Batches, Forward, first_input
+from .faults import FAR, FAULTS, Fault
+from .layer import Layer
+from .measure import Loss, Output, measure
+
+NAMED = 4  # norms in a verdict
+COLUMNS = {  # of the table: the figure's name, its heading, its format
+    "values": ("values", "d"),
+    "noise": ("noise", ".2f"),
+    "offset": ("offset", ".2f"),
+    "gap": ("gap", ".2f"),
+    "constant": ("constant", ".0%"),
+    "closed": ("closed", ".0%"),
+    "updates": ("updates", "d"),
+    "momentum": ("momentum", "g"),
+    "turn": ("turn", ".1g"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fault of one or more norms.
+
+    Attributes:
+        fault: in a few words.
+        modules: the norms that have it, the worst first.
+        effect: of the worst, 0 to ∞: about how far, in deviations of its output or as a share of its channels, it is
+            from what it should do.
+        verdict: what it does.
+        remedy: what helps.
+        command: that does so; empty if there is none.
+    """
+
+    fault: str
+    modules: list[str]
+    effect: float
+    verdict: str
+    remedy: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Printed as a table of the norms and the verdicts.
+
+    Attributes:
+        findings: the faults, by effect.
+        layers: every norm's figures, in the order of the model.
+        output: what becomes of the model's output.
+    """
+
+    findings: list[Finding]
+    layers: list[Layer]
+    output: Output
+
+    @property
+    def healthy(self) -> bool:
+        """Nothing was found."""
+        return not self.findings
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: what is not finite becomes a string."""
+        return _plain({"healthy": self.healthy, **asdict(self)})
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON (`.json`) or as a picture (`.png`), beside first and then renamed.
+
+        Raises:
+            InputError: another ending.
+        """
+        path = Path(path)
+        check(path.suffix in (".json", ".png"), "path", str(path), "a name that ends in .json or .png")
+        if path.suffix == ".png":
+            from ..observe.plots import save
+            from .picture import draw
+
+            save(draw(self), path)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".part")
+        beside.write_text(json.dumps(self.to_dict(), indent=1))
+        beside.replace(path)
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        shown = {name: column for name, column in COLUMNS.items() if any(_known(layer, name) for layer in self.layers)}
+        table = Table("norm", "class", box=None, pad_edge=False)
+        for heading, _ in shown.values():
+            table.add_column(heading, justify="right")
+        for layer in self.layers:
+            cells = (format(getattr(layer, n), f) if _known(layer, n) else "" for n, (_, f) in shown.items())
+            table.add_row(layer.name or "(the model)", layer.kind, *cells)
+        return Group(table, Text(), *map(Text, self.lines()))
+
+    def lines(self) -> list[str]:
+        """What was looked at, how training and evaluation differ, and the verdicts."""
+        output = self.output
+        parts = [f"{len(self.layers)} norms, {output.batches} batches, {output.images} images."]
+        if output.gap is not None:
+            parts.append(f"Output in training {output.gap:.2g} deviations from that in evaluation.")
+        if output.training_loss is not None:
+            parts.append(f"Loss {output.training_loss:.3g} in training, {output.evaluation_loss:.3g} in evaluation.")
+        lines = [" ".join(parts)]
+        if self.healthy:
+            lines.append("Nothing found." if self.layers else "No norms.")
+        for number, finding in enumerate(self.findings, 1):
+            lines += ["", f"{number}. {finding.fault} ({_count(finding.modules)}; effect {finding.effect:.2g})"]
+            lines += [f"   {finding.verdict}", f"   → {finding.remedy}"]
+            lines += [f"     {finding.command}"] if finding.command else []
+        return lines
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = StringIO()
+        Console(file=text, width=120).print(self)
+        return text.getvalue().rstrip()
+
+
+def diagnose(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    forward: Forward = first_input,
+    loss: Loss | None = None,
+    optimizer: Optimizer | None = None,
+    limit: int = 32,
+) -> Diagnosis:
+    """Look for what is wrong with a model's norms, at the size of the batches given.
+
+    Every batch goes through the model twice: in evaluation mode, and with its norms in training mode (as they are, or
+    all of them if the whole model is in evaluation mode). The model, its statistics and torch's generators are as
+    before.
+
+    Args:
+        model: of any modules.
+        batches: of the size that it trains with, of images as it trains on.
+        forward: runs the model on one of `batches`; by default on the batch, or on the first of its parts.
+        loss: of the model's output and the second part of a batch.
+        optimizer: of this model; with `loss` it tells how fast weights behind norms turn.
+        limit: take no more batches than this.
+
+    Raises:
+        InputError: there are no batches, or they have no second part for `loss`.
+
+    Source: for the turning of weights behind norms van Laarhoven 2017, "L2 regularization versus batch and weight
+    normalization"; for the rest the remarks in `faults.py`.
+    """
+    check(limit >= 1, "limit", limit, "a whole number from 1")
+    layers, output = measure(model, batches, forward, loss, optimizer, limit)
+    findings = [finding for fault in FAULTS if (finding := _finding(fault, layers)) is not None]
+    findings.sort(key=lambda finding: -finding.effect)
+    if not findings and (output.gap or 0.0) > FAR:
+        findings.append(_unexplained(layers, output.gap or 0.0))
+    return Diagnosis(findings, layers, output)
+
+
+def _finding(fault: Fault, layers: list[Layer]) -> Finding | None:
+    effects = [(effect, layer) for layer in layers if (effect := fault.effect(layer))]
+    if not effects:
+        return None
+    effects.sort(key=lambda pair: -pair[0])
+    effect, worst = effects[0]
+    first = next(layer for layer in layers if fault.effect(layer))
+    named = {"name": worst.name or "the model", "first": first.name or "the model", "noise": worst.noise or 0.0}
+    verdict = fault.verdict.format(**{**vars(worst), **named})
+    return Finding(fault.name, [layer.name for _, layer in effects], effect, verdict, fault.remedy, fault.command)
+
+
+def _unexplained(layers: list[Layer], gap: float) -> Finding:
+    return Finding(
+        "training and evaluation differ",
+        [layer.name for layer in layers if layer.gap],
+        gap,
+        f"The model's output in evaluation is {gap:.2g} deviations from that in training, though no norm alone is far "
+        "off: small differences add up.",
+        "Measure the statistics anew, or use a norm that does not depend on the batch.",
+        "normlab.recalibrate(model, batches)",
+    )
+
+
+def _count(names: list[str]) -> str:
+    shown = ", ".join(name or "the model" for name in names[:NAMED])
+    rest = len(names) - NAMED
+    return f"{len(names)} norm{'s' * (len(names) > 1)}: {shown}" + (f" and {rest} more" if rest > 0 else "")
+
+
+def _known(layer: Layer, name: str) -> bool:
+    return getattr(layer, name) is not None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

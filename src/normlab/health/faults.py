@@ -1,0 +1,219 @@
+"""What can be wrong with a model's norms: how each fault shows in their figures, what it does, and what helps."""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+from .layer import Layer
+
+# In deviations. A batch norm of n independent values differs by about 1.2/√n from one of all images: .5 is n = 6.
+FAR = 0.5
+VERY_FAR = 2.0  # a few channels that seldom speak are easily as far off as FAR, and do no harm
+Effect: TypeAlias = Callable[[Layer], float | None]
+
+
+class Fault(NamedTuple):
+    """A fault that a norm can have.
+
+    Attributes:
+        name: in a few words.
+        effect: of a norm that has it, 0 to ∞, about in deviations of its output or as a share of its channels; None or
+            0 of one that has it not.
+        verdict: what it does, with the figures of the worst norm.
+        remedy: what helps.
+        command: that does so; empty if there is none.
+    """
+
+    name: str
+    effect: Effect
+    verdict: str
+    remedy: str
+    command: str = ""
+
+
+def when(condition: bool, effect: float | None) -> float | None:
+    """The effect under a condition."""
+    return effect if condition else None
+
+
+def above(value: float | None, bound: float) -> float | None:
+    """The value, if it is above the bound."""
+    return value if value is not None and value > bound else None
+
+
+def _noisy(layer: Layer) -> float | None:
+    noisy = above(layer.noise, FAR) is not None and above(layer.typical_gap, FAR) is not None
+    return when(noisy and not layer.single, layer.gap)
+
+
+def _stale(layer: Layer) -> float | None:
+    usable = layer.finite_statistics and not layer.untouched
+    most = above(layer.typical_offset, FAR / 2) is not None
+    return when(usable, above(layer.offset, FAR if most else VERY_FAR))
+
+
+def _few_updates(layer: Layer) -> bool:
+    return not layer.untouched and (layer.still_initial or 0.0) > 0.2
+
+
+def _jumping(layer: Layer) -> float | None:
+    """The noise that an average with this momentum keeps."""
+    if layer.momentum is None or layer.noise is None or layer.values is None:
+        return None
+    kept = layer.noise * (layer.momentum / (2 - layer.momentum)) ** 0.5
+    return when(layer.momentum > 0.2, above(kept, 0.15))
+
+
+FAULTS = (
+    Fault(
+        "given inf or NaN",
+        lambda layer: when(not layer.finite_inputs, float("inf")),
+        "What reaches {name} is infinite or NaN: what stands before it has failed already.",
+        "Look at the layers and the images before the first of these norms; in half precision, at overflow.",
+    ),
+    Fault(
+        "parameters not finite",
+        lambda layer: when(not layer.finite_parameters, float("inf")),
+        "γ or β of {name} is infinite or NaN.",
+        "Go back to an earlier checkpoint; lower the learning rate or clip the gradient.",
+    ),
+    Fault(
+        "statistics not finite",
+        lambda layer: when(not layer.finite_statistics, float("inf")),
+        "Running statistics of {name} are infinite, NaN or negative: training does not use them, evaluation fails.",
+        "Measure them anew, and use a norm that a spoilt batch does not reach.",
+        "normlab.recalibrate(model, batches)",
+    ),
+    Fault(
+        "single value",
+        lambda layer: when(layer.single, float("inf")),
+        "A batch has one value a channel at {name}: there is no deviation of one, and torch refuses to train.",
+        "Use a norm that takes any batch.",
+        'model = normlab.convert(model, "running").model',
+    ),
+    Fault(
+        "statistics never updated",
+        lambda layer: when(layer.untouched, above(layer.offset, 0.1)),
+        "Running statistics of {name} are still those it was made with, 0 and 1; what it is given is {offset:.2g} "
+        "deviations from them.",
+        "Load the statistics with the weights, or measure them.",
+        "normlab.recalibrate(model, batches)",
+    ),
+    Fault(
+        "too few updates",
+        lambda layer: when(_few_updates(layer), _stale(layer)),
+        "After {updates} updates with momentum {momentum:g}, {still_initial:.0%} of the running statistics of {name} "
+        "are the 0 and 1 it was made with: they are {offset:.2g} deviations off.",
+        "Measure them, or train longer, or with a larger momentum.",
+        "normlab.recalibrate(model, batches)",
+    ),
+    Fault(
+        "running statistics off",
+        lambda layer: when(not _few_updates(layer), _stale(layer)),
+        "Running statistics of {name} are {offset:.2g} deviations from what it is given in evaluation: they were "
+        "gathered on other images, with other weights or, of channels that seldom speak, over too few values. "
+        "(First is {first}: what comes after it is given something else too.)",
+        "See that images are prepared as in training; then measure the statistics anew.",
+        "normlab.recalibrate(model, batches)",
+    ),
+    Fault(
+        "batch too small",
+        _noisy,
+        "With {values} values a channel, mean and deviation of a batch are noise at {name}: in training its output is "
+        "{gap:.2g} deviations from that in evaluation.",
+        "Use a norm that does not depend on the batch.",
+        'model = normlab.convert(model, "running").model',
+    ),
+    Fault(
+        "momentum too large",
+        _jumping,
+        "With momentum {momentum:g}, running statistics of {name} follow the last batch: they jump with its noise of "
+        "{noise:.2g} deviations. (torch's momentum is the weight of the new batch, elsewhere it is that of the old.)",
+        "Use a smaller momentum, or measure the statistics after training.",
+        "normlab.recalibrate(model, batches)",
+    ),
+    Fault(
+        "evaluates by the batch",
+        lambda layer: when(layer.by_batch, max(layer.noise or 0.0, 0.01)),
+        "{name} has no running statistics: what it says of an image depends on the others in its batch, by "
+        "{noise:.2g} deviations.",
+        "Use a norm with statistics of its own, and measure them.",
+        'model = normlab.convert(model, "running").model; normlab.recalibrate(model, batches)',
+    ),
+    Fault(
+        "constant channels",
+        lambda layer: above(layer.constant, 0.05),
+        "{constant:.0%} of the channels of {name} are nearly constant, with a variance below eps: they carry nothing, "
+        "or eps swallows what they carry.",
+        "Look for dead activations or vanishing weights before it; scale the images; use a smaller eps.",
+    ),
+    Fault(
+        "channels switched off",
+        lambda layer: above(layer.off if layer.off != 1 else None, 0.1),
+        "γ of {off:.0%} of the channels of {name} is nothing beside the others': they are off.",
+        "Do not decay γ (weight_decay=0 for norms); prune what stays off.",
+    ),
+    Fault(
+        "closed channels",
+        lambda layer: above(layer.closed, 0.25),
+        "{closed:.0%} of the channels of {name} are below 0 for all images: the rectifier after it lets nothing "
+        "through, and no gradient back.",
+        "Lower the learning rate, do not decay β, or use a leaky rectifier.",
+    ),
+    Fault(
+        "output constant",
+        lambda layer: above(layer.silent, 0.05),
+        "{silent:.0%} of the channels of {name} are the same for all images after it: it normalises away what they "
+        "carry, as of a single value a group.",
+        "Use a norm over more values: of the channels together, or over the batch.",
+        'model = normlab.convert(model, "running").model; normlab.recalibrate(model, batches)',
+    ),
+    Fault(
+        "frozen by halves",
+        lambda layer: when(layer.half_frozen, max(layer.noise or 0.0, 0.01)),
+        "γ and β of {name} do not learn, but its statistics move in training.",
+        "Freeze the statistics too, or let all of it learn.",
+        "model = normlab.freeze(model).model",
+    ),
+    Fault(
+        "frozen by mode",
+        lambda layer: when(layer.frozen_by_mode, max(layer.noise or 0.0, 0.01)),
+        "{name} alone is in evaluation mode: the next model.train() unfreezes it.",
+        "Freeze it for good.",
+        "model = normlab.freeze(model).model",
+    ),
+    Fault(
+        "shared by different inputs",
+        lambda layer: above(layer.disagreement, FAR),
+        "{name} is used several times in a pass, for what is {disagreement:.2g} deviations apart: its running "
+        "statistics fit none of them.",
+        "Give each use a norm of its own.",
+    ),
+    Fault(
+        "statistics in half precision",
+        lambda layer: when(layer.statistics_type is not None, 0.01),
+        "Running statistics of {name} are {statistics_type}: small updates round to nothing, large ones overflow.",
+        "Keep them in float32: normlab's norms do.",
+        'model = normlab.convert(model, "batch").model',
+    ),
+    Fault(
+        "not in the optimizer",
+        lambda layer: when(layer.unlearned, 0.1),
+        "γ or β of {name} is to learn, but the optimizer does not have it.",
+        "Make the optimizer after surgery, or hand it to convert.",
+        'normlab.convert(model, "running", inplace=True, optimizer=optimizer)',
+    ),
+    Fault(
+        "turns too fast",
+        lambda layer: above(layer.turn, 0.5),
+        "A step of the optimizer turns the weight before {name} by {turn:.2g} radians: behind a norm a weight's "
+        "length is nothing, so this is its learning rate.",
+        "Lower the learning rate, or warm it up.",
+    ),
+    Fault(
+        "hardly turns",
+        lambda layer: when(layer.turn is not None and 0 < layer.turn < 1e-6, 0.01),
+        "A step of the optimizer turns the weight before {name} by {turn:.2g} radians: it has grown so long that it "
+        "learns no more.",
+        "Use weight decay on it, or a larger learning rate.",
+    ),
+)

@@ -1,0 +1,73 @@
+"""A diagnosis as a picture: what each norm's statistics and channels do, and the verdicts below."""
+
+import textwrap
+from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from .faults import FAR
+from .layer import Layer
+
+if TYPE_CHECKING:
+    from .diagnosis import Diagnosis
+
+MEASURES = {"noise": ("o", "noise of a batch"), "offset": ("s", "offset of running statistics"), "gap": ("D", "gap")}
+SHARES = {"constant": "nearly constant", "closed": "closed by a rectifier", "silent": "constant after the norm"}
+COLORS = ("#0072b2", "#d55e00", "#009e73")  # told apart by colour-blind eyes
+LEAST, MOST = 1e-2, 1e3  # of the axis of deviations
+LINE, MARGIN = 0.165, 1.8  # inches: of text; of titles and axis
+MOST_ROWS = 150
+
+
+def draw(diagnosis: "Diagnosis") -> Figure:
+    """The figure; of a large model only the first 150 norms."""
+    layers = diagnosis.layers[:MOST_ROWS]
+    text = _text(diagnosis)
+    height, below = max(len(layers), 4) * 0.24 + MARGIN, text.count("\n") * LINE + 0.5
+    figure = Figure(figsize=(11, height + below), layout="constrained")
+    above, under = figure.subfigures(2, 1, squeeze=False, height_ratios=[height, below]).flat
+    left, right = above.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+    _draw_deviations(left, layers)
+    _draw_shares(right, layers)
+    left.set_yticks(range(len(layers)), [f"{layer.name or 'model'}  {layer.kind}" for layer in layers], fontsize=8)
+    left.set_ylim(len(layers) - 0.5, -0.5)
+    under.text(0.01, 0.98, text, va="top", ha="left", fontsize=9, family="monospace")
+    return figure
+
+
+def _draw_deviations(axes: Axes, layers: list[Layer]) -> None:
+    axes.axvspan(FAR, MOST, color="#f4e3d7", zorder=0)
+    for color, (name, (marker, label)) in zip(COLORS, MEASURES.items(), strict=True):
+        known = [(getattr(layer, name), y) for y, layer in enumerate(layers) if getattr(layer, name) is not None]
+        x = [min(max(value, LEAST), MOST) for value, _ in known]
+        axes.plot(x, [y for _, y in known], marker, color=color, ms=5, alpha=0.8, label=label)
+    axes.set(xscale="log", xlim=(LEAST * 0.8, MOST * 1.25), xlabel="deviations (what is outside is drawn at the edge)")
+    axes.grid(True, axis="both", alpha=0.25)
+    _head(axes, "Statistics")
+
+
+def _draw_shares(axes: Axes, layers: list[Layer]) -> None:
+    start = [0.0] * len(layers)
+    for color, (name, label) in zip(COLORS, SHARES.items(), strict=True):
+        width = [getattr(layer, name) or 0.0 for layer in layers]
+        axes.barh(range(len(layers)), width, left=start, color=color, label=label)
+        start = [a + b for a, b in zip(start, width, strict=True)]
+    axes.set(xlim=(0, 1), xlabel="share of channels")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(True, axis="x", alpha=0.25)
+    _head(axes, "Channels")
+
+
+def _head(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, pad=22)
+    axes.legend(
+        frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0.2, borderaxespad=0.2,
+        columnspacing=1, handlelength=1,
+    )  # fmt: skip
+
+
+def _text(diagnosis: "Diagnosis") -> str:
+    lines = [line for part in diagnosis.lines() for line in textwrap.wrap(part, 125, subsequent_indent="   ") or [""]]
+    return "\n".join(lines)
