@@ -48,7 +48,7 @@ def test_compare_takes_six_norms_unless_told_otherwise():
     assert cli.Compare().norms == ["none", "batch", "group", "layer", "instance", "running"]
 
 
-def test_train_leaves_a_record_and_two_pictures(monkeypatch, capsys, tmp_path):
+def test_train_leaves_a_record_two_pictures_and_a_model_to_diagnose(monkeypatch, capsys, tmp_path):
     options = ["--norm", "batch", "--batch-size", "50", "--images", "2000", "--lr", "0.2", "--out", str(tmp_path)]
     status, out, _ = normlab(monkeypatch, capsys, "train", *options)
     assert status == 0
@@ -59,6 +59,15 @@ def test_train_leaves_a_record_and_two_pictures(monkeypatch, capsys, tmp_path):
     for name in ("training.png", "activations.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert str(tmp_path / name) in out
+    folder = tmp_path / "diagnosis"
+    options = ["diagnose", str(tmp_path), "--limit", "20", "--out", str(folder)]
+    assert normlab(monkeypatch, capsys, *options)[0] == 0
+    status, text, _ = normlab(monkeypatch, capsys, *options, "--batch-size", "2")
+    assert status == 1
+    assert "batch too small" in text
+    found = json.loads((folder / "diagnosis.json").read_text())["findings"]
+    assert "batch too small" in [finding["fault"] for finding in found]
+    assert (folder / "diagnosis.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_train_that_diverges_says_where_and_is_no_crash(monkeypatch, capsys, tmp_path):

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
 from .errors import InputError
 
@@ -52,6 +52,7 @@ class Train:
         from .study.compare import check_trial, check_writable
         from .study.plan import Trial
         from .study.store import RunStore
+        from .study.subject import save_weights
         from .study.trial import build_learner, run_learner
         from .training import ShowProgress
 
@@ -64,10 +65,52 @@ class Train:
         RunStore(self.out / "runs.jsonl").append(record)
         save(plot_training(recorder.losses, recorder.lrs[-1]), self.out / "training.png")
         save(plot_activations(stats), self.out / "activations.png")
+        save_weights(learner.model, self.out)
         if record["status"] == "diverged":
             console.print(f"diverged at step {record['diverged_at_step']}", style="bold yellow")
-        _say_where(console, self.out, "runs.jsonl", "training.png", "activations.png")
+        _say_where(console, self.out, "runs.jsonl", "training.png", "activations.png", "model.safetensors")
         return 0
+
+
+@dataclass
+class Diagnose:
+    """Say what is wrong with the norms of a model, and what helps; exit status 1 if something is."""
+
+    model: Positional[str] = "runs/train"
+    """Folder that normlab train wrote; or module:name (or file.py:name) of a model or a function that makes one."""
+    batches: str | None = None
+    """module:name of an iterable of batches or a function that makes it; a run's are its own."""
+    weights: Path | None = None
+    """State to load into a model of your own: .safetensors, or as torch.save writes it."""
+    loss: str | None = None
+    """module:name of a function of output and target, for a model of your own."""
+    batch_size: int | None = None
+    """Images a batch of a run; by default what it trained with."""
+    limit: int = 32
+    """Take no more batches than this."""
+    data_dir: Path | None = None
+    """Folder with local copies of the data sets (or the variable NORMLAB_DATA)."""
+    out: Path = Path("runs/diagnosis")
+    """Folder for the figures (JSON) and the picture."""
+
+    def run(self, console: Console) -> int:
+        from .health import diagnose
+        from .study.compare import check_writable
+        from .study.subject import of_run, of_user
+
+        check_writable(self.out)
+        if self.batches is None:
+            subject = of_run(Path(self.model), self.batch_size, self.data_dir)
+        else:
+            subject = of_user(self.model, self.batches, self.weights, self.loss)
+        found = diagnose(
+            subject.model, subject.batches, loss=subject.loss, optimizer=subject.optimizer, limit=self.limit
+        )
+        console.print(found, highlight=False, soft_wrap=True)
+        found.save(self.out / "diagnosis.json")
+        found.save(self.out / "diagnosis.png")
+        _say_where(console, self.out, "diagnosis.json", "diagnosis.png")
+        return 0 if found.healthy else 1
 
 
 @dataclass
@@ -180,6 +223,7 @@ class Info:
 
 Command = (
     Annotated[Train, arg(name="train")]
+    | Annotated[Diagnose, arg(name="diagnose")]
     | Annotated[Compare, arg(name="compare")]
     | Annotated[Reproduce, arg(name="reproduce")]
     | Annotated[List, arg(name="list")]

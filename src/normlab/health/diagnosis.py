@@ -17,15 +17,13 @@ from .layer import Layer
 from .measure import Loss, Output, measure
 
 NAMED = 4  # norms in a verdict
-COLUMNS = {  # of the table: the figure's name, its heading, its format
+COLUMNS = {  # of the table, as many as 80 characters hold: the figure's name, its heading, its format
     "values": ("values", "d"),
     "noise": ("noise", ".2f"),
     "offset": ("offset", ".2f"),
     "gap": ("gap", ".2f"),
     "constant": ("constant", ".0%"),
     "closed": ("closed", ".0%"),
-    "updates": ("updates", "d"),
-    "momentum": ("momentum", "g"),
     "turn": ("turn", ".1g"),
 }
 
