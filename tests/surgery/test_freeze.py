@@ -65,6 +65,13 @@ def test_what_did_not_learn_before_does_not_after():
     assert not thawed.norm1.bias.requires_grad
 
 
+def test_the_report_names_norms_that_have_seen_no_batch():
+    model = nn.Sequential(
+        trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten())), nn.BatchNorm1d(9)
+    )
+    assert ["no batch" in row.note for row in freeze(model).report] == [False, True]
+
+
 def test_norms_without_statistics_are_left():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.BatchNorm2d(8, track_running_stats=False))
     conversion = freeze(model)

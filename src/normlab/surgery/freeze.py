@@ -20,7 +20,8 @@ def freeze(
 ) -> Conversion:
     """Put frozen batch norm in the place of every norm with running statistics: they are constant, in training too.
 
-    It outlives `model.train()`: the mode has nothing to do with it. `unfreeze` puts back the norms that were there.
+    It outlives `model.train()`: the mode has nothing to do with it. `unfreeze` puts back the norms that were there. The
+    report names those that have seen no batch, whose statistics say nothing.
 
     Args:
         model: of any modules.
