@@ -59,6 +59,8 @@ class _Batch(PreciseStatistics, _BatchNorm):
             # torch raises here, because the unbiased variance would be 0/0: of the variance one value says nothing.
             self._remember(x.detach().flatten(), var)
             return F.batch_norm(x, weight, bias, self.eps)
+        if mean is None:  # ONNX, given the two below, would take them for running statistics
+            return nn.functional.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
         batch_mean, batch_var = x.new_zeros(2, self.num_features, dtype=dtype)
         y = nn.functional.batch_norm(x, batch_mean, batch_var, weight, bias, True, 1.0, self.eps)
         self._remember(batch_mean, batch_var)
