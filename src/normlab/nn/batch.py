@@ -54,6 +54,8 @@ class _Batch(PreciseStatistics, _BatchNorm):
         if x.numel() == 0 or not (self.training or mean is None):  # an empty batch has no statistics of its own
             mean = x.new_zeros(self.num_features, dtype=dtype) if mean is None else mean
             var = x.new_ones(self.num_features, dtype=dtype) if var is None else var
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                mean, var = mean.clone(), var.clone()  # a buffer written meanwhile would end the backward pass
             return nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
         if x.numel() == x.shape[1] == self.num_features:
             # torch raises here, because the unbiased variance would be 0/0: of the variance one value says nothing.
