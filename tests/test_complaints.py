@@ -32,6 +32,7 @@ from normlab.nn import (
 )
 from normlab.training import Learner
 
+# By number in the survey of the field that the project began with.
 COMPLAINTS = {
     1: (
         "pytorch/pytorch#4534",
@@ -77,6 +78,7 @@ COMPLAINTS = {
     23: ("pytorch/pytorch#66073", "pytorch/pytorch#86590", "pytorch/vision#5443", "pytorch/vision#6543"),
     24: ("kreshuklab/panseg#577",),
 }
+# What neither a layer nor surgery can answer, and why.
 NOT_OURS = {
     "vacancy/Synchronized-BatchNorm-PyTorch#40": "its layer waits for threads of DataParallel; ours knows processes",
     "ultralytics/yolov5#3754": "one process alone ran the model again, to trace it: the others cannot know",
@@ -160,6 +162,7 @@ def test_pytorch_4534_a_last_batch_of_one_image(to):
 
     pytorch/pytorch#4534, pytorch/pytorch#77014, discuss.pytorch.org/t/26274.
     """
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         fit(model, batch_size=2, images=5)
@@ -249,6 +252,7 @@ def test_torch_em_510_batch_renorm_in_mixed_precision():
 def test_lightning_14085_validation_loss_is_that_of_training():
     """Loss is near 1 in training and explodes in validation: Lightning-AI/pytorch-lightning#14085."""
     batches = [numbers(16, 4, mean=1e4, deviation=1, seed=seed) for seed in range(10)]
+    torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4, bias=False))
 
     def losses(model: nn.Module) -> Tensor:
@@ -291,7 +295,7 @@ def test_keras_7265_the_same_images_have_the_same_loss_in_training_and_evaluatio
         loss = nn.functional.cross_entropy(model(x), targets)
         differences.append(abs(loss - nn.functional.cross_entropy(evaluated(model, x), targets)).item())
     assert differences[0] > 1e-3
-    assert differences[1] < 1e-6
+    assert differences[1] < 1e-5
 
 
 @pytest.mark.parametrize("name", TRACKING)
@@ -345,6 +349,7 @@ def test_pytorch_90342_a_step_that_the_scaler_skips_leaves_the_statistics_alone(
 
 def test_pytorch_115500_an_overflow_before_the_norm_leaves_its_statistics_finite():
     """Under autocast a layer before the norm overflows, and its mean is NaN: pytorch/pytorch#115500."""
+    torch.manual_seed(0)
     linear, x = nn.Linear(10, 10), numbers(2, 10).abs() * 1e6
     for norm, survives in ((nn.BatchNorm1d, False), (BatchNorm1d, True), (RunningBatchNorm1d, True)):
         layer = norm(10)
@@ -713,7 +718,7 @@ def test_vision_6543_fine_tuning_at_batch_1_does_not_undo_what_was_learned():
         return nn.functional.cross_entropy(evaluated(model, images), targets).item()
 
     def fine_tuned(model: nn.Module) -> nn.Module:
-        return fit(copy.deepcopy(model), batch_size=1, lr=0.3, seed=5)
+        return fit(copy.deepcopy(model), batch_size=1, images=150, lr=0.3, seed=5)
 
     assert loss(fine_tuned(model)) > 2 * loss(model)
     assert loss(fine_tuned(normlab.freeze(model).model)) < 0.2 * loss(model)
