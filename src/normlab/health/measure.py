@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import check
 from ..nn import FrozenBatchNorm2d
-from ..surgery.effect import Batches, Forward, evaluating
+from ..surgery.effect import Batches, Forward, evaluating, kept_statistics
 from ..surgery.modules import norms
 from .layer import Layer, Ratio, Watched
 from .neighbours import Neighbours
@@ -148,23 +148,14 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _training(model: nn.Module, trained: list[nn.Module]) -> Iterator[None]:
     """Inside, these are in training mode; after, in evaluation mode, and all buffers of the model as before."""
-    kept = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
     for module in trained:
         module.training = True
     try:
-        yield
+        with kept_statistics(model):
+            yield
     finally:
         for module in trained:
             module.training = False
-        for module, name, buffer, value in kept:
-            module._buffers[name] = buffer
-            with torch.no_grad():
-                buffer.copy_(value)
 
 
 def _flat(output: Any) -> Tensor:

@@ -30,6 +30,28 @@ def evaluating(model: nn.Module):
             module.training = training
 
 
+@contextmanager
+def kept_statistics(model: nn.Module):
+    """Inside, forward passes in training mode use the model's buffers as ever; after, those are as they were before.
+
+    For passes that shall not count: a second one for sharpness-aware steps, a look at a batch. Of `running` the
+    backward pass has to be inside too, since it moves averages of its own.
+    """
+    kept = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in kept:
+                module._buffers[name] = buffer
+                buffer.copy_(value)
+
+
 class Effect:
     """Runs a model over batches and compares each of its norms with the one to come, on the same inputs.
 
