@@ -34,5 +34,6 @@ def test_so_it_is_after_an_error():
             layer(x)
             raise ZeroDivisionError
 
-    pytest.raises(ZeroDivisionError, fails)
+    with pytest.raises(ZeroDivisionError):
+        fails()
     assert_same_state(layer, before)

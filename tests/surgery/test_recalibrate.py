@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from normlab.errors import InputError
 from normlab.nn import RunningBatchNorm2d
@@ -93,3 +94,15 @@ def test_inputs_of_several_parts():
     other.load_state_dict(trained().state_dict())
     recalibrate(other, [(x, 0) for x in IMAGES.split(5)])
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_compiled_model_is_looked_at_without_compiling():
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), [torch.randn(8, 3, 5, 5)]
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    recalibrate(compiled, batches)
+    torch.testing.assert_close(model[1].running_mean, model[0](batches[0]).mean((0, 2, 3)))
+    assert counter.frame_count == 0
+    assert compiled(batches[0]).shape == (8, 4, 5, 5)
+    assert counter.frame_count == 1

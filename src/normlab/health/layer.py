@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..surgery.convert import called
+from ..surgery.fold import is_affine
 from ..surgery.modules import OTHERS
 from ..surgery.moments import Moments
 
@@ -206,10 +207,11 @@ class Watched:
         updates, momentum = getattr(norm, "num_batches_tracked", None), getattr(norm, "momentum", None)
         updates = None if updates is None else int(updates)
         finite = _all_finite(mean, var) and (var is None or bool((var >= 0).all()))
-        running = None if mean is None or var is None or not finite else (mean.double(), var.double())
+        sound = finite and _all_finite(*parameters)
+        running = (mean.double(), var.double()) if sound and mean is not None and var is not None else None
         half = mean is not None and mean.element_size() < 4
         constant, silent, closed = self._shares(closes)
-        offset, typical_offset = (None, None) if running is None else self._offset(*running)
+        offset, typical_offset = self._offset(*running) if running and is_affine(norm) else (None, None)
         has_statistics = mean is not None or bool(self.by_batch)
         noise = self._noise() if has_statistics else None
         return Layer(

@@ -19,11 +19,14 @@ def first_input(model: nn.Module, batch: Any) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module):
-    """Inside, every module is in evaluation mode and there are no gradients; after, each is in the mode it was in."""
+    """Inside, every module is in evaluation mode and there are no gradients; after, each is in the mode it was in.
+
+    Compiled modules run as they are written, so that hooks are called and nothing is compiled for them.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, training in modes.items():

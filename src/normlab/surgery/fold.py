@@ -49,7 +49,7 @@ def fold(model: nn.Module, *inputs: Any, **named_inputs: Any) -> tuple[nn.Module
     folded = copied(model).eval()
     found = norms(folded)
     trace = _Trace(folded, [one.module for one in found])
-    with torch.no_grad():
+    with evaluating(folded):
         before = trace.run(*inputs, **named_inputs)
     report = Report()
     for one in found:
@@ -61,7 +61,7 @@ def fold(model: nn.Module, *inputs: Any, **named_inputs: Any) -> tuple[nn.Module
         _fold(layer, one.module)
         folded = put(folded, one, activation)
         report.rows.append(Row(one.name, called(one.module), called(activation), f"in {trace.names[layer]}"))
-    with torch.no_grad():
+    with evaluating(folded):
         after = folded(*inputs, **named_inputs)
     report.change = _difference(before, after)
     half = any(part.element_size() < 4 for part in _values(before))
@@ -115,7 +115,7 @@ class _Trace(TorchFunctionMode):
         norm, given = found.module, self._given.get(found.module, [])
         if getattr(norm, "running_mean", None) is None:
             return "has no running statistics: what it does depends on its input"
-        if not _is_affine(norm):
+        if not is_affine(norm):
             return "is no scale and shift in evaluation"
         if len(given) != 1:
             return "run several times" if given else "not run with these inputs"
@@ -175,7 +175,7 @@ def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, shift if norm.bias is None else shift + norm.get_parameter("bias").detach().double()
 
 
-def _is_affine(norm: nn.Module) -> bool:
+def is_affine(norm: nn.Module) -> bool:
     """Whether in evaluation it is what its statistics, γ and β say, with the activation it has."""
     x = example(norm)
     scale, shift = _scale_and_shift(norm)

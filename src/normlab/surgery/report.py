@@ -59,6 +59,7 @@ class Report:
         return len(self.rows)
 
     def __rich__(self) -> Any:
+        from rich.console import Group
         from rich.table import Table
 
         table = Table("module", "was", "became", "note", box=None, pad_edge=False)
@@ -68,11 +69,10 @@ class Report:
         for row in self.rows:
             change = [] if not measured else ["" if row.change is None else f"{row.change:.3g}"]
             table.add_row(row.name or "(the model)", row.was, row.became or "–", row.note, *change)
-        table.caption = f"{len(self.touched)} changed, {len(self.skipped)} left" + (
+        summary = f"{len(self.touched)} changed, {len(self.skipped)} left" + (
             "" if self.change is None else f"; the model's output changes by {self.change:.3g}"
         )
-        table.caption_justify = "left"
-        return table
+        return Group(table, summary)
 
     def __str__(self) -> str:
         from rich.console import Console
