@@ -15,8 +15,9 @@ from ..errors import check
 from ..nn import FrozenBatchNorm2d
 from ..surgery.effect import Batches, Forward, evaluating, kept_statistics
 from ..surgery.modules import norms
-from .layer import Layer, Ratio, Watched
+from .layer import Layer
 from .neighbours import Neighbours
+from .watch import Ratio, Watched
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 
