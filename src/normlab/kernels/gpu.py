@@ -11,16 +11,17 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import triton as compiler
 from torch import Tensor
 
 from . import ops
 from . import triton as kernels
 
-PROGRAMS = 1024  # a sum over a tensor is taken by so many, about
+PROGRAMS = 512  # a sum over a tensor is taken by so many, about: four for each multiprocessor of a large GPU
 TILE = 2048  # values
 WARPS = 8
-AT_ONCE = 4096  # values that a program on its own, which finishes a sum, loads at once
+WIDE, NARROW = 64, 16  # channels of a tile of a pass, and of a sum, of which there are fewer rows then
+AT_ONCE = 8192  # values that a program on its own, which finishes a sum, loads at once
+WARPS_ALONE = 16  # of it
 
 
 class Shape(NamedTuple):
@@ -54,12 +55,15 @@ class Plan(NamedTuple):
     rows: int
 
     @classmethod
-    def of(cls, shape: Shape, each_image: bool = False, tile: int | None = None) -> "Plan":
-        """For sums over all images, or over each, in tiles of so many values, `TILE` by default."""
+    def of(cls, shape: Shape, each_image: bool = False, tile: int | None = None, widest: int = WIDE) -> "Plan":
+        """For sums over all images, or over each, in tiles of so many values, `TILE` by default.
+
+        Where channels are last a tile has `widest` of them at most.
+        """
         tile = tile or TILE
         images, channels, space = map(_power, shape[:3])
         if shape.last:
-            of_channels = min(channels, 64)
+            of_channels = min(channels, widest)
             of_space = min(space, tile // of_channels)
         else:
             of_space = min(space, tile)
@@ -68,9 +72,9 @@ class Plan(NamedTuple):
         blocks = _parts(shape.images, of_images)
         tiles = blocks * _parts(shape.space, of_space)
         columns = _parts(shape.channels, of_channels)
-        rows = max(1, min(PROGRAMS // columns, tiles))
-        if each_image:
-            rows = blocks * max(1, min(rows, tiles) // blocks)
+        most = max(1, PROGRAMS // columns)
+        whole = blocks if each_image else 1
+        rows = whole * _shares(tiles // whole, most // whole)
         return cls((of_images, of_channels, of_space), blocks, tiles, columns, rows)
 
     def launch_all(self, kernel: Any, *arguments: Any, shape: Shape, **constants: Any) -> None:
@@ -85,7 +89,8 @@ class Plan(NamedTuple):
     def _launch(self, grid, kernel, *arguments, **constants):
         *arguments, last = arguments
         images, channels, space = self.sizes
-        kernel[grid](*arguments, **constants, LAST=last, BN=images, BC=channels, BS=space, num_warps=WARPS)
+        warps = max(1, WARPS * images * channels * space // TILE)
+        kernel[grid](*arguments, **constants, LAST=last, BN=images, BC=channels, BS=space, num_warps=warps)
 
 
 class Parts(NamedTuple):
@@ -104,27 +109,25 @@ def run(kernel: str, arguments: tuple[int, int, int, int, bool], tensors: tuple,
 
 
 def _channel_moments(shape: Shape, x: Tensor, mean_and_var: Tensor) -> None:
-    rows, plan = _moments(shape, x)
-    _finish(kernels.finish_moments, shape.channels, rows, plan.rows, mean_and_var)
+    _finish(kernels.finish_moments, shape.channels, _moments(shape, x), mean_and_var)
 
 
 def _batch_forward(
     shape, x, y, weight, bias, saved, residual, running_mean, running_var, num_batches, slope, momentum, eps
 ):
-    rows, plan = _moments(shape, x)
     kept = running_mean, running_var, num_batches
-    _finish(kernels.finish_batch, shape.channels, rows, plan.rows, saved, *kept, momentum, eps)
+    _finish(kernels.finish_batch, shape.channels, _moments(shape, x), saved, *kept, momentum, eps)
     _affine(shape, x, residual, y, saved, weight, bias, _of_channels(shape), slope)
 
 
 def _batch_backward(shape, g, x, out, weight, bias, saved, weight_grad, bias_grad, slope, share):
     parts, merged = _of_channels(shape), shape.merged()
     norm = saved, weight, bias
-    rows, plan = _products(merged, g, x, norm, parts, slope, 2, each_image=False)
+    rows = _products(merged, g, x, norm, parts, slope, 2, each_image=False)
     coefficients = torch.empty_like(saved)
     to = saved, weight, weight_grad, bias_grad, coefficients
     share_of_each = share / (shape.images * shape.space)
-    _finish(kernels.finish_batch_gradient, shape.channels, rows, plan.rows, *to, share_of_each)
+    _finish(kernels.finish_batch_gradient, shape.channels, rows, *to, share_of_each)
     _combine(merged, g, x, out, norm, coefficients, None, parts, slope)
 
 
@@ -141,14 +144,11 @@ def _running_forward(
 ):  # fmt: skip
     """Returns the share of this batch in the averages of the backward pass."""
     rate = saved.new_empty(())
-    rows, programs = saved, 0
-    if not recomputing:
-        rows, plan = _moments(shape, x)
-        programs = plan.rows
+    rows = saved[:0] if recomputing else _moments(shape, x)
     kept = running_mean, running_var, num_batches, share, innovation, gradient_share, average, latest
     numbers = momentum, eps, least_share, least_gradient_share, tolerated_drift, shape.images
     to = saved, weight, *kept, rate, *numbers
-    _finish(kernels.finish_running, shape.channels, rows, programs, *to, RECOMPUTING=recomputing)
+    _finish(kernels.finish_running, shape.channels, rows, *to, RECOMPUTING=recomputing)
     _affine(shape, x, residual, y, saved, weight, bias, _of_channels(shape), slope)
     return rate
 
@@ -159,15 +159,16 @@ def _running_backward(
 ):  # fmt: skip
     parts, bounded = _of_channels(shape), learns and step_bound >= 0
     norm = saved, weight, bias
-    rows, plan = _products(shape, g, x, norm, parts, slope, 5, each_image=True)
+    rows = _products(shape, g, x, norm, parts, slope, 5, each_image=True)
+    sums = rows.sum(0) if len(rows) > 1 else rows
     coefficients = torch.empty_like(saved)
     factor = saved.new_empty(shape.images) if bounded else None
     block = _power(shape.channels)
     kernels.finish_running_gradient[(1,)](
-        rows, plan.rows // plan.blocks, *norm, weight_grad, bias_grad, average, latest, parameters, push, measured,
-        coefficients, factor, rate, step_bound, ops.parameter_share(shape.images), *shape[:3],
+        sums, *norm, weight_grad, bias_grad, average, latest, parameters, push, measured, coefficients, factor, rate,
+        step_bound, ops.parameter_share(shape.images), *shape[:3],
         LEARNS=learns, BOUNDED=bounded, STEPS_REMEMBERED=ops.STEPS_REMEMBERED, ALONG=ops.ALONG, PULL=ops.PULL,
-        BN=min(_power(shape.images), max(1, AT_ONCE // block)), BLOCK=block, num_warps=WARPS,
+        BN=min(_power(shape.images), max(1, AT_ONCE // block)), BLOCK=block, num_warps=WARPS_ALONE,
     )  # fmt: skip
     _combine(shape, g, x, out, norm, coefficients, factor, parts, slope)
 
@@ -179,21 +180,21 @@ def _activation_backward(shape, y, g, out, slope):
 
 def _group_forward(shape, x, y, weight, bias, saved, slope, groups, eps):
     parts = _of_groups(shape, groups)
-    rows, plan = _moments(shape, x, each_image=True)
-    block, at_once = _block(parts.channels)
+    rows = _moments(shape, x, each_image=True)
+    block, at_once = _block(parts.channels, len(rows))
     sizes = parts.number, groups, eps, shape.images, shape.channels, parts.channels
-    kernels.finish_group[(parts.number,)](rows, plan.rows // plan.blocks, saved, *sizes, BR=at_once, BLOCK=block)
+    kernels.finish_group[(parts.number,)](rows, len(rows), saved, *sizes, BR=at_once, BLOCK=block)
     _affine(shape, x, None, y, saved, weight, bias, parts, slope)
 
 
 def _group_backward(shape, g, x, out, weight, bias, saved, weight_grad, bias_grad, slope, groups):
     parts = _of_groups(shape, groups)
     norm = saved, weight, bias
-    rows, plan = _products(shape, g, x, norm, parts, slope, 2, each_image=True)
+    rows = _products(shape, g, x, norm, parts, slope, 2, each_image=True)
     coefficients, of_images = torch.empty_like(saved), saved.new_empty(2, *shape[:2])
-    block, at_once = _block(parts.channels)
+    block, at_once = _block(parts.channels, len(rows))
     to = saved, weight, of_images, coefficients, parts.number, groups, *shape[:3], parts.channels
-    kernels.finish_group_gradient[(parts.number,)](rows, plan.rows // plan.blocks, *to, BR=at_once, BLOCK=block)
+    kernels.finish_group_gradient[(parts.number,)](rows, len(rows), *to, BR=at_once, BLOCK=block)
     torch.sum(of_images[0], 0, out=weight_grad)
     torch.sum(of_images[1], 0, out=bias_grad)
     _combine(shape, g, x, out, norm, coefficients, None, parts, slope)
@@ -230,22 +231,23 @@ PASSES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _moments(shape: Shape, x: Tensor, each_image: bool = False) -> tuple[Tensor, Plan]:
+def _moments(shape: Shape, x: Tensor, each_image: bool = False) -> Tensor:
     """Rows of numbers, means and sums of squared distances."""
     shape = shape if each_image else shape.merged()
-    plan = Plan.of(shape, each_image)
+    plan = Plan.of(shape, each_image, widest=NARROW)
     rows = _rows(shape, plan, x, 3, each_image)
     plan.launch_rows(kernels.moments, x, rows, shape=shape, EACH_IMAGE=each_image)
-    return rows, plan
+    return rows
 
 
-def _products(shape, g, x, norm, parts, slope, sums, each_image) -> tuple[Tensor, Plan]:
+def _products(shape, g, x, norm, parts, slope, sums, each_image) -> Tensor:
     """Rows of so many sums."""
-    plan = Plan.of(shape, each_image, TILE if sums == 2 else TILE // 2)  # each sum of each value has its register
+    tile = TILE if sums == 2 else TILE // 2  # each sum of each value has its register
+    plan = Plan.of(shape, each_image, tile, NARROW)
     rows = _rows(shape, plan, x, sums, each_image)
     constants = {"SUMS": sums, "ACTIVATED": slope != 1, "EACH_IMAGE": each_image}
     plan.launch_rows(kernels.products, g, x, *norm, rows, *parts, slope, shape=shape, **constants)
-    return rows, plan
+    return rows
 
 
 def _rows(shape: Shape, plan: Plan, x: Tensor, sums: int, each_image: bool) -> Tensor:
@@ -253,9 +255,10 @@ def _rows(shape: Shape, plan: Plan, x: Tensor, sums: int, each_image: bool) -> T
     return x.new_empty(rows, sums, images, shape.channels, dtype=torch.float32)
 
 
-def _finish(kernel: Any, channels: int, *arguments: Any, **constants: Any) -> None:
-    block, at_once = _block(channels)
-    kernel[(1,)](*arguments, channels, **constants, BR=at_once, BLOCK=block, num_warps=WARPS)
+def _finish(kernel: Any, channels: int, rows: Tensor, *arguments: Any, **constants: Any) -> None:
+    block, at_once = _block(channels, len(rows))
+    arguments = rows, len(rows), *arguments, channels
+    kernel[(1,)](*arguments, **constants, BR=at_once, BLOCK=block, num_warps=WARPS_ALONE)
 
 
 def _affine(shape, x, residual, y, saved, weight, bias, parts, slope):
@@ -283,14 +286,20 @@ def _of_positions(shape: Shape) -> tuple[dict[str, int], int]:
     return {"BC": channels, "BS": space}, shape.images * _parts(shape.space, space)
 
 
-def _block(channels: int) -> tuple[int, int]:
+def _block(channels: int, rows: int) -> tuple[int, int]:
     block = _power(channels)
-    return block, min(128, max(1, AT_ONCE // block))
+    return block, min(_power(rows), max(1, AT_ONCE // block))
+
+
+def _shares(tiles: int, most: int) -> int:
+    """Over how many programs, `most` at most, tiles are spread evenly."""
+    return _parts(tiles, _parts(tiles, max(1, most)))
 
 
 def _power(n: int) -> int:
-    return compiler.next_power_of_2(n)
+    """The least power of 2 that is no less; Triton's own takes ten times as long."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def _parts(n: int, size: int) -> int:
-    return compiler.cdiv(n, size)
+    return -(-n // size)

@@ -15,8 +15,9 @@ from . import dispatch, native
 # A compiler's own code for a norm, but for running batch norm, is quicker up to so many values
 # (`benchmarks/norms.py --compiled`).
 LARGE = 1 << 16
-# Not measured: from here on a pass takes longer than it takes to launch three kernels.
-LARGE_ON_GPU = 1 << 22
+# Launched one by one, not recorded in a CUDA graph, our kernels of a step take longer to launch than torch's to run, on
+# an H200 up to 26 million values; see `benchmarks/results/norms.md`.
+LARGE_ON_GPU = 1 << 25
 
 LIBRARY = torch.library.Library("normlab", "FRAGMENT")
 COMPILED = native.register_operators()  # on a CPU

@@ -53,9 +53,11 @@ def _all_finite(values):
 
 @triton.jit
 def _weight_or_one(weight, c, mask):
-    if weight is None:
-        return tl.full(c.shape, 1.0, tl.float32)
-    return tl.load(weight + c, mask=mask, other=0.0)
+    if weight is None:  # with an else: what stands after a return is compiled too
+        of_channels = tl.full(c.shape, 1.0, tl.float32)
+    else:
+        of_channels = tl.load(weight + c, mask=mask, other=0.0)
+    return of_channels
 
 
 @triton.jit
@@ -455,12 +457,15 @@ def finish_group_gradient(
 
 @triton.jit
 def finish_running_gradient(
-    rows_of_sums, rows, saved, weight, bias, weight_grad, bias_grad, average, latest, parameters, push, measured,
+    sums, saved, weight, bias, weight_grad, bias_grad, average, latest, parameters, push, measured,
     coefficients, factor, rate_of_batch, step_bound, parameter_share, N, C, S,
     LEARNS: tl.constexpr, BOUNDED: tl.constexpr, STEPS_REMEMBERED: tl.constexpr, ALONG: tl.constexpr,
     PULL: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Running batch norm's averages with this batch in them; see `normlab.kernels.ops.normalize_with_memory`."""
+    """Running batch norm's averages with this batch in them; see `normlab.kernels.ops.normalize_with_memory`.
+
+    `sums`: those of `products`, (5, N, C).
+    """
     c = tl.arange(0, BLOCK)
     inside = c < C
     inverse = tl.load(saved + C + c, mask=inside, other=0.0)
@@ -501,15 +506,12 @@ def finish_running_gradient(
     for first in range(0, N, BN):
         n = first + tl.arange(0, BN)
         here = (n[:, None] < N) & inside[None, :]
-        at = rows_of_sums + n[:, None].to(tl.int64) * C + c[None, :]
+        at = sums + n[:, None].to(tl.int64) * C + c[None, :]
         of_image = tl.full((BN,), 1.0, tl.float32)
         if LEARNS:
-            squares = tl.zeros((BN, BLOCK), tl.float32)
-            distances = tl.zeros((BN, BLOCK), tl.float32)
-            for row in range(rows):
-                squares += tl.load(at + (row * 5 + 2) * N * C, mask=here, other=0.0)
-                distances += tl.load(at + (row * 5 + 3) * N * C, mask=here, other=0.0)
-            pooled = distances * (inverse * now_weight / S)[None, :] + now_bias[None, :]
+            squares = tl.load(at + 2 * N * C, mask=here, other=0.0)
+            pooled = tl.load(at + 3 * N * C, mask=here, other=0.0) * (inverse * now_weight / S)[None, :]
+            pooled += now_bias[None, :]
             lengths += tl.sum(tl.sum(tl.where(here, pooled * pooled, 0.0), 1), 0)
             if BOUNDED:
                 excess = tl.sqrt(tl.sum(squares, 1)) * excess_of
@@ -517,11 +519,9 @@ def finish_running_gradient(
                 of_image = tl.where(excess > 1, 1.0 / excess, 1.0)
         if factor is not None:
             tl.store(factor + n, of_image, mask=n < N)
-        for row in range(rows):
-            from_row = at + row * 5 * N * C
-            sum_g += tl.sum(of_image[:, None] * tl.load(from_row, mask=here, other=0.0), 0)
-            sum_gd += tl.sum(of_image[:, None] * tl.load(from_row + N * C, mask=here, other=0.0), 0)
-            sum_dd += tl.sum(tl.load(from_row + 4 * N * C, mask=here, other=0.0), 0)
+        sum_g += tl.sum(of_image[:, None] * tl.load(at, mask=here, other=0.0), 0)
+        sum_gd += tl.sum(of_image[:, None] * tl.load(at + N * C, mask=here, other=0.0), 0)
+        sum_dd += tl.sum(tl.load(at + 4 * N * C, mask=here, other=0.0), 0)
 
     of_weight, of_bias = sum_gd * inverse, sum_g
     finite = _all_finite(of_weight) & _all_finite(of_bias)
