@@ -10,7 +10,8 @@ read x and the gradient for its sums; to read both and write the gradient of x, 
 every layer in turn, so that all see the same machine; figures are medians over the rounds: how many times as fast as
 torch's layer ours is (`running` as batch norm), and how many times the floor it takes. `--compiled` does the same with
 every layer compiled, theirs and ours, and with JAX's batch norm, jitted, if it is installed. Gradients are as long as
-those of a mean loss; `running, bounded` has longer ones, all of which its bound cuts. One line for each shape and layer
+those of a mean loss; `running, bounded` has longer ones, all of which its bound cuts. On a GPU `--recorded` replays
+the step as a CUDA graph, and `--always` uses the kernels where torch's operators are preferred too. One line for each shape and layer
 is appended, with versions and machine; a table at the end. Run it on an idle machine.
 """
 
@@ -20,8 +21,10 @@ import itertools
 import json
 import math
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -56,7 +59,7 @@ PEERS = {
     "batch": "torch batch", "running": "torch batch", "running, bounded": "torch batch", "lesson's rule": "torch batch",
     "batch, ReLU": "torch batch, ReLU", "group": "torch group", "JAX batch": "torch batch",
 }  # fmt: skip
-ROUNDS, SECONDS_A_ROUND = 21, 0.01
+SECONDS_A_ROUND = 0.01
 Step = Callable[[nn.Module, Tensor, Tensor], Callable[[], None]]
 
 
@@ -92,7 +95,11 @@ def recorded_step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], Non
     stream.synchronize()
     with torch.cuda.graph(graph, stream=stream):
         step()
-    return graph.replay
+
+    def run(kept: Callable[[], None] = step) -> None:  # the graph knows the places of the step's tensors only
+        graph.replay()
+
+    return run
 
 
 def jax_step(x: Tensor, grad: Tensor) -> Callable[[], None]:
@@ -137,7 +144,9 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def measure(x: Tensor, grad: Tensor, layout: torch.memory_format, make: Step) -> dict[str, list[float]]:
+def measure(
+    x: Tensor, grad: Tensor, layout: torch.memory_format, make: Step, layers: list[str], rounds: int
+) -> dict[str, list[float]]:
     """Seconds a step of each layer and of the floor, round by round."""
     shape = x.shape
     x, grad = (part.contiguous(memory_format=layout) for part in (x, grad))
@@ -148,17 +157,26 @@ def measure(x: Tensor, grad: Tensor, layout: torch.memory_format, make: Step) ->
     runs = {
         name: make(build(shape[1], len(shape) - 2).to(x.device), x, grad if "bounded" in name else grad / x.numel())
         for name, build in LAYERS.items()
-        if name not in refused
+        if name in layers and name not in refused
     }
-    if make is compiled_step and layout is torch.contiguous_format and importlib.util.find_spec("jax"):
+    if x.is_cpu and make is compiled_step and layout is torch.contiguous_format and importlib.util.find_spec("jax"):
         runs["JAX batch"] = jax_step(x, grad)
     runs["floor"] = floor(x)
     times = {name: max(1, round(SECONDS_A_ROUND / seconds(run, 2))) for name, run in runs.items()}
     found: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, run in runs.items():
             found[name].append(seconds(run, times[name]))
     return found
+
+
+def gpu() -> dict[str, str]:
+    """Name and driver of the first."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    name, driver = (
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0].split(", ")
+    )
+    return {"gpu": name, "driver": driver, "cuda": torch.version.cuda or "", "triton": version("triton")}
 
 
 def main() -> None:
@@ -170,6 +188,8 @@ def main() -> None:
     ways.add_argument("--compiled", action="store_true")
     ways.add_argument("--recorded", action="store_true")
     parser.add_argument("--always", action="store_true")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS))
     parser.add_argument("--cases", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     a = parser.parse_args()
     on_gpu = a.device == "cuda"
@@ -179,7 +199,7 @@ def main() -> None:
         operators.LARGE_ON_GPU = 0
     about = {"kernels": native.PATH}
     if on_gpu:
-        about = {"kernels": dispatch.PATH_ON_GPU, "gpu": torch.cuda.get_device_name(), "always": a.always}
+        about = {"kernels": dispatch.PATH_ON_GPU, **gpu(), "always": a.always}
     table = Table("shape", "layout", "layer", "ms", "speed, torch = 1", "over the floor", box=None)
     speeds: dict[str, list[float]] = {name: [] for name in PEERS}
     cases = [(case, shape) for case in a.cases for shape in SHAPES[case]]
@@ -187,7 +207,7 @@ def main() -> None:
         layout = {4: torch.channels_last, 5: torch.channels_last_3d}[len(shape)] if last else torch.contiguous_format
         torch.manual_seed(0)
         x, grad = torch.randn(2, *shape, device=a.device).to(getattr(torch, a.dtype))
-        found = measure(x, grad, layout, make)
+        found = measure(x, grad, layout, make, a.layers, a.rounds)
         floor = found.pop("floor")
         for name, taken in found.items():
             record = {

@@ -2,8 +2,8 @@
 
     python benchmarks/report.py [--results benchmarks/results]
 
-Reads `norms.jsonl`, the last measurement of each shape, layout, layer, number of threads and way (compiled or not), and
-writes `norms.md` and `norms.png` beside it.
+Reads `norms.jsonl` and, of a GPU, `norms_gpu.jsonl`, the last measurement of each shape, layout, layer, type, number of
+threads and way (compiled, recorded or neither), and writes `norms.md` and `norms.png` beside them.
 """
 
 import argparse
@@ -18,9 +18,17 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from normlab.kernels import operators
+
 MEGABYTE = 2**20
 SIZES = {"above 32 MB": (32, math.inf), ".4 to 32 MB": (0.4, 32), "below .4 MB": (0, 0.4)}
 LAYERS = ("batch", "batch, ReLU", "running", "running, bounded", "group", "lesson's rule", "JAX batch")
+WAYS_ON_GPU = {
+    "eager": (False, False, "float32"),
+    "compiled": (True, False, "float32"),
+    "recorded": (False, True, "float32"),
+    "recorded, bfloat16": (False, True, "bfloat16"),
+}
 DRAWN = ("batch", "batch, ReLU", "running", "group")
 
 
@@ -30,7 +38,8 @@ def latest(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text().splitlines():
         record = json.loads(line)
         record.setdefault("compiled", False)
-        settings = *record["shape"], record["layout"], record["layer"], record["machine"]["threads"], record["compiled"]
+        of_way = record["compiled"], record.get("recorded"), record.get("dtype")
+        settings = *record["shape"], record["layout"], record["layer"], record["machine"]["threads"], *of_way
         found[settings] = record
     return [record for record in found.values() if "speed" in record]
 
@@ -67,11 +76,33 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def table_of_gpu(records: list[dict[str, Any]]) -> str:
+    """Speeds by layer, way and layout."""
+    columns = [(way, last) for way in WAYS_ON_GPU for last in (False, True)]
+    lines = [
+        "| layer | " + " | ".join(f"{way}, channels {'last' if last else 'first'}" for way, last in columns) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for layer in LAYERS:
+        of_layer = [r for r in records if r["layer"] == layer]
+        if of_layer:
+            of_ways = {
+                way: [r for r in of_layer if (r["compiled"], r["recorded"], r["dtype"]) == settings]
+                for way, settings in WAYS_ON_GPU.items()
+            }
+            cells = [figures([r for r in of_ways[w] if ("last" in r["layout"]) == last]) for w, last in columns]
+            lines.append(f"| {layer} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def origin(records: list[dict[str, Any]]) -> str:
     """Machine, kernels, versions and day of the last one."""
     last = max(records, key=lambda record: record["finished_at"])
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
-    return f"{last['machine']['cpu']}; {last['kernels']}; {versions}; {last['finished_at'][:10]}"
+    on = last["machine"]["cpu"]
+    if "gpu" in last:
+        on = f"{last['gpu']}, driver {last['driver']}, CUDA {last['cuda']}, triton {last['triton']}; {on}"
+    return f"{on}; {last['kernels']}; {versions}; {last['finished_at'][:10]}"
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
@@ -117,6 +148,14 @@ def main() -> None:
         parts.append(
             f"Above 32 MB `batch` and `running` take {max(floors):.2f} times four copies of the tensor at most.\n"
         )
+    on_gpu = a.results / "norms_gpu.jsonl"
+    if on_gpu.exists():
+        of_gpu = latest(on_gpu)
+        said = (
+            "The kernels are used at every size; by themselves norms that torch has an operator for take it below "
+            f"{operators.LARGE_ON_GPU:,} values. Recorded: the step as a CUDA graph.\n"
+        )
+        parts += ["## On a GPU\n", f"{origin(of_gpu)}.\n", said, table_of_gpu(of_gpu), ""]
     (a.results / "norms.md").write_text("\n".join(parts))
     draw(records, a.results / "norms.png")
 
