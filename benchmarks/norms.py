@@ -11,8 +11,8 @@ every layer in turn, so that all see the same machine; figures are medians over 
 torch's layer ours is (`running` as batch norm), and how many times the floor it takes. `--compiled` does the same with
 every layer compiled, theirs and ours, and with JAX's batch norm, jitted, if it is installed. Gradients are as long as
 those of a mean loss; `running, bounded` has longer ones, all of which its bound cuts. On a GPU `--recorded` replays
-the step as a CUDA graph, and `--always` uses the kernels where torch's operators are preferred too. One line for each shape and layer
-is appended, with versions and machine; a table at the end. Run it on an idle machine.
+the step as a CUDA graph, and `--always` uses the kernels where torch's operators are preferred too. One line for each
+shape and layer is appended, with versions and machine; a table at the end. Run it on an idle machine.
 """
 
 import argparse

@@ -167,9 +167,8 @@ def test_they_equal_float64(name, data):
     ("shape", "layout"),
     [
         ((1, 3, 40, 40), "contiguous"),
-        ((1, 3, 40, 40), "channels last"),
         ((3, 65, 3, 3), "channels last"),
-        ((2, 256, 3, 4), "channels last"),
+        ((1, 256, 2, 3), "channels last"),
     ],
 )
 def test_large_tiles_stay_within_the_tensors(shape, layout):
