@@ -231,3 +231,21 @@ def test_copies_keep_state():
     layer = norms.BatchNorm2d(3)
     layer(one_value(2)).sum().backward()
     assert_same_state(copy.deepcopy(layer), layer)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 3, 0, 1), (3, 2, 1, 0), (1, 0, 3, 2)])
+def test_one_image_in_any_order_of_memory_has_the_same_gradient(order, training):
+    """Of one image torch's own layer takes one memory format for another, and its gradient is wrong."""
+    x, grad = torch.randn(2, 1, 3, 2, 2, dtype=torch.float64)
+    inverse = [order.index(place) for place in range(4)]
+
+    def gradient(norm, grad):
+        leaf = x.clone().requires_grad_()
+        norm.double().train(training)(leaf.permute(order).contiguous().permute(inverse)).backward(grad)
+        return leaf.grad
+
+    leaf = x.clone().requires_grad_()
+    nn.BatchNorm2d(3).double().train(training)(leaf).backward(grad)  # both contiguous: torch's is right
+    for other in (grad, grad.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)):
+        torch.testing.assert_close(gradient(norms.BatchNorm2d(3), other), leaf.grad)

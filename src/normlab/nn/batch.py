@@ -11,6 +11,8 @@ from . import functional as F
 from .activation import SLOPES, activate, check_activation, check_residual, described
 from .base import PreciseStatistics, recomputing, remember
 
+MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 
 class _Batch(PreciseStatistics, _BatchNorm):
     """A torch batch norm that writes its statistics by the rules of all norms here, see `remember`."""
@@ -48,6 +50,13 @@ class _Batch(PreciseStatistics, _BatchNorm):
 
     def _composed(self, x: Tensor) -> Tensor:
         """The norm in torch's operators."""
+        if len(x) == 1 and x.dim() > 3 and not torch.compiler.is_compiling():
+            # The strides of one image can mean either memory format, of which torch's backward pass mistakes one for
+            # the other: its gradient is wrong.
+            layout = MEMORY_FORMATS[x.dim()]
+            last = x.is_contiguous(memory_format=layout) and not x.is_contiguous()
+            y = self._composed(x.flatten(2)).reshape(x.shape)
+            return y.contiguous(memory_format=layout) if last else y
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight, bias = (None if part is None else part.to(dtype) for part in (self.weight, self.bias))
         mean, var = self.running_mean, self.running_var
