@@ -13,6 +13,7 @@ import normlab
 ROOT = Path(normlab.__file__).parent
 FLOORS = [
     {"errors"},
+    {"choice"},
     {"kernels", "training", "observe", "data", "notebook"},
     {"nn"},
     {"surgery", "models"},

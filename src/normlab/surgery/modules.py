@@ -1,20 +1,19 @@
 """Which modules of a model are norms, and where they are."""
 
 import copy
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _LazyNormBase, _NormBase
 from torch.nn.parameter import UninitializedParameter
 
+from ..choice import Choice, is_meant
 from ..errors import check
 from ..nn import NORMS
 
-Choice: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 CONVOLUTIONS |= {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
 # Modules that normalise, but not (N, C, *space) over channels.
@@ -161,18 +160,9 @@ def model_dims(model: nn.Module) -> int | None:
 
 
 def chosen(choice: Choice | Iterable[Choice] | None, found: Found) -> bool:
-    """Whether a choice, by name's pattern (`layer4.*`), class or function of name and module, is met at any place.
+    """Whether a norm is meant, at any of its places; None means all.
 
     Raises:
-        InputError: it is none of these.
+        InputError: the choice is no choice.
     """
-    if choice is None:
-        return True
-    if isinstance(choice, str):
-        return any(fnmatchcase(place.name, choice) for place in found.places)
-    if isinstance(choice, type):
-        return isinstance(found.module, choice)
-    if callable(choice):
-        return any(choice(place.name, found.module) for place in found.places)
-    check(isinstance(choice, Iterable), "only", choice, "a pattern of names, a class, a function, or several of them")
-    return any(chosen(one, found) for one in choice)
+    return choice is None or is_meant(found.module, [place.name for place in found.places], choice)
