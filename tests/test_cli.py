@@ -48,7 +48,7 @@ def test_compare_takes_six_norms_unless_told_otherwise():
     assert cli.Compare().norms == ["none", "batch", "group", "layer", "instance", "running"]
 
 
-def test_train_leaves_a_record_two_pictures_and_a_model_to_diagnose(monkeypatch, capsys, tmp_path):
+def test_train_leaves_a_record_three_pictures_and_a_model_to_diagnose(monkeypatch, capsys, tmp_path):
     options = ["--norm", "batch", "--batch-size", "50", "--images", "2000", "--lr", "0.2", "--out", str(tmp_path)]
     status, out, _ = normlab(monkeypatch, capsys, "train", *options)
     assert status == 0
@@ -56,7 +56,7 @@ def test_train_leaves_a_record_two_pictures_and_a_model_to_diagnose(monkeypatch,
     record = json.loads((tmp_path / "runs.jsonl").read_text())
     assert record["settings"]["images"] == 2000
     assert f"accuracy {record['epochs'][0]['valid']['accuracy']:.4f}" in out
-    for name in ("training.png", "activations.png"):
+    for name in ("training.png", "activations.png", "histograms.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert str(tmp_path / name) in out
     folder = tmp_path / "diagnosis"

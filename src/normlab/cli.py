@@ -47,7 +47,7 @@ class Train:
     """Folder for the record and the pictures."""
 
     def run(self, console: Console) -> int:
-        from .observe import ActivationStats, blocks, plot_activations, plot_training
+        from .observe import ActivationStats, blocks, plot_activations, plot_histograms, plot_training
         from .observe.plots import save
         from .study.compare import check_trial, check_writable
         from .study.plan import Trial
@@ -60,15 +60,19 @@ class Train:
         check_trial(trial, self.data_dir)
         check_writable(self.out)
         learner = build_learner(trial, self.data_dir, (ShowProgress(console),))
-        with ActivationStats(blocks(learner.model)) as stats:
+        batches = self.epochs * len(learner.train)  # pyright: ignore[reportArgumentType]
+        every = max(1, batches // 200)  # a picture shows no more
+        with ActivationStats(blocks(learner.model), every=every) as stats:
             record, recorder = run_learner(trial, learner)
         RunStore(self.out / "runs.jsonl").append(record)
         save(plot_training(recorder.losses, recorder.lrs[-1]), self.out / "training.png")
         save(plot_activations(stats), self.out / "activations.png")
+        save(plot_histograms(stats), self.out / "histograms.png")
         save_weights(learner.model, self.out)
         if record["status"] == "diverged":
             console.print(f"diverged at step {record['diverged_at_step']}", style="bold yellow")
-        _say_where(console, self.out, "runs.jsonl", "training.png", "activations.png", "model.safetensors")
+        names = "runs.jsonl", "training.png", "activations.png", "histograms.png", "model.safetensors"
+        _say_where(console, self.out, *names)
         return 0
 
 

@@ -2,6 +2,16 @@
 
 from .activations import ActivationStats, blocks
 from .hooks import Hook, Hooks
-from .plots import plot_activations, plot_losses, plot_training
+from .plots import plot_activations, plot_histograms, plot_losses, plot_near_zero, plot_training
 
-__all__ = ["ActivationStats", "Hook", "Hooks", "blocks", "plot_activations", "plot_losses", "plot_training"]
+__all__ = [
+    "ActivationStats",
+    "Hook",
+    "Hooks",
+    "blocks",
+    "plot_activations",
+    "plot_histograms",
+    "plot_losses",
+    "plot_near_zero",
+    "plot_training",
+]

@@ -1,28 +1,99 @@
 """Figures of what was recorded; each function returns a matplotlib Figure, and needs no display."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from ..errors import check
 from .activations import ActivationStats
 
 FIRST = 10
+FEW = 10  # lines that matplotlib gives colours of their own
+# Rises in lightness, also to the colour-blind; grey is where there is nothing to show.
+COLOURS = matplotlib.colormaps["viridis"].with_extremes(bad="lightgrey")
+FAINTEST = 1e-4
 
 
 def plot_activations(stats: ActivationStats) -> Figure:
     """The lesson's four plots: means and deviations of each layer over the first ten and over all training batches."""
     figure = Figure(figsize=(12, 7), layout="constrained")
     axes = figure.subplots(2, 2)
+    looked_at = "batches" if stats.every == 1 else "batches looked at"
     for row, (what, series) in enumerate((("mean", stats.means), ("standard deviation", stats.deviations))):
         for column, last in enumerate((FIRST, None)):
             axis = axes[row][column]
-            _lines(axis, {name: values[:last] for name, values in series.items()})
-            span = f"first {FIRST} batches" if last else "all batches"
+            if len(series) > FEW:
+                axis.set_prop_cycle(color=COLOURS(np.linspace(0, 0.95, len(series))))
+            for name, values in series.items():
+                axis.plot(stats.steps[:last], values[:last], label=name, linewidth=1)
+            span = f"first {FIRST} {looked_at}" if last else "all batches"
             axis.set(title=f"{what}, {span}", xlabel="training batch", ylabel=f"{what} of the output")
     lines, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside right upper", title="layer")
+    columns = math.ceil(len(names) / 30)
+    figure.legend(lines, names, loc="outside right upper", title="layer", ncols=columns, fontsize="small")
+    return figure
+
+
+def plot_histograms(stats: ActivationStats) -> Figure:
+    """The colour picture: of each module the histogram of its output, on end, at each batch looked at, side by side.
+
+    Colour is the share of the finite values, on a log scale; grey is a batch without any. The outer bins hold what is
+    beyond the axis too.
+
+    Raises:
+        InputError: nothing is recorded.
+    """
+    histograms = _shown(stats, stats.histograms)
+    columns = min(len(histograms), 4)
+    rows = math.ceil(len(histograms) / columns)
+    figure = Figure(figsize=(1.5 + 3 * columns, 0.6 + 2.1 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    colours = LogNorm(FAINTEST, 1)
+    for axis, (name, counts) in zip(axes.flat, histograms.items(), strict=False):
+        totals = np.where(counts.any(1), counts.sum(1), np.nan)
+        shares = np.maximum(counts.T / totals, FAINTEST)
+        extent = (*_span(stats), -stats.limit, stats.limit)
+        axis.imshow(shares, norm=colours, cmap=COLOURS, aspect="auto", origin="lower", extent=extent)
+        axis.set_title(_title(stats, name), fontsize="medium")
+        axis.label_outer()
+    for axis in axes.flat[len(histograms) :]:
+        axis.remove()
+    for axis in axes.flat[max(len(histograms) - columns, 0) : len(histograms)]:
+        axis.tick_params(labelbottom=True)
+    figure.supxlabel("training batch")
+    figure.supylabel("output")
+    scale = ScalarMappable(colours, COLOURS)
+    figure.colorbar(scale, ax=figure.axes, label="share of the values", extend="min", aspect=12 * rows, extendfrac=0.02)
+    return figure
+
+
+def plot_near_zero(stats: ActivationStats) -> Figure:
+    """The share of each module's output near zero at each batch looked at: a line of colours for each, from the input.
+
+    Grey is a batch without finite values.
+
+    Raises:
+        InputError: nothing is recorded.
+    """
+    shares = _shown(stats, stats.near_zero)
+    figure = Figure(figsize=(8, 1.4 + 0.25 * len(shares)), layout="constrained")
+    axis = figure.subplots()
+    extent = (*_span(stats), len(shares) - 0.5, -0.5)
+    finite = [counts.any(1) for counts in _shown(stats, stats.histograms).values()]
+    image = axis.imshow(
+        np.where(finite, list(shares.values()), np.nan), vmin=0, vmax=1, cmap=COLOURS, aspect="auto", extent=extent
+    )
+    axis.set_yticks(range(len(shares)), [_title(stats, name) for name in shares])
+    axis.set(title=f"outputs nearer to zero than {stats.limit / stats.bins:.2g}", xlabel="training batch")
+    figure.colorbar(image, label="share of the values", aspect=max(10, len(shares)))
     return figure
 
 
@@ -71,6 +142,18 @@ def save(figure: Figure, path: Path, dpi: int = 120) -> None:
     beside.replace(path)
 
 
-def _lines(axis: Axes, series: Mapping[str, Sequence[float]]) -> None:
-    for name, values in series.items():
-        axis.plot(range(1, len(values) + 1), values, label=name, linewidth=1)
+def _shown(stats: ActivationStats, series: dict[str, Any]) -> dict[str, Any]:
+    skipped = stats.skipped
+    shown = {name: values for name, values in series.items() if name not in skipped}
+    check(bool(stats.steps and shown), "stats", stats, "statistics of one training batch at least")
+    return shown
+
+
+def _span(stats: ActivationStats) -> tuple[float, float]:
+    """Where the batches begin and end: each stands for those from it to the next one looked at."""
+    return stats.steps[0] - 0.5, stats.steps[-1] + stats.every - 0.5
+
+
+def _title(stats: ActivationStats, name: str) -> str:
+    kind = type(stats.modules[name]).__name__
+    return name if name.endswith(kind) else f"{name} {kind}".strip()
