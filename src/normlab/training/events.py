@@ -1,6 +1,6 @@
 """What a callback is: an object whose methods are named after the events it wants to hear."""
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from .learner import Learner
@@ -21,6 +21,13 @@ EVENTS = (
     "after_cancel_train",
     "after_fit",
 )
+
+
+class Listener(Protocol):
+    """What a learner asks of a callback: a `Callback`, or anything else with methods for events."""
+
+    order: ClassVar[int]
+    learner: Any
 
 
 class Callback:

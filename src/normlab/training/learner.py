@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import check
 from .compiled import CompiledGradients
-from .events import EVENTS, Callback, CancelBatch, CancelEpoch, CancelTrain
+from .events import EVENTS, CancelBatch, CancelEpoch, CancelTrain, Listener
 
 
 class Learner:
@@ -51,7 +51,7 @@ class Learner:
         *,
         loss_func: Callable[..., Tensor] = nn.functional.cross_entropy,
         optimizer: torch.optim.Optimizer,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Sequence[Listener] = (),
         compile: bool = False,
     ):
         self.model, self.train, self.valid = model, train, valid
