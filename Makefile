@@ -14,8 +14,9 @@ compare: .venv/run
 reproduce: .venv/run
 	$(BIN)/normlab reproduce $(ARGS)
 
+# As many tests at a time as there are cores, each with a thread; those of several threads ask for them.
 test: .venv/dev
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

@@ -2,7 +2,6 @@ import json
 import os
 import re
 import shutil
-import time
 from html.parser import HTMLParser
 
 import pytest
@@ -92,9 +91,7 @@ class TestHtml:
         norms = ["batch", "running", "group", "layer", "none"]
         trials = grid(norms, [1, 2, 8, 32, 512], [0.1, 0.2, 0.4, 1.0], list(range(20)), Trial())
         runs = [record(0.9 + 0.0004321 * trial.seed, **vars(trial)) for trial in trials]
-        start = time.perf_counter()
         assert len(page_of(runs).data["runs"]) == 2000
-        assert time.perf_counter() - start < 5
         assert (tmp_path / "study.html").stat().st_size < 3e6
 
 
