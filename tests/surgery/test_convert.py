@@ -228,6 +228,28 @@ def test_mode_type_and_what_learns_carry_over():
     assert new.shared.weight is None
 
 
+def test_momentum_carries_over_where_it_means_the_same():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, momentum=0.01))
+    for to in ("batch", "sync", "ghost", "renorm"):
+        conversion = convert(model, to)
+        assert conversion.model[1].momentum == 0.01
+        assert conversion.report.rows[0].note == "the same in evaluation"
+    there = convert(model, "running")
+    assert there.model[1].momentum == 0.1
+    assert "momentum is 0.1, no longer 0.01" in there.report.rows[0].note
+    model[1].momentum = None  # the mean of all batches, which only batch norm can be
+    assert convert(model, "batch").model[1].momentum is None
+    assert "momentum is 0.1, no longer None" in convert(model, "sync").report.rows[0].note
+
+
+def test_a_batch_norm_that_keeps_no_statistics_goes_on_keeping_none():
+    model, x = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)), images()
+    conversion = convert(model, "batch")
+    assert conversion.model[1].running_mean is None
+    assert conversion.report.rows[0].note == "the same in evaluation"
+    torch.testing.assert_close(output(conversion.model, x), output(model, x), rtol=1e-5, atol=1e-5)
+
+
 def test_options_reach_the_new_layers():
     model = convert(trained(), "group", num_groups=2).model
     assert model.norm1.num_groups == 2

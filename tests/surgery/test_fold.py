@@ -165,3 +165,53 @@ def test_a_trained_model_of_the_lesson():
     assert {row.name for row in report.touched} == {"norm1", "head.2"}
     x = torch.randn(5, 3, 6, 6)
     torch.testing.assert_close(output(folded, x), output(model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_values_taken_by_an_attribute_are_a_use_and_a_shape_is_none():
+    class Looking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+            self.conv2, self.norm2 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            z = self.conv2(x)
+            return self.norm(y) + y.mT.mean() + self.norm2(z).view(z.shape).to(z.dtype)
+
+    report = fold(settled(Looking()), X)[1]
+    assert [row.name for row in report.touched] == ["norm2"]
+    assert "used elsewhere too: by mT" in report.rows[0].note
+
+
+class Sequel(nn.Module):
+    """A convolution, its norm, and something after them."""
+
+    def __init__(self, sequel):
+        super().__init__()
+        self.conv, self.norm, self.sequel = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), sequel
+
+    def forward(self, x):
+        return self.sequel(self, self.norm(self.conv(x.mul_(2))))
+
+
+def test_a_model_that_draws_random_numbers_and_writes_into_its_input():
+    x, state = X.clone(), torch.get_rng_state()
+    model = settled(Sequel(lambda _, y: y + torch.randn_like(y)))
+    torch.set_rng_state(state)
+    assert len(fold(model, x)[1].touched) == 1
+    assert torch.equal(x, X)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_rounding_that_is_magnified_is_no_error():
+    _, report = fold(settled(Sequel(lambda _, y: (y * 1e5).sin())), X)
+    assert report.change > 1e-5
+    assert len(report.touched) == 1
+
+
+@pytest.mark.parametrize(("factor", "change"), [(1.001, "0.001"), (float("nan"), "inf")])
+def test_a_model_that_becomes_another_is_refused(factor, change):
+    model = settled(Sequel(lambda own, y: y if isinstance(own.norm, nn.BatchNorm2d) else y * factor))
+    with pytest.raises(InputError, match=f"another by {change}"):
+        fold(model, X)

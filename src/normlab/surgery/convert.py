@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from ..errors import check, unknown
@@ -34,6 +35,9 @@ HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
 )  # fmt: skip
+
+# Norms whose momentum is what it is in torch: the weight of a new batch in the running statistics.
+AVERAGING = {"batch", "sync", "ghost", "renorm"}
 
 
 @dataclass
@@ -85,9 +89,10 @@ def convert(
     """Put the norm `to` in the place of the norms of a model.
 
     γ and β stay the same parameters, so that an optimizer built before goes on with them; statistics, hooks, device,
-    type and mode carry over. From batch norm to `running`, `frozen`, `sync`, `renorm` and back nothing changes in
-    evaluation. To a norm of another kind, such as `group`, only γ and β carry over; with `batches` the report says how
-    much that changes, and with `fit` γ and β become those that change it least.
+    type and mode carry over, and momentum where it means the same. From batch norm to `running`, `frozen`, `sync`,
+    `renorm` and back nothing changes in evaluation. To a norm of another kind, such as `group`, only γ and β carry
+    over; with `batches` the report says how much that changes, and with `fit` γ and β become those that change it
+    least.
 
     Args:
         model: of any modules. What cannot be converted is left, and the report says why.
@@ -213,6 +218,10 @@ def built(old: nn.Module, to: str, dims: int, options: dict[str, Any]) -> nn.Mod
         options.setdefault("activation", old.activation)
     if "eps" in accepted and accepted["eps"].default == 1e-5:
         options.setdefault("eps", old.eps)
+    if to in AVERAGING and _averages(old) and (old.momentum or to == "batch"):  # None is the mean of all batches
+        options.setdefault("momentum", old.momentum)
+    if "track_running_stats" in accepted and isinstance(old, _BatchNorm):
+        options.setdefault("track_running_stats", old.running_mean is not None)
     new = build_norm(to, channels(old), dims, **options)
     part = next(iter((*old.parameters(), *old.buffers())), None)
     if part is not None:
@@ -234,6 +243,11 @@ def built(old: nn.Module, to: str, dims: int, options: dict[str, Any]) -> nn.Mod
     return new
 
 
+def _averages(norm: nn.Module) -> bool:
+    name = registered_name(norm)
+    return isinstance(norm, _BatchNorm) if name is None else name in AVERAGING
+
+
 def _note(old: nn.Module, new: nn.Module, to: str) -> str:
     """What carries over."""
     if isinstance(new, nn.Identity):
@@ -241,6 +255,8 @@ def _note(old: nn.Module, new: nn.Module, to: str) -> str:
     notes = ["the same in evaluation" if _same(old, new) else _another(old, new)]
     if to == "frozen" and _is_new(new):
         notes.append("its statistics, 0 and 1, are those of a layer that has seen no batch")
+    if _averages(old) and getattr(new, "momentum", old.momentum) != old.momentum:
+        notes.append(f"momentum is {new.momentum}, no longer {old.momentum}")
     extra = [name for name, _ in new.named_parameters() if name not in ("weight", "bias")]
     if extra:
         notes.append(f"has new parameters: {', '.join(extra)}")

@@ -22,11 +22,13 @@ def evaluating(model: nn.Module):
     """Inside, every module is in evaluation mode and there are no gradients; after, each is in the mode it was in.
 
     Compiled modules run as they are written, so that hooks are called and nothing is compiled for them.
+    Generators of random numbers are after as they were before: a model that draws some draws the same the next time.
     """
     modes = {module: module.training for module in model.modules()}
+    devices = {part.get_device() for part in model.parameters() if part.is_cuda}
     model.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices):
             yield
     finally:
         for module, training in modes.items():
