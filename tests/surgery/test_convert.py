@@ -371,6 +371,18 @@ def test_exact_conversions_change_nothing_by_measure():
     assert all(row.change < 1e-4 for row in report)
 
 
+def test_a_model_that_draws_random_numbers_draws_the_same_for_the_measure():
+    class Noisy(Block):
+        def forward(self, x):
+            return super().forward(x) + torch.randn(len(x), 2)
+
+    assert convert(Noisy(), batches=[torch.ones(4, 3, 6, 6)] * 2).report.change < 1e-4
+    model, batches = Noisy(), [torch.ones(4, 3, 6, 6)]
+    state = torch.get_rng_state()
+    convert(model, batches=batches)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_converted_model_is_copied_saved_and_trained():
     model = convert(trained()).model
     x = images()
