@@ -60,7 +60,7 @@ def measure(
     # As they train: as they are, or all of them if the whole model is in evaluation mode.
     trained = [one.module for one in found if one.module.training or not model.training]
     gaps, losses, count, images = Ratio(), [], 0, 0
-    with _in_evaluation(model):
+    with evaluating(model):
         for batch in islice(batches, limit):
             with nullcontext() if count else neighbours.watching(model), _hooked(watched, training=False):
                 expected = forward(model, batch)
@@ -137,13 +137,6 @@ def _hooked(watched: dict[nn.Module, Watched], training: bool) -> Iterator[None]
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode; after, its modes and torch's generators are as before."""
-    with torch.random.fork_rng(), evaluating(model):
-        yield
 
 
 @contextmanager
