@@ -5,7 +5,6 @@ back in a file, and is compared here.
 """
 
 import copy
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from normlab.errors import InputError
 from normlab.kernels import dispatch, fused, native
 from normlab.nn.sync import SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, moments_over_ranks
+from ranks import run_ranks
 
 RANKS = 3
 CHANNELS = 3
@@ -167,16 +167,7 @@ def work(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     """What each rank computed."""
-    folder = tmp_path_factory.mktemp("ranks")
-    commands = [[sys.executable, __file__, str(rank), str(folder)] for rank in range(RANKS)]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * RANKS, "\n".join(errors)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return run_ranks(__file__, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 def whole_batch(case: Case) -> list[list[Tensor]]:

@@ -6,7 +6,6 @@ each computed comes back in a file.
 
 import copy
 import io
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from normlab.nn import FrozenBatchNorm2d, RunningBatchNorm2d
 from normlab.surgery import convert, fold, freeze
+from ranks import run_ranks
 
 RANKS = 2
 
@@ -192,15 +192,7 @@ def work(rank: int, folder: Path) -> None:
 
 
 def test_two_ranks_train_the_same_parameters_with_running_norms(tmp_path):
-    commands = [[sys.executable, __file__, str(rank), str(tmp_path)] for rank in range(RANKS)]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * RANKS, "\n".join(errors)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
+    first, second = run_ranks(__file__, RANKS, tmp_path)
     start = convert(net(), "running").model
     for name, parameter in start.named_parameters():
         assert torch.equal(first[name], second[name]), name

@@ -85,7 +85,7 @@ class Diagnosis:
             from ..observe.plots import save
             from .picture import draw
 
-            save(draw(self), path)
+            save(draw(self.layers, self.lines()), path)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".part")

@@ -1,7 +1,7 @@
 """A diagnosis as a picture: what each norm's statistics and channels do, and the verdicts below."""
 
 import textwrap
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -9,9 +9,6 @@ from matplotlib.ticker import PercentFormatter
 
 from .faults import FAR
 from .layer import Layer
-
-if TYPE_CHECKING:
-    from .diagnosis import Diagnosis
 
 MEASURES = {"noise": ("o", "noise of a batch"), "offset": ("s", "offset of running statistics"), "gap": ("D", "gap")}
 SHARES = {"constant": "nearly constant", "closed": "closed by a rectifier", "silent": "constant after the norm"}
@@ -21,10 +18,10 @@ LINE, MARGIN = 0.165, 1.8  # inches: of text; of titles and axis
 MOST_ROWS = 150
 
 
-def draw(diagnosis: "Diagnosis") -> Figure:
-    """The figure; of a large model only the first 150 norms."""
-    layers = diagnosis.layers[:MOST_ROWS]
-    text = _text(diagnosis)
+def draw(layers: Sequence[Layer], lines: Sequence[str]) -> Figure:
+    """The figure, with `lines` below; of a large model only the first 150 norms."""
+    layers = layers[:MOST_ROWS]
+    text = "\n".join(part for line in lines for part in textwrap.wrap(line, 125, subsequent_indent="   ") or [""])
     height, below = max(len(layers), 4) * 0.24 + MARGIN, text.count("\n") * LINE + 0.5
     figure = Figure(figsize=(11, height + below), layout="constrained")
     above, under = figure.subfigures(2, 1, squeeze=False, height_ratios=[height, below]).flat
@@ -37,7 +34,7 @@ def draw(diagnosis: "Diagnosis") -> Figure:
     return figure
 
 
-def _draw_deviations(axes: Axes, layers: list[Layer]) -> None:
+def _draw_deviations(axes: Axes, layers: Sequence[Layer]) -> None:
     axes.axvspan(FAR, MOST, color="#f4e3d7", zorder=0)
     for color, (name, (marker, label)) in zip(COLORS, MEASURES.items(), strict=True):
         known = [(getattr(layer, name), y) for y, layer in enumerate(layers) if getattr(layer, name) is not None]
@@ -48,7 +45,7 @@ def _draw_deviations(axes: Axes, layers: list[Layer]) -> None:
     _head(axes, "Statistics")
 
 
-def _draw_shares(axes: Axes, layers: list[Layer]) -> None:
+def _draw_shares(axes: Axes, layers: Sequence[Layer]) -> None:
     start = [0.0] * len(layers)
     for color, (name, label) in zip(COLORS, SHARES.items(), strict=True):
         width = [getattr(layer, name) or 0.0 for layer in layers]
@@ -66,8 +63,3 @@ def _head(axes: Axes, title: str) -> None:
         frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0.2, borderaxespad=0.2,
         columnspacing=1, handlelength=1,
     )  # fmt: skip
-
-
-def _text(diagnosis: "Diagnosis") -> str:
-    lines = [line for part in diagnosis.lines() for line in textwrap.wrap(part, 125, subsequent_indent="   ") or [""]]
-    return "\n".join(lines)
