@@ -101,6 +101,13 @@ class Shared(nn.Module):
         return self.head((self.norm(h) + self.norm(h + self.apart)).flatten(1))
 
 
+class Noisy(nn.Module):
+    """Draws random numbers, in evaluation too."""
+
+    def forward(self, x):
+        return x + torch.randn_like(x)
+
+
 def recalibrated(model, size=16):
     normlab.recalibrate(model, [x for x, _ in batches(size)])
     return model
@@ -123,7 +130,7 @@ HEALTHY = {  # name: model, batch size
     "running norm at 1": lambda: (lesson_net("running", 1, 0.05, 500), 1),
     "group norm at 2": lambda: (lesson_net("group", 2, 0.05, 500), 2),
     "layer norm at 1": lambda: (lesson_net("layer", 1, 0.02, 300), 1),
-    "batch renorm at 32": lambda: (lesson_net("renorm", 32), 32),
+    "batch renorm at 32": lambda: (lesson_net("renorm", 32, images=2000), 32),
     "no norm": lambda: (lesson_net("none", 64, 0.01), 64),
     "frozen for batch 2": lambda: (normlab.freeze(lesson_net("batch", 64)).model, 2),
     "frozen but for γ and β": lambda: (normlab.freeze(lesson_net("batch", 64), affine=False).model, 2),
@@ -138,6 +145,7 @@ HEALTHY = {  # name: model, batch size
         untrained(lambda: nn.Sequential(nn.Conv2d(1, 8, 3, 2), Residual(8), nn.Flatten(), nn.Linear(8 * 169, 10))),
         16,
     ),
+    "random numbers of its own": lambda: (nn.Sequential(usual_net(), Noisy()), 64),
     "layer norm of torch": lambda: (Positions(), 2),
     "shared by like inputs": lambda: (untrained(lambda: Shared(0.01)), 16),
 }

@@ -164,7 +164,7 @@ def diagnose(
     layers, output = measure(model, batches, forward, loss, optimizer, limit)
     findings = [finding for fault in FAULTS if (finding := _finding(fault, layers)) is not None]
     findings.sort(key=lambda finding: -finding.effect)
-    if not findings and (output.gap or 0.0) > FAR:
+    if not findings and (output.gap or 0.0) > FAR and any(layer.gap for layer in layers):
         findings.append(_unexplained(layers, output.gap or 0.0))
     return Diagnosis(findings, layers, output)
 

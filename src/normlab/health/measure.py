@@ -62,7 +62,9 @@ def measure(
     gaps, losses, count, images = Ratio(), [], 0, 0
     with evaluating(model):
         for batch in islice(batches, limit):
-            with nullcontext() if count else neighbours.watching(model), _hooked(watched, training=False):
+            seeing = nullcontext() if count else neighbours.watching(model)
+            # Forked, so that a model that draws random numbers draws the same ones in both passes.
+            with torch.random.fork_rng(), seeing, _hooked(watched, training=False):
                 expected = forward(model, batch)
             weights = [] if loss is None or optimizer is None else neighbours.weights()
             with _training(model, trained), _hooked(watched, training=True), torch.set_grad_enabled(bool(weights)):
