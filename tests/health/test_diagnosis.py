@@ -239,6 +239,11 @@ def images_that_were_not_scaled():
     return usual(), [(x * 78 + 33, y) for x, y in batches(64)]
 
 
+@plants("running statistics off", *NORMS)
+def few_updates_but_of_other_images():
+    return recalibrated(usual(), 32), [(x * 78 + 33, y) for x, y in batches(64)]
+
+
 @plants("running statistics off", "1.1", "2.1")
 def weights_of_another_run():
     model = usual()

@@ -52,7 +52,10 @@ def _stale(layer: Layer) -> float | None:
 
 
 def _few_updates(layer: Layer) -> bool:
-    return not layer.untouched and (layer.still_initial or 0.0) > 0.2
+    """Whether they explain the offset."""
+    if layer.untouched or layer.offset is None or layer.unbiased_offset is None or layer.still_initial is None:
+        return False
+    return layer.still_initial > 0.2 and layer.unbiased_offset < layer.offset / 2
 
 
 def _jumping(layer: Layer) -> float | None:
@@ -101,7 +104,7 @@ FAULTS = (
     Fault(
         "too few updates",
         lambda layer: when(_few_updates(layer), _stale(layer)),
-        "After {updates} updates with momentum {momentum:g}, {still_initial:.0%} of the running statistics of {name} "
+        "With {updates} updates at momentum {momentum:g}, {still_initial:.0%} of the running statistics of {name} "
         "are the 0 and 1 it was made with: they are {offset:.2g} deviations off.",
         "Measure them, or train longer, or with a larger momentum.",
         "normlab.recalibrate(model, batches)",

@@ -18,6 +18,8 @@ class Layer:
             √(mean of ((μ − μ_run)/σ_run)² + (σ/σ_run − 1)²), beyond what the noise of as many batches, and of a moving
             average, leaves open.
         typical_offset: the median of the channels.
+        unbiased_offset: of the statistics without the 0 and 1 that they began with, by their number of updates, from
+            what it is given in training.
         gap: root mean square of the difference of its outputs in training and in evaluation, for the same input, over
             the deviation of that in training.
         typical_gap: the median of the channels.
@@ -51,6 +53,7 @@ class Layer:
     noise: float | None = None
     offset: float | None = None
     typical_offset: float | None = None
+    unbiased_offset: float | None = None
     gap: float | None = None
     typical_gap: float | None = None
     constant: float | None = None

@@ -11,7 +11,7 @@ from .faults import FAR
 from .layer import Layer
 
 MEASURES = {"noise": ("o", "noise of a batch"), "offset": ("s", "offset of running statistics"), "gap": ("D", "gap")}
-SHARES = {"constant": "nearly constant", "closed": "closed by a rectifier", "silent": "constant after the norm"}
+SHARES = {"constant": "constant", "closed": "closed by a rectifier", "silent": "constant after it"}
 COLORS = ("#0072b2", "#d55e00", "#009e73")  # told apart by colour-blind eyes
 LEAST, MOST = 1e-2, 1e3  # of the axis of deviations
 LINE, MARGIN = 0.165, 1.8  # inches: of text; of titles and axis
@@ -23,12 +23,14 @@ def draw(layers: Sequence[Layer], lines: Sequence[str]) -> Figure:
     layers = layers[:MOST_ROWS]
     text = "\n".join(part for line in lines for part in textwrap.wrap(line, 125, subsequent_indent="   ") or [""])
     height, below = max(len(layers), 4) * 0.24 + MARGIN, text.count("\n") * LINE + 0.5
-    figure = Figure(figsize=(11, height + below), layout="constrained")
+    names = [f"{layer.name or 'model'}  {layer.kind}" for layer in layers]
+    width = max(11, 9.5 + 0.08 * max(map(len, names), default=0))
+    figure = Figure(figsize=(width, height + below), layout="constrained")
     above, under = figure.subfigures(2, 1, squeeze=False, height_ratios=[height, below]).flat
     left, right = above.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     _draw_deviations(left, layers)
     _draw_shares(right, layers)
-    left.set_yticks(range(len(layers)), [f"{layer.name or 'model'}  {layer.kind}" for layer in layers], fontsize=8)
+    left.set_yticks(range(len(layers)), names, fontsize=8)
     left.set_ylim(len(layers) - 0.5, -0.5)
     under.text(0.01, 0.98, text, va="top", ha="left", fontsize=9, family="monospace")
     return figure

@@ -140,7 +140,13 @@ class Watched:
         running = (mean.double(), var.double()) if sound and mean is not None and var is not None else None
         half = mean is not None and mean.element_size() < 4
         constant, silent, closed = self._shares(closes)
-        offset, typical_offset = self._offset(*running) if running and is_affine(norm) else (None, None)
+        initial = (1 - momentum) ** updates if updates and momentum else None
+        offset = typical_offset = unbiased_offset = None
+        if running and is_affine(norm):
+            offset, typical_offset = self._offset(self.given, *running)
+            if initial is not None and initial < 1 and self.calls_in_training:
+                unbiased = running[0] / (1 - initial), ((running[1] - initial) / (1 - initial)).clamp(min=0)
+                unbiased_offset, _ = self._offset(self.calls_in_training[0], *unbiased)
         has_statistics = mean is not None or bool(self.by_batch)
         noise = self._noise() if has_statistics else None
         return Layer(
@@ -151,6 +157,7 @@ class Watched:
             noise=noise,
             offset=offset,
             typical_offset=typical_offset,
+            unbiased_offset=unbiased_offset,
             gap=self.gaps.overall,
             typical_gap=self.gaps.typical,
             constant=constant,
@@ -159,7 +166,7 @@ class Watched:
             silent=silent,
             updates=updates,
             momentum=momentum,
-            still_initial=None if updates is None or not momentum else (1 - momentum) ** updates,
+            still_initial=initial,
             untouched=mean is not None and var is not None and bool((mean == 0).all() and (var == 1).all()),
             finite_statistics=finite,
             finite_parameters=_all_finite(*parameters),
@@ -182,17 +189,17 @@ class Watched:
             squares += [found[varies]] if call.batches > 1 else []
         return _root_mean(torch.cat(squares)) if squares else None
 
-    def _offset(self, mean: Tensor, var: Tensor) -> tuple[float | None, float | None]:
-        """Over all channels, and the median."""
-        if self.given.count == 0:
+    def _offset(self, given: Moments, mean: Tensor, var: Tensor) -> tuple[float | None, float | None]:
+        """Of what it is given from a mean and variance: over all channels, and the median."""
+        if given.count == 0:
             return None, None
         # Of the batches here, and of those in a moving average: the square of its weights, summed.
         momentum = getattr(self.norm, "momentum", None) or 0.0
-        open_still = (self._noise() or 0.0) ** 2 * (1 / self.given.batches + momentum / (2 - momentum))
+        open_still = (self._noise() or 0.0) ** 2 * (1 / given.batches + momentum / (2 - momentum))
         eps = _eps(self.norm)
         deviation = (var + eps).sqrt()
-        varies = (self.given.var > eps) | (var > eps)
-        found = ((self.given.mean - mean) / deviation) ** 2 + ((self.given.var + eps).sqrt() / deviation - 1) ** 2
+        varies = (given.var > eps) | (var > eps)
+        found = ((given.mean - mean) / deviation) ** 2 + ((given.var + eps).sqrt() / deviation - 1) ** 2
         found = found[varies]
         if found.numel() == 0:
             return None, None
