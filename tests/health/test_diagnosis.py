@@ -442,6 +442,12 @@ def test_faults_are_ranked_by_effect_and_every_verdict_names_a_norm_and_a_remedy
         assert finding.modules[0] in finding.verdict
         assert finding.remedy
         assert finding.fault in str(found)
+        assert finding.command in str(found)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_every_command_is_python(fault):
+    compile(fault.command, fault.name, "exec")
 
 
 def test_the_remedies_help():

@@ -39,7 +39,7 @@ class Finding:
             from what it should do.
         verdict: what it does.
         remedy: what helps.
-        command: that does so; empty if there is none.
+        command: that does so, or the first step.
     """
 
     fault: str
@@ -119,8 +119,7 @@ class Diagnosis:
             lines.append("Nothing found." if self.layers else "No norms.")
         for number, finding in enumerate(self.findings, 1):
             lines += ["", f"{number}. {finding.fault} ({_count(finding.modules)}; effect {finding.effect:.2g})"]
-            lines += [f"   {finding.verdict}", f"   → {finding.remedy}"]
-            lines += [f"     {finding.command}"] if finding.command else []
+            lines += [f"   {finding.verdict}", f"   → {finding.remedy}", f"     {finding.command}"]
         return lines
 
     def __str__(self) -> str:
@@ -178,7 +177,8 @@ def _finding(fault: Fault, layers: list[Layer]) -> Finding | None:
     first = next(layer for layer in layers if fault.effect(layer))
     named = {"name": worst.name or "the model", "first": first.name or "the model", "noise": worst.noise or 0.0}
     verdict = fault.verdict.format(**{**vars(worst), **named})
-    return Finding(fault.name, [layer.name for _, layer in effects], effect, verdict, fault.remedy, fault.command)
+    command = fault.command.replace("{name}", worst.name.split(", ")[0])
+    return Finding(fault.name, [layer.name for _, layer in effects], effect, verdict, fault.remedy, command)
 
 
 def _unexplained(layers: list[Layer], gap: float) -> Finding:

@@ -20,14 +20,14 @@ class Fault(NamedTuple):
             0 of one that has it not.
         verdict: what it does, with the figures of the worst norm.
         remedy: what helps.
-        command: that does so; empty if there is none.
+        command: that does so, or the first step.
     """
 
     name: str
     effect: Effect
     verdict: str
     remedy: str
-    command: str = ""
+    command: str
 
 
 def when(condition: bool, effect: float | None) -> float | None:
@@ -72,12 +72,14 @@ FAULTS = (
         lambda layer: when(not layer.finite_inputs, float("inf")),
         "What reaches {name} is infinite or NaN: what stands before it has failed already.",
         "Look at the layers and the images before the first of these norms; in half precision, at overflow.",
+        "with normlab.observe.ActivationStats(model, every=1) as stats: model.train()(images); print(stats.not_finite)",
     ),
     Fault(
         "parameters not finite",
         lambda layer: when(not layer.finite_parameters, float("inf")),
         "γ or β of {name} is infinite or NaN.",
         "Go back to an earlier checkpoint; lower the learning rate or clip the gradient.",
+        "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)",
     ),
     Fault(
         "statistics not finite",
@@ -148,12 +150,14 @@ FAULTS = (
         "{constant:.0%} of the channels of {name} are nearly constant, with a variance below eps: they carry nothing, "
         "or eps swallows what they carry.",
         "Look for dead activations or vanishing weights before it; scale the images; use a smaller eps.",
+        "with normlab.observe.ActivationStats(model, every=1) as stats: model.train()(images); print(stats.deviations)",
     ),
     Fault(
         "channels switched off",
         lambda layer: above(layer.off if layer.off != 1 else None, 0.1),
         "γ of {off:.0%} of the channels of {name} is nothing beside the others': they are off.",
         "Do not decay γ (weight_decay=0 for norms); prune what stays off.",
+        "undecayed = [p for p in model.parameters() if p.dim() < 2]  # to be a group with weight_decay=0",
     ),
     Fault(
         "closed channels",
@@ -161,6 +165,7 @@ FAULTS = (
         "{closed:.0%} of the channels of {name} are below 0 for all images: the rectifier after it lets nothing "
         "through, and no gradient back.",
         "Lower the learning rate, do not decay β, or use a leaky rectifier.",
+        'optimizer.param_groups[0]["lr"] /= 10',
     ),
     Fault(
         "output constant",
@@ -190,6 +195,7 @@ FAULTS = (
         "{name} is used several times in a pass, for what is {disagreement:.2g} deviations apart: its running "
         "statistics fit none of them.",
         "Give each use a norm of its own.",
+        'model.another = copy.deepcopy(model.get_submodule("{name}"))',
     ),
     Fault(
         "statistics in half precision",
@@ -211,6 +217,7 @@ FAULTS = (
         "A step of the optimizer turns the weight before {name} by {turn:.2g} radians: behind a norm a weight's "
         "length is nothing, so this is its learning rate.",
         "Lower the learning rate, or warm it up.",
+        'optimizer.param_groups[0]["lr"] /= 10',
     ),
     Fault(
         "hardly turns",
@@ -218,5 +225,6 @@ FAULTS = (
         "A step of the optimizer turns the weight before {name} by {turn:.2g} radians: it has grown so long that it "
         "learns no more.",
         "Use weight decay on it, or a larger learning rate.",
+        'optimizer.param_groups[0]["weight_decay"] = 5e-4',
     ),
 )
