@@ -280,7 +280,7 @@ def dead_filters():
 def images_that_eps_swallows():
     model = usual()
     small = [(x * 1e-3, y) for x, y in batches(64)]
-    normlab.recalibrate(model, small, sweeps=4)
+    normlab.recalibrate(model, small)
     return model, small
 
 
