@@ -111,9 +111,7 @@ def running_recalibrated(model: nn.Module, images: Tensor) -> None:
 
 
 def recalibrate(model: nn.Module, images: Tensor) -> None:
-    """With a sweep for each norm the statistics are exact, however far from the old ones; with fewer they overshoot."""
-    sweeps = sum(hasattr(layer, "running_mean") for layer in model.modules())
-    normlab.recalibrate(model, images[:1000].split(250), sweeps=sweeps)
+    normlab.recalibrate(model, images[:1000].split(250))
 
 
 WAYS = {
@@ -341,19 +339,22 @@ def job(trial: Trial, data_dir: str | None) -> Job:
 # Why
 
 
-def show_sweeps(data_dir: str | None) -> None:
-    """What `recalibrate` makes of the main case's network after so many sweeps: the loss on the images it is given."""
+def show_recalibrated(data_dir: str | None) -> None:
+    """What `recalibrate` makes of the main case's network: the loss on the images that it is given."""
     case = CASES["camera"]
     x, y, _, _ = target_images(case, SCREENING, data_dir)
-    x, y = x[:500], y[:500]
-    for sweeps in (0, 1, 2, 3, 6, 13):
-        model = trained_network(case)
-        if sweeps:
-            normlab.recalibrate(model, x.split(250), sweeps=sweeps)
+    model = trained_network(case)
+
+    def loss() -> float:
         with torch.no_grad():
-            print(f"{sweeps} sweeps: loss {nn.functional.cross_entropy(model.eval()(x), y):.2f}")
-    with torch.no_grad():
-        print(f"statistics of the batch itself: {nn.functional.cross_entropy(trained_network(case).train()(x), y):.2f}")
+            return nn.functional.cross_entropy(model(x[:1000]), y[:1000]).item()
+
+    model.eval()
+    print(f"old statistics: loss {loss():.2f}")
+    recalibrate(model, x)
+    print(f"recalibrated: loss {loss():.2f}")
+    model.train()
+    print(f"statistics of the batch itself: loss {loss():.2f}")
 
 
 def show_statistics(data_dir: str | None) -> None:
@@ -544,7 +545,7 @@ def main() -> None:
         run(partial(to_confirm, rates=a.rates), a.cases, a.batch_sizes, a.data_dir, a.workers)
     elif a.part == "why":
         torch.set_num_threads(1)
-        show_sweeps(a.data_dir)
+        show_recalibrated(a.data_dir)
         show_statistics(a.data_dir)
     else:
         report()
