@@ -50,7 +50,7 @@ class _Batch(PreciseStatistics, _BatchNorm):
 
     def _composed(self, x: Tensor) -> Tensor:
         """The norm in torch's operators."""
-        if len(x) == 1 and x.dim() > 3 and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and x.dim() > 3 and not torch.compiler.is_compiling() and x.shape[0] == 1:
             # The strides of one image can mean either memory format, of which torch's backward pass mistakes one for
             # the other: its gradient is wrong.
             layout = MEMORY_FORMATS[x.dim()]
