@@ -1,5 +1,6 @@
 """Normalization layers for PyTorch that hold at any batch size, and the lab that proves it."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -7,10 +8,13 @@ if TYPE_CHECKING:
     from .surgery import convert, fold, freeze, recalibrate, sync, unfreeze, unsync
 
 __all__ = ["convert", "diagnose", "fold", "freeze", "recalibrate", "sync", "unfreeze", "unsync"]
+_ROOMS = ("data", "health", "models", "nn", "observe", "surgery", "training")
 
 
 def __getattr__(name: str) -> Any:
-    """What surgery and health offer, imported when it is asked for: the command line's help does without torch."""
+    """What surgery and health offer, and the rooms, imported when asked for: the command line's help needs no torch."""
+    if name in _ROOMS:
+        return import_module(f".{name}", __name__)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import health, surgery
@@ -19,4 +23,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_ROOMS})

@@ -107,7 +107,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except OSError as error:
         raise InputError(f"weights={str(path)!r} cannot be read: {error.strerror}.") from error
     except Exception as error:  # what a reader raises on a damaged file is of many kinds
-        raise InputError(f"weights={str(path)!r} is damaged, or not of weights alone: {error}") from error
+        what = f"{type(error).__name__}: {error}"
+        raise InputError(f"weights={str(path)!r} is damaged, or not of weights alone ({what}).") from error
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
