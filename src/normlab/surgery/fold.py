@@ -17,6 +17,7 @@ from .report import Report, Row
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear)
+PARTS = ("weight", "bias", "running_mean", "running_var", "eps")  # of batch norm, whatever its class
 TOLERANCE = 1e-5
 # Of a tensor these say what it is like, not what is in it.
 LOOKS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point"}
@@ -195,17 +196,19 @@ class _Trace(TorchFunctionMode):
 
 def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Of each channel, in float64."""
-    mean, var = norm.get_buffer("running_mean").double(), norm.get_buffer("running_var").double()
-    eps: Any = norm.eps
-    scale = (var + eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.get_parameter("weight").detach().double()
+    parts: Any = norm  # γ and β may be buffers too
+    mean, var = parts.running_mean.double(), parts.running_var.double()
+    scale = (var + parts.eps).rsqrt()
+    if parts.weight is not None:
+        scale = scale * parts.weight.detach().double()
     shift = -mean * scale
-    return scale, shift if norm.bias is None else shift + norm.get_parameter("bias").detach().double()
+    return scale, shift if parts.bias is None else shift + parts.bias.detach().double()
 
 
 def is_affine(norm: nn.Module) -> bool:
     """Whether in evaluation it is what its statistics, γ and β say, with the activation it has."""
+    if not all(hasattr(norm, name) for name in PARTS):
+        return False
     x = example(norm)
     scale, shift = _scale_and_shift(norm)
     along = (1, channels(norm), *[1] * (x.dim() - 2))

@@ -132,7 +132,7 @@ def _computes_as_its_base(module: nn.Module) -> bool:
 def channels(module: nn.Module) -> int:
     """C of the (N, C, *space) that the norm takes."""
     found: Any = getattr(module, "num_features", None) or getattr(module, "num_channels", None)
-    return found
+    return found or len(module.get_buffer("running_mean"))
 
 
 def example(module: nn.Module, dims: int | None = None) -> Tensor:

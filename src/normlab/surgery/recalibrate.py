@@ -62,7 +62,7 @@ def recalibrate(
             report.rows.append(Row(found.name, called(found.module), None, reason))
     before = {found.module: [part.clone() for part in _statistics(found.module)] for found in measured}
     for found in measured:
-        mean, var, _ = _statistics(found.module)
+        mean, var, *_ = _statistics(found.module)
         if not _finite(mean, var):
             mean.zero_()
             var.fill_(1)
@@ -118,20 +118,24 @@ def _measure(
 def _write(moments: Moments, found: Found) -> None:
     accepted = "inputs that reach this norm without an infinite value or NaN"
     check(_finite(moments.mean, moments.squares), "batches", found.name, accepted)
-    mean, var, batches = _statistics(found.module)
+    mean, var, *batches = _statistics(found.module)
     mean.copy_(moments.mean)
     var.copy_(moments.squares / max(moments.count - 1, 1))
-    batches.fill_(moments.batches)
+    for count in batches:
+        count.fill_(moments.batches)
 
 
 def _reason(found: Found, only: Any, skip: Any) -> str | None:
     if not chosen(only, found) or (skip != () and chosen(skip, found)):
         return "not chosen"
-    return None if getattr(found.module, "running_mean", None) is not None else "has no running statistics"
+    own = dict(found.module.named_buffers(recurse=False))
+    return None if {"running_mean", "running_var"} <= set(own) else "has no running statistics"
 
 
 def _statistics(norm: nn.Module) -> list[Tensor]:
-    return [norm.get_buffer(name) for name in ("running_mean", "running_var", "num_batches_tracked")]
+    """Mean, variance and, where it has one, the counter."""
+    own = dict(norm.named_buffers(recurse=False))
+    return [own[name] for name in ("running_mean", "running_var", "num_batches_tracked") if name in own]
 
 
 def _finite(*parts: Tensor) -> bool:
@@ -140,7 +144,7 @@ def _finite(*parts: Tensor) -> bool:
 
 def _moved(before: list[Tensor], after: list[Tensor]) -> str:
     """How far, in the words of the report."""
-    (old_mean, old_var, _), (mean, var, _) = before, after
+    (old_mean, old_var, *_), (mean, var, *_) = before, after
     if not _finite(old_mean, old_var):
         return "was not finite"
     deviation = var.clamp(min=torch.finfo(var.dtype).tiny).sqrt()
