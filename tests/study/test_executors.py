@@ -51,6 +51,9 @@ def test_results_are_kept_and_a_failure_is_a_record(tmp_path):
     assert records[jobs[0].key]["machine"]["threads"] >= 1
     assert records["broken"]["status"] == "failed"
     assert "Error" in records["broken"]["error"]
+    assert 'File "normlab/study/executors.py", line' in records["broken"]["traceback"]
+    assert 'File "/' not in records["broken"]["traceback"]  # a folder of this machine
+    assert "job.run(" in records["broken"]["traceback"]
     assert records[jobs[2].key]["status"] == "diverged"
     shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert "failed: " in shown

@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,11 +134,22 @@ def _work(job: Job) -> Record | None:
             "settings": job.settings,
             "status": "failed",
             "error": f"{type(error).__name__}: {error}",
-            "traceback": traceback.format_exc(),
+            "traceback": _traceback(error),
             "diverged_at_step": None,
             "epochs": [],
             "curve": {"step": [], "loss": []},
         }
+
+
+def _traceback(error: Exception) -> str:
+    """The traceback; of each path no more than names the file, since records go to other machines."""
+    told = traceback.TracebackException.from_exception(error)
+    one: traceback.TracebackException | None = told
+    while one is not None:
+        for frame in one.stack:
+            frame.filename = "/".join(Path(frame.filename).parts[-3:])
+        one = one.__cause__ or one.__context__
+    return "".join(told.format())
 
 
 def _drain(told: Any) -> dict[str, float]:
