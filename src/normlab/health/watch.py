@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..surgery.convert import called
 from ..surgery.fold import is_affine
-from ..surgery.modules import OTHERS
+from ..surgery.modules import OTHERS, untouched
 from ..surgery.moments import Moments
 from .layer import Layer
 
@@ -167,7 +167,7 @@ class Watched:
             updates=updates,
             momentum=momentum,
             still_initial=initial,
-            untouched=mean is not None and var is not None and bool((mean == 0).all() and (var == 1).all()),
+            untouched=untouched(norm),
             finite_statistics=finite,
             finite_parameters=_all_finite(*parameters),
             finite_inputs=self.finite,

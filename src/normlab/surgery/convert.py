@@ -26,6 +26,7 @@ from .modules import (
     norms,
     registered_name,
     space_dims,
+    untouched,
     why_not,
 )
 from .report import Report, Row
@@ -253,7 +254,7 @@ def _note(old: nn.Module, new: nn.Module, to: str) -> str:
     if isinstance(new, nn.Identity):
         return "γ, β and statistics are gone"
     notes = ["the same in evaluation" if _same(old, new) else _another(old, new)]
-    if to == "frozen" and _is_new(new):
+    if to == "frozen" and untouched(new):
         notes.append("its statistics, 0 and 1, are those of a layer that has seen no batch")
     if _averages(old) and getattr(new, "momentum", old.momentum) != old.momentum:
         notes.append(f"momentum is {new.momentum}, no longer {old.momentum}")
@@ -265,11 +266,6 @@ def _note(old: nn.Module, new: nn.Module, to: str) -> str:
     if NORMS[to].convs != NORMS["batch"].convs:
         notes.append("made to follow convolutions of another kind, which stay as they are")
     return "; ".join(notes)
-
-
-def _is_new(norm: nn.Module) -> bool:
-    """Whether its statistics are those that every layer begins with."""
-    return not norm.get_buffer("running_mean").any() and bool((norm.get_buffer("running_var") == 1).all())
 
 
 def _another(old: nn.Module, new: nn.Module) -> str:

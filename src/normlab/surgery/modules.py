@@ -135,6 +135,12 @@ def channels(module: nn.Module) -> int:
     return found or len(module.get_buffer("running_mean"))
 
 
+def untouched(module: nn.Module) -> bool:
+    """Whether its running statistics, if it has any, are those that every layer begins with, 0 and 1."""
+    mean, var = (getattr(module, name, None) for name in ("running_mean", "running_var"))
+    return mean is not None and var is not None and not mean.any() and bool((var == 1).all())
+
+
 def example(module: nn.Module, dims: int | None = None) -> Tensor:
     """An input that the norm takes, with values on both sides of 0."""
     part = next((part for part in (*module.parameters(), *module.buffers()) if part.is_floating_point()), None)
