@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..surgery.convert import called
-from ..surgery.fold import is_affine
-from ..surgery.modules import OTHERS, untouched
+from ..surgery._fold import is_affine
+from ..surgery.modules import OTHERS, called, untouched
 from ..surgery.moments import Moments
 from .layer import Layer
 

@@ -1,15 +1,16 @@
 """Surgery: other norms in a model that exists, with a report of every module touched or left."""
 
-from .convert import Conversion, convert
+from ._convert import convert
+from ._fold import fold
+from ._freeze import freeze, unfreeze
+from ._recalibrate import recalibrate
+from ._sync import sync, unsync
 from .effect import kept_statistics
-from .fold import fold
-from .freeze import freeze, unfreeze
-from .recalibrate import recalibrate
+from .operation import Operation
 from .report import Report, Row
-from .sync import sync, unsync
 
 __all__ = [
-    "Conversion",
+    "Operation",
     "Report",
     "Row",
     "convert",

@@ -172,3 +172,19 @@ def chosen(choice: Choice | Iterable[Choice] | None, found: Found) -> bool:
         InputError: the choice is no choice.
     """
     return choice is None or is_meant(found.module, [place.name for place in found.places], choice)
+
+
+def called(module: nn.Module) -> str:
+    """Its class, in words that tell torch's from ours."""
+    kind = type(module)
+    return ("torch " if kind.__module__.startswith("torch.") else "") + kind.__name__
+
+
+def put(model: nn.Module, found: Found, new: nn.Module) -> nn.Module:
+    """Put `new` at every place of a norm; returns the model, which is `new` if the model was that norm."""
+    for place in found.places:
+        if place.parent is None:
+            model = new
+        else:
+            place.parent._modules[place.key] = new
+    return model

@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..nn import SyncBatchNorm2d
-from .convert import Conversion, convert, converted
+from ._convert import convert, converted
 from .modules import Choice
+from .operation import Operation
 
 
 def sync(
@@ -18,7 +19,7 @@ def sync(
     skip: Choice | Iterable[Choice] = (),
     inplace: bool = False,
     process_group: dist.ProcessGroup | None = None,
-) -> Conversion:
+) -> Operation:
     """Put sync batch norm in the place of every batch norm; the same in evaluation.
 
     Args:
@@ -36,7 +37,7 @@ def _other_than_batch(norm: nn.Module) -> str | None:
     return None if isinstance(norm, _BatchNorm) else "is no batch norm"
 
 
-def unsync(model: nn.Module, *, inplace: bool = False) -> Conversion:
+def unsync(model: nn.Module, *, inplace: bool = False) -> Operation:
     """Put batch norm in the place of every sync batch norm, torch's and ours: for one process, or a CPU.
 
     Args:

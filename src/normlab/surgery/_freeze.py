@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..nn import FrozenBatchNorm2d
-from .convert import Conversion, built, called, converted, put
-from .modules import Choice, copied, model_dims, norms, space_dims
+from ._convert import built, converted
+from .modules import Choice, called, copied, model_dims, norms, put, space_dims
+from .operation import Operation
 from .report import Report, Row
 
 
@@ -17,7 +18,7 @@ def freeze(
     skip: Choice | Iterable[Choice] = (),
     affine: bool = True,
     inplace: bool = False,
-) -> Conversion:
+) -> Operation:
     """Put frozen batch norm in the place of every norm with running statistics: they are constant, in training too.
 
     It outlives `model.train()`: the mode has nothing to do with it. `unfreeze` puts back the norms that were there. The
@@ -44,7 +45,7 @@ def _without_statistics(norm: nn.Module) -> str | None:
     return None if getattr(norm, "running_mean", None) is not None else "has no running statistics"
 
 
-def unfreeze(model: nn.Module, *, inplace: bool = False) -> Conversion:
+def unfreeze(model: nn.Module, *, inplace: bool = False) -> Operation:
     """Put back the norms that `freeze` took out, and a batch norm for frozen ones that came from elsewhere.
 
     γ, β and statistics are those of the frozen ones; what `freeze` kept from learning learns again.
@@ -73,4 +74,4 @@ def unfreeze(model: nn.Module, *, inplace: bool = False) -> Conversion:
         model = put(model, found, new)
         replaced.append((found, new))
         report.rows.append(Row(found.name, called(frozen), called(new), "the same in evaluation"))
-    return Conversion(model, report, replaced)
+    return Operation(model, report, replaced)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import check
-from .convert import called
 from .effect import Batches, Forward, evaluating, first_input
-from .modules import Choice, Found, chosen, norms
+from .modules import Choice, Found, called, chosen, norms
 from .moments import Moments
 from .report import Report, Row
 

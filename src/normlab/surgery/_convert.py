@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ from .effect import Batches, Effect, Forward, evaluating, first_input
 from .modules import (
     Choice,
     Found,
+    called,
     channels,
     chosen,
     classes,
@@ -24,11 +24,13 @@ from .modules import (
     example,
     model_dims,
     norms,
+    put,
     registered_name,
     space_dims,
     untouched,
     why_not,
 )
+from .operation import Groups, Operation
 from .report import Report, Row
 
 # Of torch.nn.Module: what is called around a module's own computation. Handles to remove them go on working.
@@ -39,38 +41,6 @@ HOOKS = (
 
 # Norms whose momentum is what it is in torch: the weight of a new batch in the running statistics.
 AVERAGING = {"batch", "sync", "ghost", "renorm"}
-
-
-@dataclass
-class Conversion:
-    """A model with other norms.
-
-    Attributes:
-        model: the model, or its copy.
-        report: every norm, touched or left.
-        replaced: the norms that were there, and those in their place.
-    """
-
-    model: nn.Module
-    report: Report
-    replaced: list[tuple[Found, nn.Module]] = field(repr=False)
-    _optimizer: "_Groups | None" = field(default=None, repr=False)
-    _learned: list[tuple[nn.Parameter, bool]] = field(default_factory=list, repr=False)
-
-    def undo(self) -> nn.Module:
-        """Put the norms that were there back, in `model`, and the optimizer's parameters too; returns the model.
-
-        γ and β that both norms have stay as they are now; statistics are as they were.
-        """
-        for found, new in self.replaced:
-            found.module.train(new.training)
-            self.model = put(self.model, found, found.module)
-        self.replaced = []
-        for parameter, learns in self._learned:
-            parameter.requires_grad_(learns)
-        if self._optimizer is not None:
-            self._optimizer.restore()
-        return self.model
 
 
 def convert(
@@ -86,7 +56,7 @@ def convert(
     fit: bool = False,
     dims: int | None = None,
     **options: Any,
-) -> Conversion:
+) -> Operation:
     """Put the norm `to` in the place of the norms of a model.
 
     γ and β stay the same parameters, so that an optimizer built before goes on with them; statistics, hooks, device,
@@ -132,7 +102,7 @@ def converted(
     measure: Callable[..., Effect] | None = None,
     dims: int | None = None,
     options: dict[str, Any] | None = None,
-) -> Conversion:
+) -> Operation:
     """As `convert`, but for norms that `refuse` gives a reason to leave; `measure` makes the effect of what is new."""
     if not inplace:
         model = copied(model)
@@ -160,7 +130,7 @@ def converted(
             for one, reason in zip(found, reasons, strict=True)
         ]
     )
-    groups = None if optimizer is None else _Groups(optimizer)
+    groups = None if optimizer is None else Groups(optimizer)
     for one, new in pairs:
         model = put(model, one, new)
         if groups is not None:
@@ -168,23 +138,7 @@ def converted(
     if effect is not None:
         effect.apply()
         report.change = effect.of_model(model)
-    return Conversion(model, report, pairs, groups)
-
-
-def called(module: nn.Module) -> str:
-    """Its class, in words that tell torch's from ours."""
-    kind = type(module)
-    return ("torch " if kind.__module__.startswith("torch.") else "") + kind.__name__
-
-
-def put(model: nn.Module, found: Found, new: nn.Module) -> nn.Module:
-    """Put `new` at every place of a norm; returns the model, which is `new` if the model was that norm."""
-    for place in found.places:
-        if place.parent is None:
-            model = new
-        else:
-            place.parent._modules[place.key] = new
-    return model
+    return Operation(model, report, pairs, groups)
 
 
 def _reason(found: Found, to: str, only: Any, skip: Any, dims: int | None) -> str | None:
@@ -288,39 +242,3 @@ def _same(old: nn.Module, new: nn.Module) -> bool:
 def _output(module: nn.Module, x: Tensor) -> Tensor | None:
     y = module.forward(x)  # without hooks
     return y if y.isfinite().all() else None
-
-
-class _Groups:
-    """An optimizer's parameters, to exchange and to restore."""
-
-    def __init__(self, optimizer: Optimizer):
-        self.optimizer = optimizer
-        self._before = [list(group["params"]) for group in optimizer.param_groups]
-        self._state = dict(optimizer.state)
-
-    def exchange(self, old: nn.Module, new: nn.Module) -> None:
-        """Takes out what `new` has not, and puts in what it has beyond `old`, beside what they share."""
-        before, after = list(old.parameters()), list(new.parameters())
-        ids = {id(parameter) for parameter in before}
-        groups = self.optimizer.param_groups
-        home = next((g for g in groups if any(id(p) in ids for p in g["params"])), groups[0])
-        gone = ids - {id(parameter) for parameter in after}
-        for group in groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
-        for parameter in before:
-            if id(parameter) in gone:
-                self.optimizer.state.pop(parameter, None)
-        home["params"] += [parameter for parameter in after if id(parameter) not in ids]
-
-    def restore(self) -> None:
-        """As it was before the first exchange, with what it has learned since of the parameters that stayed."""
-        stayed = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        for group, parameters in zip(self.optimizer.param_groups, self._before, strict=True):
-            group["params"] = parameters
-        known = {id(parameter) for parameters in self._before for parameter in parameters}
-        for parameter in list(self.optimizer.state):
-            if id(parameter) not in known:
-                del self.optimizer.state[parameter]
-        for parameter, state in self._state.items():
-            if id(parameter) not in stayed:
-                self.optimizer.state[parameter] = state

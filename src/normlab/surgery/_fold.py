@@ -10,9 +10,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import check
 from ..nn.activation import SLOPES
-from .convert import called, put
 from .effect import evaluating
-from .modules import Found, channels, copied, example, norms
+from .modules import Found, called, channels, copied, example, norms, put
 from .report import Report, Row
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
