@@ -298,7 +298,7 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor):
         x, weight, bias, saved = ctx.saved_tensors
         if torch.is_grad_enabled():
-            y = torch.group_norm(x, ctx.num_groups, weight, bias, ctx.eps)
+            y = ops.group_norm(x, ctx.num_groups, weight, bias, ctx.eps)
             return *_again(y, ctx.slope, (x, weight, bias), grads[0]), None, None, None
         found = _GROUP_BACKWARD(grads[0], x, weight, bias, saved, ctx.num_groups, ctx.slope)
         return *_wanted(found, weight, bias), None, None, None

@@ -6,6 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_traced = torch._C._get_tracing_state
+_transforms = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
+
 # The learning rate is the geometric mean of what this many steps, about, show it to be.
 STEPS_REMEMBERED = 100
 # With N images γ and β learn at √(N/64) of the learning rate, at most 1: their gradient is a sum over all positions,
@@ -27,6 +31,40 @@ def activate(y: Tensor, slope: float) -> Tensor:
 def parameter_share(images: int) -> float:
     """The share of the learning rate at which γ and β learn from so many images."""
     return min(1, (images / STEADY_IMAGES) ** 0.5)
+
+
+def group_norm(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Group norm of (N, C, *space) by torch's operator, right for every layout, groups of one value too.
+
+    With the channels last in memory torch's operator on a CPU computes the variance as E[x²] − E[x]², which loses the
+    square of mean over deviation, and its backward pass ends the process where `x` wants no gradient. It takes images
+    without height and width for contiguous: so they get none.
+    """
+    # Not torch.nn.functional.group_norm, which refuses groups of one value.
+    if x.dim() not in CHANNELS_LAST or (not x.is_cpu and not torch.compiler.is_compiling()) or _is_plain(x):
+        return torch.group_norm(x, num_groups, weight, bias, eps)
+    y = torch.group_norm(x.flatten(2), num_groups, weight, bias, eps).unflatten(2, x.shape[2:])
+    return _laid_like(x, y)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether torch too takes an image for contiguous: where a size is 1 its strides may say anything."""
+    return _knows_layout() and x.is_contiguous() and 1 not in x.shape
+
+
+def _laid_like(x: Tensor, y: Tensor) -> Tensor:
+    """`y`, contiguous, with the channels last in memory if those of `x` are."""
+    if not _knows_layout() or x.is_contiguous():
+        return y
+    layout = CHANNELS_LAST[x.dim()]
+    return y.contiguous(memory_format=layout) if x.is_contiguous(memory_format=layout) else y
+
+
+def _knows_layout() -> bool:
+    """Whether a tensor lies in memory as it will: an operation that is exported or batched is for others too."""
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return _traced() is None and _transforms() is None
 
 
 class GradientMemory(NamedTuple):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..errors import check
-from ..kernels import dispatch, fused, operators
+from ..kernels import dispatch, fused, operators, ops
 from .activation import SLOPES, activate, check_activation, described
 from .functional import moments, normalize
 from .per_image import PerImageNorm, check_channels, in_float32, scale_shift
@@ -12,9 +12,6 @@ from .per_image import PerImageNorm, check_channels, in_float32, scale_shift
 # Where torch's operator is behind the compiled kernel (`benchmarks/norms.py`): from so many values of a tensor, and of
 # a channel of one image.
 LARGE, LARGE_MAP = 1 << 17, 512
-# With the channels last in memory: beyond the cache, or from so many images, up to so many channels, from such maps.
-BEYOND_CACHE = 1 << 22
-MANY_IMAGES, FEW_CHANNELS, SMALL_MAP = 16, 128, 32
 
 
 class GroupNorm(PerImageNorm):
@@ -59,25 +56,20 @@ class GroupNorm(PerImageNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         check_channels(x, self.num_features)
-        if x.shape[1:].numel() == self.num_groups:
+        if x.numel() == x.shape[0] * self.num_groups:
             x = x - x.detach()  # groups of one value: the operator would leave x − μ a rounding error, times 1/√eps
-        elif self._prefers_kernel(x) and operators.preferred(x) and self._taken(x):
+        elif self._prefers_kernel(x) and self._taken(x):
             slope = SLOPES[self.activation]
             return fused.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, slope)
-        # The operator itself: torch.nn.functional.group_norm refuses groups of one value.
-        return activate(torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps), self.activation)
+        return activate(ops.group_norm(x, self.num_groups, self.weight, self.bias, self.eps), self.activation)
 
     def _prefers_kernel(self, x: Tensor) -> bool:
-        """Whether the kernel is the faster on a CPU: torch's is quick too."""
-        if self.activation is not None or not x.is_cpu:
-            return True
-        if x.numel() < LARGE:
+        """Whether the kernel is the faster: on a CPU torch's is quick too, but for the channels last in memory."""
+        if torch.compiler.is_exporting() or not operators.preferred(x):
             return False
-        images, channels, space = len(x), x.shape[1], x.shape[2:].numel()
-        if x.is_contiguous():
-            return space >= LARGE_MAP
-        many_maps = images >= MANY_IMAGES and channels < FEW_CHANNELS and space >= SMALL_MAP
-        return many_maps or x.numel() >= BEYOND_CACHE
+        if self.activation is not None or not x.is_cpu or not x.is_contiguous():
+            return True
+        return x.numel() >= LARGE and x.shape[2:].numel() >= LARGE_MAP
 
     def extra_repr(self) -> str:
         options = f"num_groups={self.num_groups}, eps={self.eps}, affine={self.affine}"
