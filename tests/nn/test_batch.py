@@ -249,3 +249,25 @@ def test_one_image_in_any_order_of_memory_has_the_same_gradient(order, training)
     nn.BatchNorm2d(3).double().train(training)(leaf).backward(grad)  # both contiguous: torch's is right
     for other in (grad, grad.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)):
         torch.testing.assert_close(gradient(norms.BatchNorm2d(3), other), leaf.grad)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(2, 3, 1, 4), (2, 3, 4, 1), (1, 3, 4, 4), (3, 2, 1, 3, 2), (2, 3, 2, 2, 1)])
+def test_an_image_of_one_row_has_the_same_gradient_whatever_its_strides(shape, training):
+    """Where a size is 1 its stride may be any number: torch's own gradient is off by more than its size."""
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, *shape)
+
+    def bare(x):  # channels last, but for the strides of dimensions of size 1
+        last = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        return last.as_strided(shape, [1 if n == 1 else stride for n, stride in zip(shape, last.stride(), strict=True)])
+
+    expected = gradients(
+        with_drawn_parameters(OURS[len(shape) - 2](shape[1]).double().train(training)), grad.double(), x.double()
+    )
+    for one, other in ((bare, torch.clone), (torch.clone, bare), (bare, bare)):
+        torch.manual_seed(0)
+        x, grad = torch.randn(2, *shape)
+        layer = with_drawn_parameters(OURS[len(shape) - 2](shape[1]).train(training))
+        with composed():
+            assert_close(gradients(layer, other(grad), one(x)), expected, 1e-4)

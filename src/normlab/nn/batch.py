@@ -7,11 +7,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..kernels import fused, operators
+from ..kernels.ops import CHANNELS_LAST
 from . import functional as F
 from .activation import SLOPES, activate, check_activation, check_residual, described
 from .base import PreciseStatistics, recomputing, remember
-
-MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class _Batch(PreciseStatistics, _BatchNorm):
@@ -50,10 +49,10 @@ class _Batch(PreciseStatistics, _BatchNorm):
 
     def _composed(self, x: Tensor) -> Tensor:
         """The norm in torch's operators."""
-        if torch.is_grad_enabled() and x.dim() > 3 and not torch.compiler.is_compiling() and x.shape[0] == 1:
-            # The strides of one image can mean either memory format, of which torch's backward pass mistakes one for
+        if torch.is_grad_enabled() and x.dim() > 3 and not torch.compiler.is_compiling() and 1 in x.shape:
+            # Where a size is 1 strides can mean either memory format, of which torch's backward pass mistakes one for
             # the other: its gradient is wrong.
-            layout = MEMORY_FORMATS[x.dim()]
+            layout = CHANNELS_LAST[x.dim()]
             last = x.is_contiguous(memory_format=layout) and not x.is_contiguous()
             y = self._composed(x.flatten(2)).reshape(x.shape)
             return y.contiguous(memory_format=layout) if last else y
