@@ -118,6 +118,24 @@ def test_register_one_for_all_dimensions():
     assert norms.registry.NORMS["cosine"].summary == "a test"
 
 
+@pytest.mark.parametrize("name", ["group", "evonorm_s0", "group_ws"])
+def test_number_of_groups_that_does_not_divide_is_refused_with_those_that_do(name):
+    with pytest.raises(InputError, match=r"num_groups=5 .* 1, 2, 4, 8"):
+        build_norm(name, 8, num_groups=5)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 8, 16, 24, 32])
+def test_group_norm_of_features_tells_inputs_apart(channels):
+    y = build_norm("group", channels, dims=1)(torch.randn(64, channels))
+    assert (y.std(0) > 0.3).all()
+
+
+def test_norms_whose_momentum_is_batch_norms():
+    assert [name for name, norm in NORMS.items() if norm.averages] == [
+        "renorm", "batch", "sync", "ghost", "switchable", "evonorm_b0",
+    ]  # fmt: skip
+
+
 @pytest.mark.usefixtures("registry")
 def test_register_one_for_each_dimension():
     register("torchs", nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -128,8 +146,8 @@ def test_register_one_for_each_dimension():
 @pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("name", NORMS)
 def test_register_says_all_that_an_entry_can(name):
-    summary, activates, convs = NORMS[name][1:]
-    register("mine", *NORMS[name].layers, summary=summary, activates=activates, convs=convs)
+    layers, *rest = NORMS[name]
+    register("mine", *layers, **dict(zip(norms.Norm._fields[1:], rest, strict=True)))
     assert norms.registry.NORMS["mine"] == NORMS[name]
 
 

@@ -26,6 +26,17 @@ def remember(*updates: tuple[Tensor, Tensor]) -> None:
         buffer.copy_(torch.where(finite, value, buffer))
 
 
+def is_fresh(state: dict[str, Any], prefix: str = "") -> bool:
+    """Whether the statistics in a state were never updated: means 0, variances 1, and no batch counted.
+
+    A count of 0 alone says nothing: old checkpoints of torch have none, and torch then counts from 0.
+    """
+    mean, var, batches = (state.get(prefix + name) for name in ("running_mean", "running_var", "num_batches_tracked"))
+    if any(part is not None and (part.is_meta or part.any()) for part in (mean, batches)):
+        return False
+    return var is not None and not var.is_meta and bool((var == 1).all())
+
+
 def settle(*constants: Tensor) -> tuple[Tensor, ...]:
     """The same tensors, for a backward pass that needs what was computed from buffers before they were written.
 

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from ..errors import check
 from .base import RunningStatistics, remember
 from .functional import moments, per_channel
-from .per_image import PerImageNorm, check_channels, in_float32, instance_moments, scale_shift
+from .per_image import PerImageNorm, check_channels, check_groups, in_float32, instance_moments, scale_shift
 
 
 class EvoNormS0(PerImageNorm):
@@ -40,9 +39,7 @@ class EvoNormS0(PerImageNorm):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(num_features, affine, device, dtype)
-        divides = num_groups >= 1 and num_features % num_groups == 0
-        check(divides, "num_groups", num_groups, f"a divisor of num_features={num_features}")
-        self.num_groups, self.eps = num_groups, eps
+        self.num_groups, self.eps = check_groups(num_groups, num_features), eps
         self.v = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..errors import check
 from ..kernels import dispatch, fused, operators, ops
 from .activation import SLOPES, activate, check_activation, described
 from .functional import moments, normalize
-from .per_image import PerImageNorm, check_channels, in_float32, scale_shift
+from .per_image import PerImageNorm, check_channels, check_groups, in_float32, scale_shift
 
 # Where torch's operator is behind the compiled kernel (`benchmarks/norms.py`): from so many values of a tensor, and of
 # a channel of one image.
@@ -50,9 +49,8 @@ class GroupNorm(PerImageNorm):
         activation: str | None = None,
     ):
         super().__init__(num_features, affine, device, dtype)
-        divides = num_groups >= 1 and num_features % num_groups == 0
-        check(divides, "num_groups", num_groups, f"a divisor of num_features={num_features}")
-        self.num_groups, self.eps, self.activation = num_groups, eps, check_activation(activation)
+        self.num_groups, self.eps = check_groups(num_groups, num_features), eps
+        self.activation = check_activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
         check_channels(x, self.num_features)

@@ -28,8 +28,9 @@ class MovingAverageBatchNorm2d(RunningStatistics):
 
     The first `warmup_iters` batches use q_B and ψ_B alone, and r is 1 for the first `correction_iters`. Evaluation is
     y = γ x / √(q̂ + eps) + β: q̂ is `running_var`, and `running_mean` stays 0, so that what folds a batch norm folds
-    this norm. Changed against the authors' code: batches that had a backward pass are counted by themselves, so that
-    forward passes alone leave no gaps in the average of ψ_B.
+    this norm. The state of a batch norm loads with q̂ = σ² + μ², and the warm-up begins. Changed against the authors'
+    code: batches that had a backward pass are counted by themselves, so that forward passes alone leave no gaps in the
+    average of ψ_B.
 
     Args:
         num_features: C.
@@ -99,6 +100,18 @@ class MovingAverageBatchNorm2d(RunningStatistics):
         averages = (self.recent_products, self.num_gradients_tracked, self.warmup_iters)
         y = _Divide.apply(x, *(F.per_channel(scale, x) for scale in self._scales), *averages)
         return scale_shift(y, self.weight, self.bias).to(x.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
+        if mean is not None and var is not None and prefix + "recent_moments" not in state_dict:  # a batch norm's state
+            state_dict[prefix + "running_mean"] = torch.zeros_like(mean)
+            state_dict[prefix + "running_var"] = torch.addcmul(var, mean, mean)
+            # The simple averages have seen nothing: they are used after the warm-up only.
+            for name in ("num_batches_tracked", "num_gradients_tracked"):
+                state_dict[prefix + name] = torch.tensor(0)
+            for name in ("recent_moments", "recent_products"):
+                state_dict[prefix + name] = torch.zeros_like(self.get_buffer(name))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_scales": None}  # a copy has no pass to run again

@@ -38,6 +38,14 @@ class PerImageNorm(OnKernels):
         return f"{self.num_features}, affine={self.affine}"
 
 
+def check_groups(num_groups: int, num_features: int) -> int:
+    """`num_groups`, or an InputError with the numbers of groups that the channels can have."""
+    if num_groups < 1 or num_features % num_groups:
+        divisors = ", ".join(str(n) for n in range(1, num_features + 1) if num_features % n == 0)
+        check(False, "num_groups", num_groups, f"a divisor of num_features={num_features}: {divisors}")
+    return num_groups
+
+
 def check_channels(x: Tensor, num_features: int) -> None:
     """Raise an InputError unless `x` is (N, C, *space) with C = `num_features`."""
     if x.dim() < 2 or x.shape[1] != num_features:

@@ -42,21 +42,46 @@ class Norm(NamedTuple):
         summary: what it is, in a line.
         activates: whether it is the activation too, so that a net puts it in the place of both.
         convs: `convs[d - 1]` builds the convolution that goes before it, as torch's of d space dimensions.
+        averages: whether its `momentum` is what torch's batch norm has: the weight of a new batch in the running
+            statistics, or None for the mean of all batches.
     """
 
     layers: tuple[Callable[..., nn.Module], ...]
     summary: str
     activates: bool = False
     convs: tuple[Callable[..., nn.Module], ...] = CONVS
+    averages: bool = False
 
 
-def _in_groups(layer: Callable[..., nn.Module], num_features: int, num_groups: int = 8, **options: Any) -> nn.Module:
-    """Eight groups, or as many as divide the channels."""
-    return layer(num_features, math.gcd(num_features, num_groups), **options)
+# Groups unless told otherwise: the largest power of two up to this that divides the channels.
+GROUPS = 8
+# The channels of a group, at least, where an input may have no space: of one value is left β, of two a sign.
+FEWEST = 4
 
 
-_group_norm = partial(_in_groups, GroupNorm)
-_evonorm_s0 = partial(_in_groups, EvoNormS0)
+def _in_groups(
+    layer: Callable[..., nn.Module],
+    num_features: int,
+    num_groups: int | None = None,
+    *options: Any,
+    fewest: int = 1,
+    **named: Any,
+) -> nn.Module:
+    """In `num_groups`; by default in eight or as many as divide the channels, of `fewest` channels at least."""
+    if num_groups is None:
+        num_groups = math.gcd(num_features, GROUPS)
+        while num_groups > 1 and num_features // num_groups < fewest:
+            num_groups //= 2
+    return layer(num_features, num_groups, *options, **named)
+
+
+def _for_dims(layer: Callable[..., nn.Module]) -> tuple[Callable[..., nn.Module], ...]:
+    """Builders in groups, for 1, 2 and 3 space dimensions."""
+    mapped = partial(_in_groups, layer)
+    return partial(_in_groups, layer, fewest=FEWEST), mapped, mapped
+
+
+_group_norms = _for_dims(GroupNorm)
 
 NORMS: dict[str, Norm] = {
     "none": Norm((nn.Identity,) * 3, "no norm"),
@@ -81,16 +106,19 @@ NORMS: dict[str, Norm] = {
     "renorm": Norm(
         (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d),
         "batch renorm: batch norm, corrected towards its running statistics",
+        averages=True,
     ),
     # over this batch
-    "batch": Norm((BatchNorm1d, BatchNorm2d, BatchNorm3d), "batch norm: each channel over this batch"),
+    "batch": Norm((BatchNorm1d, BatchNorm2d, BatchNorm3d), "batch norm: each channel over this batch", averages=True),
     "sync": Norm(
         (SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d),
         "sync batch norm: each channel over this batch of every process",
+        averages=True,
     ),
     "ghost": Norm(
         (GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d),
         "ghost batch norm: batch norm of each virtual batch of 32 images",
+        averages=True,
     ),
     "frozen": Norm(
         (FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d),
@@ -99,16 +127,18 @@ NORMS: dict[str, Norm] = {
     "switchable": Norm(
         (SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d),
         "switchable norm: a learned mixture of instance, layer and batch norm",
+        averages=True,
     ),
     "evonorm_b0": Norm(
         (EvoNorm1dB0, EvoNorm2dB0, EvoNorm3dB0),
         "EvoNorm-B0: over the batch's or image's deviation; the activation too",
         activates=True,
+        averages=True,
     ),
     # each image by itself
-    "group": Norm((_group_norm,) * 3, "group norm: each image by itself, in 8 groups of channels"),
+    "group": Norm(_group_norms, "group norm: each image by itself, in 8 groups of channels"),
     "group_ws": Norm(
-        (_group_norm,) * 3,
+        _group_norms,
         "group norm after convolutions with standardised weights",
         convs=(WeightStandardizedConv1d, WeightStandardizedConv2d, WeightStandardizedConv3d),
     ),
@@ -122,7 +152,7 @@ NORMS: dict[str, Norm] = {
         activates=True,
     ),
     "evonorm_s0": Norm(
-        (_evonorm_s0,) * 3,
+        _for_dims(EvoNormS0),
         "EvoNorm-S0: each image by itself, in 8 groups; the activation too",
         activates=True,
     ),
@@ -138,6 +168,7 @@ def register(
     summary: str = "",
     activates: bool = False,
     convs: Sequence[Callable[..., nn.Module]] = CONVS,
+    averages: bool = False,
 ) -> None:
     """Add a norm under a new name: one builder for any number of space dimensions, or three for 1, 2 and 3.
 
@@ -147,6 +178,7 @@ def register(
         summary: see `Norm`.
         activates: see `Norm`.
         convs: see `Norm`; torch's by default.
+        averages: see `Norm`.
 
     Raises:
         InputError: the name is taken, or the number of builders is neither 1 nor 3, or that of convolutions not 3.
@@ -154,11 +186,15 @@ def register(
     check(name not in NORMS, "name", name, "a name that is not taken yet")
     check(len(layers) in (1, 3), "layers", layers, "one builder, or three: for 1, 2 and 3 space dimensions")
     check(len(convs) == 3, "convs", convs, "three convolutions: for 1, 2 and 3 space dimensions")
-    NORMS[name] = Norm(layers if len(layers) == 3 else layers * 3, summary, activates, tuple(convs))
+    NORMS[name] = Norm(layers if len(layers) == 3 else layers * 3, summary, activates, tuple(convs), averages)
 
 
 def build_norm(name: str, num_features: int, dims: int = 2, **options: Any) -> nn.Module:
     """A new layer of the norm `name`.
+
+    A norm in groups has eight, or fewer where the channels do not divide. With `dims` 1, where inputs may be (N, C), a
+    group has four channels at least: one of a single value would give β for any input. `num_groups` of your own is
+    taken as it is.
 
     Args:
         name: see `NORMS`.
@@ -167,7 +203,7 @@ def build_norm(name: str, num_features: int, dims: int = 2, **options: Any) -> n
         **options: for the layer's constructor.
 
     Raises:
-        InputError: unknown `name`, with the nearest match, or `dims` out of range.
+        InputError: unknown `name`, with the nearest match, or `dims` or an option out of range.
     """
     if name not in NORMS:
         raise unknown("norm", name, NORMS)

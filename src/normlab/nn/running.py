@@ -10,7 +10,7 @@ from ..kernels import fused, operators
 from ..kernels.ops import GradientMemory, normalize_with_memory
 from . import functional as F
 from .activation import SLOPES, activate, check_activation, check_residual, described
-from .base import RunningStatistics, recomputing, remember, settle
+from .base import RunningStatistics, is_fresh, recomputing, remember, settle
 
 # The share of a batch in the statistics after those of another layer were loaded, which had time to settle.
 SETTLED_SHARE = 0.01
@@ -64,10 +64,10 @@ class RunningBatchNorm2d(RunningStatistics):
 
     The arguments are those of `torch.nn.BatchNorm2d`, and so are `weight`, `bias`, `running_mean`, `running_var` and
     `num_batches_tracked`; `share` (w), `innovation` (e), `gradient_share` (r) and five more buffers `gradient_…` (see
-    `GradientMemory`) come on top. The state of a batch norm loads into this layer, with w = .01; its own loads into a
-    batch norm with `strict=False`. Statistics are kept and computed in float32 at least. Each forward pass in training
-    mode moves μ and σ², each backward pass A and B: under gradient accumulation every part of the batch counts as a
-    batch. A batch with an infinite value or NaN changes none of them.
+    `GradientMemory`) come on top. The state of a batch norm loads into this layer, with w = 0.01; one that never saw a
+    batch starts as new. Its own loads into a batch norm with `strict=False`. Statistics are kept and computed in
+    float32 at least. Each forward pass in training mode moves μ and σ², each backward pass A and B: under gradient
+    accumulation every part of the batch counts as a batch. A batch with an infinite value or NaN changes none of them.
 
     Args:
         num_features: C.
@@ -190,8 +190,10 @@ class RunningBatchNorm2d(RunningStatistics):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if prefix + "running_mean" in state_dict:  # what a batch norm's state has not
-            state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(1))
-            state_dict.setdefault(prefix + "share", torch.tensor(SETTLED_SHARE))
+            fresh, batches = is_fresh(state_dict, prefix), state_dict.get(prefix + "num_batches_tracked")
+            if batches is None or not (batches.is_meta or batches):  # old files do not say how many: some, if not fresh
+                state_dict[prefix + "num_batches_tracked"] = torch.tensor(int(not fresh))
+            state_dict.setdefault(prefix + "share", torch.tensor(1.0 if fresh else SETTLED_SHARE))
             state_dict.setdefault(prefix + "innovation", torch.zeros(self.num_features))
             state_dict.setdefault(prefix + "gradient_share", torch.ones(()))
             for name, buffer in zip(MEMORY, GradientMemory.empty(self.num_features), strict=True):

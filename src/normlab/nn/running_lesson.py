@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..kernels.ops import normalize_with_share
 from . import functional as F
-from .base import RunningStatistics, recomputing, remember, settle
+from .base import RunningStatistics, is_fresh, recomputing, remember, settle
 
 # The lesson's guard of the first steps: until so many images were seen, no variance counts as less than MIN_VAR.
 FEW_SAMPLES = 20
@@ -113,10 +113,9 @@ class LessonRunningNorm2d(RunningStatistics):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if prefix + "running_mean" in state_dict and prefix + "count" not in state_dict:  # a batch norm's state
-            # Files older than the count of batches do not say how many there were: then there were some.
-            batches = state_dict.get(prefix + "num_batches_tracked", torch.tensor(1))
-            state_dict[prefix + "count"] = torch.where(batches > 0, SETTLED, 0.0)
-            state_dict[prefix + "num_samples_tracked"] = batches * FEW_SAMPLES
+            fresh = is_fresh(state_dict, prefix)
+            state_dict[prefix + "count"] = torch.tensor(0.0 if fresh else SETTLED)
+            state_dict[prefix + "num_samples_tracked"] = torch.tensor(0 if fresh else FEW_SAMPLES)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -39,9 +39,6 @@ HOOKS = (
     "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
 )  # fmt: skip
 
-# Norms whose momentum is what it is in torch: the weight of a new batch in the running statistics.
-AVERAGING = {"batch", "sync", "ghost", "renorm"}
-
 
 def convert(
     model: nn.Module,
@@ -157,7 +154,7 @@ def _reason(found: Found, to: str, only: Any, skip: Any, dims: int | None) -> st
     activation = getattr(found.module, "activation", None)
     if activation is not None and "activation" not in inspect.signature(layers[0]).parameters:
         return f"is an activation too, {activation}, which {to} cannot be"
-    if dims is None and space_dims(found.module) is None and len(set(layers)) > 1:
+    if dims is None and space_dims(found.module) is None and len(classes(to)) > 1:
         return "does not say how many space dimensions it takes: give dims"
     return None
 
@@ -173,7 +170,7 @@ def built(old: nn.Module, to: str, dims: int, options: dict[str, Any]) -> nn.Mod
         options.setdefault("activation", old.activation)
     if "eps" in accepted and accepted["eps"].default == 1e-5:
         options.setdefault("eps", old.eps)
-    if to in AVERAGING and _averages(old) and (old.momentum or to == "batch"):  # None is the mean of all batches
+    if NORMS[to].averages and _averages(old) and (old.momentum or to == "batch"):  # None is the mean of all batches
         options.setdefault("momentum", old.momentum)
     if "track_running_stats" in accepted and isinstance(old, _BatchNorm):
         options.setdefault("track_running_stats", old.running_mean is not None)
@@ -200,7 +197,7 @@ def built(old: nn.Module, to: str, dims: int, options: dict[str, Any]) -> nn.Mod
 
 def _averages(norm: nn.Module) -> bool:
     name = registered_name(norm)
-    return isinstance(norm, _BatchNorm) if name is None else name in AVERAGING
+    return isinstance(norm, _BatchNorm) if name is None else NORMS[name].averages
 
 
 def _note(old: nn.Module, new: nn.Module, to: str) -> str:
