@@ -2,6 +2,7 @@
 
 import copy
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
+from checks import composed
 from normlab.nn import NORMS, build_norm
 
 CHANNELS = 8
@@ -134,18 +136,33 @@ class TestLayout:
 
 class TestCompile:
     @every_norm
-    def test_training_has_no_graph_break(self, name):
+    @pytest.mark.parametrize("kernels", [nullcontext, composed])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_training_is_as_without_a_compiler(self, name, dtype, kernels):
+        """In one graph: outputs, gradients and, after each of several steps, every buffer."""
+        with kernels():
+            self.train_beside_plain(name, dtype, "aot_eager")
+
+    @pytest.mark.parametrize("backend", ["eager", "inductor"])
+    @pytest.mark.parametrize("name", ["running", "running_lesson"])
+    def test_statistics_in_float64_are_as_without_a_compiler(self, name, backend):
+        """A compiler loses what is written to a float64 tensor without dimensions, as a count or a share is."""
+        self.train_beside_plain(name, torch.float64, backend)
+
+    def train_beside_plain(self, name: str, dtype: torch.dtype, backend: str) -> None:
         torch.compiler.reset()
-        layer, plain = trained(name), trained(name)
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        of_layer = {"dtype": dtype} if dtype == torch.float64 else {}
+        layer, plain = trained(name, **of_layer), trained(name, **of_layer)
+        compiled = torch.compile(layer, fullgraph=True, backend=backend)
+        tolerance = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 0.03}[dtype]
         for seed in range(3):
             layer.zero_grad(), plain.zero_grad()
-            y, grad = step(compiled, images(seed=seed))
-            expected, expected_grad = step(plain, images(seed=seed))
-            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
-            assert_same(buffers(layer), buffers(plain), rtol=1e-4, atol=1e-5)
-            assert_same(gradients(layer), gradients(plain), rtol=1e-4, atol=1e-4)
+            y, grad = step(compiled, images(seed=seed, dtype=dtype))
+            expected, expected_grad = step(plain, images(seed=seed, dtype=dtype))
+            torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(grad, expected_grad, rtol=tolerance, atol=tolerance)
+            assert_same(buffers(layer), buffers(plain), rtol=tolerance, atol=tolerance)
+            assert_same(gradients(layer), gradients(plain), rtol=tolerance, atol=2 * tolerance)
 
     @every_norm
     def test_evaluation_has_no_graph_break(self, name):

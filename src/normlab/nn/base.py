@@ -23,7 +23,8 @@ def remember(*updates: tuple[Tensor, Tensor]) -> None:
     values = [value.detach().to(buffer.dtype) for buffer, value in updates]
     finite = torch.cat([value.flatten() for value in values if value.is_floating_point()]).isfinite().all()
     for (buffer, _), value in zip(updates, values, strict=True):
-        buffer.copy_(torch.where(finite, value, buffer))
+        # Through a view: a compiler loses what is written to a float64 tensor without dimensions.
+        buffer.unsqueeze(0).copy_(torch.where(finite, value, buffer))
 
 
 def is_fresh(state: dict[str, Any], prefix: str = "") -> bool:
