@@ -409,6 +409,10 @@ def test_a_replica_of_the_model_counts_for_it():
     assert stats.histograms["module.1"].sum() == 8
 
 
+def test_a_replica_is_chosen_from_by_the_names_of_the_model():
+    assert list(ActivationStats(nn.DataParallel(net()), "1").modules) == ["module.1"]
+
+
 def test_figures_are_fetched_in_good_time():
     model = Known()
     with ActivationStats(model, every=1) as stats:
