@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
@@ -72,6 +73,40 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         RunStore(tmp_path / "file" / "runs.jsonl").append(record("a"))
+
+
+APPEND = """
+import sys, time
+from normlab.study.store import RunStore
+who, number, path, start = sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
+time.sleep(max(0.0, start - time.time()))
+for i in range(number):
+    RunStore(path).append({"key": f"{who}-{i}", "settings": {}, "status": "finished", "pad": "x" * 6000})
+"""
+
+
+def test_processes_that_append_at_once_keep_every_record(tmp_path):
+    """Eight processes, started at one time: each of their records is there, in the order of its process."""
+    path, number, start = tmp_path / "runs.jsonl", 60, time.time() + 1
+    run = [sys.executable, "-c", APPEND]
+    processes = [subprocess.Popen([*run, str(who), str(number), str(path), str(start)]) for who in range(8)]
+    assert [process.wait() for process in processes] == [0] * 8
+    keys = [r["key"] for r in RunStore(path).read()]
+    for who in range(8):
+        assert [key for key in keys if key.startswith(f"{who}-")] == [f"{who}-{i}" for i in range(number)]
+    assert len(keys) == 8 * number
+
+
+def test_a_process_killed_while_it_holds_the_lock_keeps_nobody_waiting(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    script = "import sys, time; from filelock import FileLock; FileLock(sys.argv[1]).acquire(); print(); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-uc", script, f"{path}.lock"], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.kill()
+    process.wait()
+    RunStore(path).append(record("a"))
+    assert [r["key"] for r in RunStore(path).read()] == ["a"]
 
 
 def test_killed_while_writing_keeps_every_record_that_was_reported(tmp_path):

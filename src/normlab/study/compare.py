@@ -57,13 +57,14 @@ def compare(
         check_trial(trial, data_dir)
     check_writable(folder)
     kept = {record["key"] for record in _usable(store)}
-    if kept & {trial.key for trial in trials}:
+    wanted = {trial.key for trial in trials}
+    if kept & wanted:
         console.print(f"{len(kept)} runs are in {store.path} already; delete it to run them again.", highlight=False)
     todo = [trial for trial in trials if trial.key not in kept]
     try:
         run_jobs([make_job(trial, data_dir) for trial in todo], store, workers, console)
     finally:
-        records = [record for record in _usable(store) if record["key"] in {trial.key for trial in trials}]
+        records = [record for record in _usable(store) if record["key"] in wanted]
         if records:
             report(records, folder, console, command)
     return records

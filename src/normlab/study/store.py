@@ -5,11 +5,16 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from filelock import FileLock
 
 from ..errors import InputError
 
 Record = dict[str, Any]
+
+# Seconds between two tries of a process that waits for another's append.
+LOCK_POLL = 0.002
 
 
 class RunStore:
@@ -18,6 +23,8 @@ class RunStore:
     A record counts once its line is whole: each append is one write, flushed to the disk. A last line without its end
     (the process was killed in the middle of it) is dropped by the next append. Any other line that is not a record is
     reported, with its number, and nothing is changed. Numbers that are not finite are kept as null.
+
+    Several processes may append at once. A lock, the file with `.lock` behind its name, lets in one at a time.
 
     Args:
         path: the file; its folder is made when the first record is written.
@@ -41,7 +48,7 @@ class RunStore:
         line = json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a+b") as file:
+            with FileLock(f"{self.path}.lock", poll_interval=LOCK_POLL), open(self.path, "a+b") as file:
                 _drop_torn_line(file)
                 file.write(line)
                 file.flush()
@@ -62,13 +69,14 @@ class RunStore:
         return record
 
 
-def _drop_torn_line(file) -> None:
-    """Cut the file after its last line end, and go there."""
+def _drop_torn_line(file: BinaryIO) -> None:
+    """Cut the file after its last line end, and go there. The whole file is read only where a line is torn."""
     size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    whole = file.read().rfind(b"\n") + 1
-    if whole != size:
-        file.truncate(whole)
+    if size:
+        file.seek(size - 1)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
     file.seek(0, os.SEEK_END)
 
 
