@@ -324,7 +324,7 @@ def test_pytorch_1206_a_spoilt_batch_is_not_found_out_only_at_test_time(poison):
         assert y.isfinite().all()
         survives = norm is not nn.BatchNorm2d
         assert bool(evaluated(model, clean).isfinite().all()) is survives
-        report = normlab.recalibrate(model, [clean])  # mends the model that has it already
+        _, report = normlab.recalibrate(model, [clean])  # mends the model that has it already
         assert ("was not finite" in report.rows[0].note) is not survives
         assert evaluated(model, clean).isfinite().all()
 
@@ -590,7 +590,7 @@ def test_ema_pytorch_29_an_average_of_weights_has_statistics_of_its_own():
         average.update_parameters(model)
     images, targets = bright_images(256, seed=2)
     stale = nn.functional.cross_entropy(evaluated(average, images), targets)
-    report = normlab.recalibrate(average, bright_images(400, seed=1)[0].split(2))
+    _, report = normlab.recalibrate(average, bright_images(400, seed=1)[0].split(2))
     assert [row.name for row in report.touched] == ["module.1"]
     assert nn.functional.cross_entropy(evaluated(average, images), targets) < 0.7 * stale
     given = average.module[0](bright_images(400, seed=1)[0]).detach()

@@ -340,8 +340,10 @@ def test_a_norm_that_is_its_activation_keeps_it():
 def test_group_norm_without_dimensions_takes_those_of_the_convolutions():
     model = nn.Sequential(nn.Conv3d(1, 8, 1), nn.GroupNorm(2, 8))
     assert type(convert(model).model[1]).__name__ == "RunningBatchNorm3d"
-    (row,) = convert(nn.Sequential(nn.GroupNorm(2, 8))).report.rows
-    assert "dims" in row.note
+    conversion = convert(nn.Sequential(nn.GroupNorm(2, 8)))  # takes any, as group norm does
+    assert "any number of space dimensions" in conversion.report.rows[0].note
+    for space in ((), (3,), (3, 3), (3, 3, 3)):
+        assert conversion.model(torch.randn(4, 8, *space)).shape == (4, 8, *space)
     assert type(convert(nn.Sequential(nn.GroupNorm(2, 8)), dims=1).model[0]).__name__ == "RunningBatchNorm1d"
 
 

@@ -68,7 +68,7 @@ def test_what_the_statistics_were_before_is_nothing_to_those_after(size):
 def test_it_says_how_far_they_moved_and_leaves_the_rest():
     model = trained()
     state = copy.deepcopy(model.state_dict())
-    report = recalibrate(model, IMAGES.split(4), only="norm1")
+    _, report = recalibrate(model, IMAGES.split(4), only="norm1")
     assert [row.name for row in report.touched] == ["norm1"]
     assert "mean moved by" in report.touched[0].note
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, state[name])}
@@ -79,7 +79,7 @@ def test_it_says_how_far_they_moved_and_leaves_the_rest():
 def test_statistics_that_were_not_finite_are_mended():
     model = trained()
     model.norm1.running_var[0] = float("nan")
-    report = recalibrate(model, IMAGES.split(4))
+    _, report = recalibrate(model, IMAGES.split(4))
     assert "was not finite" in str(report)
     assert model.eval()(IMAGES).isfinite().all()
 
@@ -88,7 +88,7 @@ def test_norms_that_have_none_or_are_not_run_are_named():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4))
     model.add_module("unused", nn.BatchNorm2d(4))
     model.forward = lambda x: model[1](model[0](x))
-    notes = {row.name: row.note for row in recalibrate(model, IMAGES.split(4))}
+    notes = {row.name: row.note for row in recalibrate(model, IMAGES.split(4)).report}
     assert notes == {"1": "has no running statistics", "unused": "not run"}
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..surgery._fold import is_affine
-from ..surgery.modules import OTHERS, called, untouched
+from ..surgery.modules import OTHERS, called, never_updated
 from ..surgery.moments import Moments
+from ..surgery.probe import is_affine
 from .layer import Layer
 
 OFF = 1e-3  # of the median |γ|
@@ -166,7 +166,7 @@ class Watched:
             updates=updates,
             momentum=momentum,
             still_initial=initial,
-            untouched=untouched(norm),
+            untouched=never_updated(norm),
             finite_statistics=finite,
             finite_parameters=_all_finite(*parameters),
             finite_inputs=self.finite,

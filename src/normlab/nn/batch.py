@@ -17,6 +17,7 @@ class _Batch(PreciseStatistics, _BatchNorm):
     """A torch batch norm that writes its statistics by the rules of all norms here, see `remember`."""
 
     activation: str | None
+    accepted_dims: tuple[int, ...] = ()  # of a tensor, beyond those of the class
 
     def __init__(
         self,
@@ -43,6 +44,10 @@ class _Batch(PreciseStatistics, _BatchNorm):
             if taken is not None:
                 return self._fast(x, taken, own, residual)
         return activate(self._composed(x), self.activation, residual)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in self.accepted_dims:
+            super()._check_input_dim(input)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + described(self.activation)

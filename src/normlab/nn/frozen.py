@@ -1,7 +1,7 @@
 """Frozen batch norm: constant statistics, in training as in evaluation."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels import fused, operators
 from . import functional as F
@@ -29,8 +29,6 @@ class FrozenBatchNorm2d(RunningStatistics):
     detection, where a batch is one or two images.
     """
 
-    was: tuple[nn.Module, list[bool]] | None  # what `normlab.freeze` took out, and which of its parts learned
-
     def __init__(
         self,
         num_features: int,
@@ -40,7 +38,6 @@ class FrozenBatchNorm2d(RunningStatistics):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(num_features, eps, affine=affine, device=device, dtype=dtype)
-        self.was = None
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)

@@ -190,9 +190,8 @@ class RunningBatchNorm2d(RunningStatistics):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if prefix + "running_mean" in state_dict:  # what a batch norm's state has not
-            fresh, batches = is_fresh(state_dict, prefix), state_dict.get(prefix + "num_batches_tracked")
-            if batches is None or not (batches.is_meta or batches):  # old files do not say how many: some, if not fresh
-                state_dict[prefix + "num_batches_tracked"] = torch.tensor(int(not fresh))
+            fresh = is_fresh(state_dict, prefix)  # old files do not say how many batches: some, if it is not
+            state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(int(not fresh)))
             state_dict.setdefault(prefix + "share", torch.tensor(1.0 if fresh else SETTLED_SHARE))
             state_dict.setdefault(prefix + "innovation", torch.zeros(self.num_features))
             state_dict.setdefault(prefix + "gradient_share", torch.ones(()))

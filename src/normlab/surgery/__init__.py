@@ -6,6 +6,7 @@ from ._freeze import freeze, unfreeze
 from ._recalibrate import recalibrate
 from ._sync import sync, unsync
 from .effect import kept_statistics
+from .modules import is_norm
 from .operation import Operation
 from .report import Report, Row
 
@@ -16,6 +17,7 @@ __all__ = [
     "convert",
     "fold",
     "freeze",
+    "is_norm",
     "kept_statistics",
     "recalibrate",
     "sync",

@@ -7,37 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from ..errors import check, unknown
-from ..nn import NORMS, build_norm
-from .effect import Batches, Effect, Forward, evaluating, first_input
-from .modules import (
-    Choice,
-    Found,
-    called,
-    channels,
-    chosen,
-    classes,
-    copied,
-    example,
-    model_dims,
-    norms,
-    put,
-    registered_name,
-    space_dims,
-    untouched,
-    why_not,
-)
+from ..nn import NORMS, GroupNorm
+from .build import TORCH, Seen, built, established, is_frozen, note, values_a_statistic
+from .effect import Batches, Effect, Forward, first_input, looking, peeked
+from .modules import Choice, Found, Selection, called, classes, copied, norms, registered_name, why_left
 from .operation import Groups, Operation
+from .parents import reader_of_statistics
+from .probe import affine_dims, library, model_dims, on_meta, space_dims
 from .report import Report, Row
-
-# Of torch.nn.Module: what is called around a module's own computation. Handles to remove them go on working.
-HOOKS = (
-    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
-)  # fmt: skip
+from .trace import Trace
 
 
 def convert(
@@ -57,35 +38,75 @@ def convert(
     """Put the norm `to` in the place of the norms of a model.
 
     γ and β stay the same parameters, so that an optimizer built before goes on with them; statistics, hooks, device,
-    type and mode carry over, and momentum where it means the same. From batch norm to `running`, `frozen`, `sync`,
-    `renorm` and back nothing changes in evaluation. To a norm of another kind, such as `group`, only γ and β carry
-    over; with `batches` the report says how much that changes, and with `fit` γ and β become those that change it
-    least.
+    type, mode and attributes carry over, and momentum where it means the same. A norm that never saw a batch begins
+    fresh. From batch norm to `running`, `frozen`, `sync`, `renorm` and back nothing changes in evaluation. To a norm of
+    another kind, such as `group`, only γ and β carry over; with `batches` the report says how much that changes, and
+    with `fit` γ and β become those that change it least.
+
+    "The same in evaluation" stands in the report where both norms were run and gave the same. How the model uses a
+    norm is seen with `batches` only; without them the report says what was assumed.
 
     Args:
         model: of any modules. What cannot be converted is left, and the report says why.
-        to: a registered norm, see `normlab list`.
+        to: a registered norm, see `normlab list`; or "torch" for torch's own layers, which load without normlab.
         only: the norms to convert: a pattern of names (`"layer4.*"`), a class, a function of name and module that says
             whether, or several of them; all by default.
-        skip: those to leave, likewise; none by default.
+        skip: those to leave, in the same words; none by default.
         inplace: change the model itself, not a copy.
         optimizer: of this model, with `inplace`: gets the parameters that are new and loses those that are gone.
         batches: inputs to measure the effect on, the more the better, in evaluation mode.
         forward: runs the model on one of `batches`; by default on the batch, or on the first of its parts.
         fit: choose γ and β by least squares, channel by channel, so that each new norm gives about what the old one did
             on `batches`.
-        dims: space dimensions, for norms that do not say so by their class; by default those of the convolutions.
+        dims: space dimensions, for norms that do not say so by their class, and take any otherwise.
         **options: for the new layers' constructor.
 
     Raises:
-        InputError: `to` is unknown, or an argument does not fit the others.
+        InputError: `to` is unknown, a choice meets no norm, or an argument does not fit the others. The model is as it
+            was then, as after any other exception.
     """
-    if to not in NORMS:
-        raise unknown("to", to, NORMS)
+    if to not in (*NORMS, TORCH):
+        raise unknown("to", to, (*NORMS, TORCH))
     check(optimizer is None or inplace, "optimizer", optimizer, "that of the model itself, with inplace=True")
     check(not fit or batches is not None, "fit", fit, "False, unless there are batches")
-    measure = None if batches is None else partial(Effect, batches=batches, forward=forward, fit=fit)
+    check(dims in (None, 1, 2, 3), "dims", dims, "1, 2 or 3, or None")
+    measure = None if batches is None else partial(_Measure, batches=batches, forward=forward, fit=fit)
     return converted(model, to, only, skip, inplace, lambda _: None, optimizer, measure, dims, options)
+
+
+class _Measure:
+    """How the norms of a model are used on a first batch, and what others in their place change on all."""
+
+    def __init__(self, model: nn.Module, found: list[Found], batches: Batches, forward: Forward, fit: bool):
+        first, self._batches = peeked(batches)
+        self._model, self._forward, self._fit = model, forward, fit
+        self.trace = Trace(model, [one.module for one in found])
+        with looking(model):
+            self.trace.run(lambda: forward(model, first))
+
+    def seen(self, norm: nn.Module) -> Seen:
+        """Of one norm's use."""
+        inputs = [call.input for call in self.trace.calls[norm] if isinstance(call.input, Tensor)]
+        dims = {x.dim() - 2 for x in inputs}
+        values = min((x.shape[2:].numel() for x in inputs), default=None)
+        return Seen(dims.pop() if len(dims) == 1 else None, values)
+
+    def why_not(self, norm: nn.Module) -> str | None:
+        """What of its use stands against another in its place."""
+        outside = self.trace.outside.get(norm)
+        if outside:
+            return f"its tensors are used by {outside[0]} outside of it: what the model does with them is not known"
+        if not all(isinstance(call.input, Tensor) for call in self.trace.calls[norm]):
+            return "given something else than a tensor"
+        return None
+
+    def note(self, norm: nn.Module) -> str | None:
+        """Where it was not run."""
+        return None if self.trace.calls[norm] else "not run on the first batch: its use was not seen"
+
+    def effect(self, new_of: dict[nn.Module, nn.Module]) -> Effect:
+        """Of these norms in the place of those."""
+        return Effect(self._model, new_of, self._batches, self._forward, self._fit)
 
 
 def converted(
@@ -96,146 +117,136 @@ def converted(
     inplace: bool,
     refuse: Callable[[nn.Module], str | None],
     optimizer: Optimizer | None = None,
-    measure: Callable[..., Effect] | None = None,
+    measure: Callable[..., _Measure] | None = None,
     dims: int | None = None,
     options: dict[str, Any] | None = None,
+    finish: Callable[[Operation], None] = lambda _: None,
 ) -> Operation:
-    """As `convert`, but for norms that `refuse` gives a reason to leave; `measure` makes the effect of what is new."""
+    """As `convert`, but for norms that `refuse` gives a reason to leave; `finish` is called with the new in place."""
     if not inplace:
         model = copied(model)
-    dims, options = dims or model_dims(model), options or {}
     found = norms(model)
-    reasons = [_reason(one, to, only, skip, dims) or refuse(one.module) for one in found]
-    pairs = [
-        (one, built(one.module, to, space_dims(one.module) or dims or 2, options))
-        for one, reason in zip(found, reasons, strict=True)
-        if reason is None
-    ]
-    new_of = {one.module: new for one, new in pairs}
-    effect = None if measure is None else measure(model, new_of)
-    report = Report(
-        [
-            Row(one.name, called(one.module), None, reason)
-            if reason is not None
-            else Row(
-                one.name,
-                called(one.module),
-                called(new_of[one.module]),
-                _note(one.module, new_of[one.module], to),
-                None if effect is None else effect.of(one.module),
-            )
-            for one, reason in zip(found, reasons, strict=True)
-        ]
-    )
-    groups = None if optimizer is None else Groups(optimizer)
-    for one, new in pairs:
-        model = put(model, one, new)
-        if groups is not None:
-            groups.exchange(one.module, new)
+    selection = Selection(only, skip, found)
+    used = None if measure is None else measure(model, found)
+    plan = _Plan(model, to, dims, options or {}, used)
+    rows, pairs = [], []
+    for one in found:
+        reason = selection.why_not(one) or refuse(one.module) or plan.why_not(one)
+        if reason is not None:
+            rows.append(Row(one.name, called(one.module), None, reason))
+            continue
+        new = plan.built(one)
+        pairs.append((one, new))
+        rows.append(Row(one.name, called(one.module), called(new), plan.note(one, new)))
+    effect = None if used is None else used.effect({one.module: new for one, new in pairs})
     if effect is not None:
-        effect.apply()
-        report.change = effect.of_model(model)
-    return Operation(model, report, pairs, groups)
+        changes = iter([effect.of(one.module) for one, _ in pairs])
+        rows = [row if row.became is None else row.with_change(next(changes)) for row in rows]
+    return _carried_out(Operation(model, Report(rows)), pairs, optimizer, effect, finish)
 
 
-def _reason(found: Found, to: str, only: Any, skip: Any, dims: int | None) -> str | None:
-    """Why a norm is left as it is, or None."""
-    if not chosen(only, found) or (skip != () and chosen(skip, found)):
-        return "not chosen"
-    reason = why_not(found.module)
-    if reason is not None:
-        return reason
-    layers = NORMS[to].layers
-    name = registered_name(found.module)
-    if name is not None and type(found.module) in classes(to):
-        return f"is {to} already"
-    if name is not None and NORMS[name].activates:
-        return "is an activation too, which would be lost"
-    activation = getattr(found.module, "activation", None)
-    if activation is not None and "activation" not in inspect.signature(layers[0]).parameters:
-        return f"is an activation too, {activation}, which {to} cannot be"
-    if dims is None and space_dims(found.module) is None and len(classes(to)) > 1:
-        return "does not say how many space dimensions it takes: give dims"
-    return None
+def _carried_out(
+    operation: Operation,
+    pairs: list[tuple[Found, nn.Module]],
+    optimizer: Optimizer | None,
+    effect: Effect | None,
+    finish: Callable[[Operation], None],
+) -> Operation:
+    """All of it, or nothing."""
+    with operation.all_or_nothing():
+        if optimizer is not None:
+            groups = Groups(optimizer)
+            operation.on_undo(groups.restore)
+            for one, new in pairs:
+                groups.exchange(one.module, new)
+        for one, new in pairs:
+            operation.put(one, new)
+        if effect is not None:
+            for parameter, value in effect.apply():
+                operation.on_undo(partial(_write_back, parameter, value, parameter._version))
+            operation.report.change = effect.of_model(operation.model)
+        finish(operation)
+    return operation
 
 
-def built(old: nn.Module, to: str, dims: int, options: dict[str, Any]) -> nn.Module:
-    """The new layer, with what carries over from the old one."""
-    accepted = inspect.signature(NORMS[to].layers[dims - 1]).parameters
-    options = dict(options)
-    weight, bias = (getattr(old, name, None) for name in ("weight", "bias"))
-    if "affine" in accepted:
-        options.setdefault("affine", weight is not None)
-    if getattr(old, "activation", None) is not None:
-        options.setdefault("activation", old.activation)
-    if "eps" in accepted and accepted["eps"].default == 1e-5:
-        options.setdefault("eps", old.eps)
-    if NORMS[to].averages and _averages(old) and (old.momentum or to == "batch"):  # None is the mean of all batches
-        options.setdefault("momentum", old.momentum)
-    if "track_running_stats" in accepted and isinstance(old, _BatchNorm):
-        options.setdefault("track_running_stats", old.running_mean is not None)
-    new = build_norm(to, channels(old), dims, **options)
-    part = next(iter((*old.parameters(), *old.buffers())), None)
-    if part is not None:
-        new.to(part.device)
-        if weight is not None:
-            new.to(weight.dtype)
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and getattr(new, name, None) is not None:
-            new._parameters[name] = parameter
-    own = new.state_dict()
-    statistics = {
-        name: value for name, value in old.state_dict().items() if name in own and name in dict(old.named_buffers())
-    }
-    if "running_mean" in statistics:
-        new.load_state_dict(statistics, strict=False)
-    new.train(old.training)
-    for hooks in HOOKS:
-        setattr(new, hooks, getattr(old, hooks))
-    return new
+def _write_back(parameter: nn.Parameter, value: Tensor, version: int) -> None:
+    """γ or β as it was before it was fitted, unless it has learned since."""
+    if parameter._version == version:
+        with torch.no_grad():
+            parameter.copy_(value)
 
 
-def _averages(norm: nn.Module) -> bool:
-    name = registered_name(norm)
-    return isinstance(norm, _BatchNorm) if name is None else NORMS[name].averages
+class _Plan:
+    """What becomes of each norm."""
 
+    def __init__(self, model: nn.Module, to: str, dims: int | None, options: dict[str, Any], used: _Measure | None):
+        self.to, self.options, self.used = to, options, used
+        self.given, self.most = dims, model_dims(model)
+        self._convolves_1d = any(isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)) for module in model.modules())
+        self._readers = reader_of_statistics(model)
 
-def _note(old: nn.Module, new: nn.Module, to: str) -> str:
-    """What carries over."""
-    if isinstance(new, nn.Identity):
-        return "γ, β and statistics are gone"
-    notes = ["the same in evaluation" if _same(old, new) else _another(old, new)]
-    if to == "frozen" and untouched(new):
-        notes.append("its statistics, 0 and 1, are those of a layer that has seen no batch")
-    if _averages(old) and getattr(new, "momentum", old.momentum) != old.momentum:
-        notes.append(f"momentum is {new.momentum}, no longer {old.momentum}")
-    extra = [name for name, _ in new.named_parameters() if name not in ("weight", "bias")]
-    if extra:
-        notes.append(f"has new parameters: {', '.join(extra)}")
-    if NORMS[to].activates:
-        notes.append("is an activation too, and the one after it stays")
-    if NORMS[to].convs != NORMS["batch"].convs:
-        notes.append("made to follow convolutions of another kind, which stay as they are")
-    return "; ".join(notes)
+    def seen(self, found: Found) -> Seen:
+        seen = Seen() if self.used is None else self.used.seen(found.module)
+        if seen.dims is None and space_dims(found.module) is None:
+            seen.dims = self.given
+        return seen
 
+    def why_not(self, found: Found) -> str | None:
+        """Why a norm is left as it is, or None."""
+        reason = why_left(found) or self._why_not_kind(found.module) or self._why_not_use(found)
+        return reason or (None if self.used is None else self.used.why_not(found.module))
 
-def _another(old: nn.Module, new: nn.Module) -> str:
-    kept = [symbol for symbol, name in (("γ", "weight"), ("β", "bias")) if _shared(old, new, name)]
-    return "another function" + (f", with the same {' and '.join(kept)}" if kept else "")
+    def built(self, found: Found) -> nn.Module:
+        return built(found.module, self.to, self.seen(found), self.most or 2, self.options)
 
+    def note(self, found: Found, new: nn.Module) -> str:
+        """What carries over, what was established and what assumed."""
+        old, reader = found.module, self._readers(found)
+        notes = [note(old, new, self.to, self.seen(found), established(old, new))]
+        if reader is not None:
+            notes.append(f"{reader} reads its statistics itself: that it goes on as before is assumed")
+        if self.used is not None and (not_run := self.used.note(old)):
+            notes.append(not_run)
+        if found.held.beside:
+            notes.append(f"replaced in {', '.join(place.name for place in found.held.beside)} too")
+        return "; ".join(notes)
 
-def _shared(old: nn.Module, new: nn.Module, name: str) -> bool:
-    return getattr(old, name, None) is not None and getattr(old, name) is getattr(new, name, None)
+    def _why_not_kind(self, norm: nn.Module) -> str | None:
+        name, to = registered_name(norm), self.to
+        if name is not None and to in NORMS and type(norm) in classes(to):
+            return f"is {to} already"
+        if to == TORCH:
+            return self._why_not_torch(norm)
+        if to == "frozen" and is_frozen(norm):
+            return "is frozen already, by a class of its own"
+        if name is not None and NORMS[name].activates:
+            return "is an activation too, which would be lost"
+        activation = getattr(norm, "activation", None) if library(type(norm)) else None
+        if activation is not None and "activation" not in inspect.signature(NORMS[to].layers[0]).parameters:
+            return f"is an activation too, {activation}, which {to} cannot be"
+        return None
 
+    def _why_not_torch(self, norm: nn.Module) -> str | None:
+        if type(norm).__module__.startswith("torch."):
+            return "is torch's already"
+        grouped = isinstance(norm, GroupNorm)
+        if not grouped and "running_mean" not in norm._buffers:
+            return "torch has no such norm"
+        if not grouped and not affine_dims(norm) and not on_meta(norm):
+            return "torch has no such norm: in evaluation it is no scale and shift"
+        if not grouped and space_dims(norm) is None and self.given is None and self.used is None:
+            return "does not say how many space dimensions it takes: give dims or batches"
+        return None
 
-def _same(old: nn.Module, new: nn.Module) -> bool:
-    """Whether both give the same in evaluation mode, for any input."""
-    x = example(old, space_dims(old) or space_dims(new))
-    with evaluating(nn.ModuleList([old, new])):
-        y, other = (_output(module, x) for module in (old, new))
-    return y is not None and other is not None and torch.allclose(y, other, rtol=1e-3, atol=1e-5 * float(y.abs().max()))
-
-
-def _output(module: nn.Module, x: Tensor) -> Tensor | None:
-    y = module.forward(x)  # without hooks
-    return y if y.isfinite().all() else None
+    def _why_not_use(self, found: Found) -> str | None:
+        """What of its use, as far as it is known, stands against this norm."""
+        norm, seen = found.module, self.seen(found)
+        if self.used is None and (reader := self._readers(found, in_forward=True)):
+            return f"{reader} reads its statistics itself, and may never call it: give batches to see what it does"
+        if self.to not in ("instance", "layer", "group", "group_ws", "layer_channels"):
+            return None
+        values = values_a_statistic(norm, self.to, seen)
+        assumed = self.to == "instance" and seen.values is None and self._convolves_1d
+        if values == 1 and not assumed:
+            return f"{self.to} norm would put out β whatever the input: it has one value to take statistics of"
+        return None

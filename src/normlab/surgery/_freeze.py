@@ -1,13 +1,17 @@
 """Batch norms that stay as they are while the rest of a model trains."""
 
 from collections.abc import Iterable
+from functools import partial
 
+import torch
 from torch import nn
 
-from ..nn import FrozenBatchNorm2d
-from ._convert import built, converted
-from .modules import Choice, called, copied, model_dims, norms, put, space_dims
+from ._convert import converted
+from .build import Seen, built, is_frozen, note
+from .memory import Before, remember, remembered
+from .modules import Choice, Found, called, copied, norms, why_left
 from .operation import Operation
+from .probe import model_dims
 from .report import Report, Row
 
 
@@ -27,18 +31,27 @@ def freeze(
     Args:
         model: of any modules.
         only: the norms to freeze, see `convert`.
-        skip: those to leave, likewise.
+        skip: those to leave, in the same words.
         affine: freeze γ and β too: their `requires_grad` becomes False.
         inplace: change the model itself, not a copy.
+
+    Raises:
+        InputError: a choice meets no norm.
     """
-    conversion = converted(model, "frozen", only, skip, inplace, _without_statistics)
-    for found, new in conversion.replaced:
-        assert isinstance(new, FrozenBatchNorm2d)
-        new.was = found.module, [parameter.requires_grad for parameter in new.parameters()]
-        conversion._learned += [(parameter, parameter.requires_grad) for parameter in new.parameters()]
+    finish = partial(_stop_learning, affine=affine)
+    return converted(model, "frozen", only, skip, inplace, _without_statistics, finish=finish)
+
+
+def _stop_learning(operation: Operation, affine: bool) -> None:
+    for found, new in operation.replaced:
+        parameters = list(new.parameters())
+        learned = tuple(parameter.requires_grad for parameter in parameters)
+        kept = remembered(new) or Before()
+        remember(new, Before(kept.momentum, kept.has_momentum, found.module, learned))
+        for parameter, learns in zip(parameters, learned, strict=True):
+            operation.on_undo(partial(parameter.requires_grad_, learns))
         if affine:
             new.requires_grad_(False)
-    return conversion
 
 
 def _without_statistics(norm: nn.Module) -> str | None:
@@ -48,30 +61,57 @@ def _without_statistics(norm: nn.Module) -> str | None:
 def unfreeze(model: nn.Module, *, inplace: bool = False) -> Operation:
     """Put back the norms that `freeze` took out, and a batch norm for frozen ones that came from elsewhere.
 
-    γ, β and statistics are those of the frozen ones; what `freeze` kept from learning learns again.
+    γ, β and statistics are those of the frozen ones; what `freeze` kept from learning learns again. Frozen batch norms
+    of other people's classes are known by what they do: constant in training, a scale and shift in evaluation.
 
     Args:
         model: of any modules.
         inplace: change the model itself, not a copy.
     """
     model = model if inplace else copied(model)
-    dims, report, replaced = model_dims(model), Report(), []
-    for found in norms(model):
-        frozen = found.module
-        if not isinstance(frozen, FrozenBatchNorm2d):
-            continue
-        if frozen.was is None:
-            new = built(frozen, "batch", space_dims(frozen) or dims or 2, {})
-        else:
-            new, learned = frozen.was
-            new.to(frozen.running_mean.device)
-            new._parameters.update(frozen._parameters)
-            for name, value in frozen.named_buffers():
-                new.get_buffer(name).copy_(value)
-            new.train(frozen.training)
-            for parameter, learns in zip(new.parameters(), learned, strict=False):
-                parameter.requires_grad_(learns)
-        model = put(model, found, new)
-        replaced.append((found, new))
-        report.rows.append(Row(found.name, called(frozen), called(new), "the same in evaluation"))
-    return Operation(model, report, replaced)
+    dims, operation = model_dims(model) or 2, Operation(model, Report())
+    with operation.all_or_nothing():
+        for found in norms(model):
+            if is_frozen(found.module):
+                operation.report.rows.append(_thawed(operation, found, dims))
+    return operation
+
+
+def _thawed(operation: Operation, found: Found, dims: int) -> Row:
+    """The row of one frozen norm, with another in its place."""
+    frozen, before = found.module, remembered(found.module)
+    reason = why_left(found)
+    if reason is not None:
+        return Row(found.name, called(frozen), None, reason)
+    if before is None or before.module is None:
+        new = built(frozen, "batch", Seen(), dims, {})
+        says = note(frozen, new, "batch", Seen(), "the same in evaluation")
+    else:
+        new, says = before.module, "the same in evaluation"
+        _take_over(operation, frozen, new, before.learned)
+    operation.put(found, new)
+    return Row(found.name, called(frozen), called(new), says)
+
+
+def _take_over(operation: Operation, frozen: nn.Module, new: nn.Module, learned: tuple[bool, ...]) -> None:
+    """What the frozen norm has, in the norm that it was made from."""
+    parameters, buffers = dict(new._parameters), {name: part.clone() for name, part in new.named_buffers()}
+    operation.on_undo(partial(_put_back, new, parameters, buffers))
+    new.to(next(frozen.buffers()).device)
+    for name, parameter in frozen._parameters.items():
+        if name in new._parameters:
+            new._parameters[name] = parameter
+    moved = any(not torch.equal(part, buffers[name]) for name, part in frozen.named_buffers() if name in buffers)
+    if moved:
+        new.load_state_dict({name: part for name, part in frozen.named_buffers() if name in buffers}, strict=False)
+    new.train(frozen.training)
+    for parameter, learns in zip(frozen.parameters(), learned, strict=False):
+        operation.on_undo(partial(parameter.requires_grad_, parameter.requires_grad))
+        parameter.requires_grad_(learns)
+
+
+def _put_back(norm: nn.Module, parameters: dict, buffers: dict) -> None:
+    norm._parameters.update(parameters)
+    with torch.no_grad():
+        for name, value in buffers.items():
+            norm.get_buffer(name).copy_(value)

@@ -1,19 +1,24 @@
 """Running statistics measured anew: those of the images themselves, not of a moving average."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import check
-from .effect import Batches, Forward, evaluating, first_input
-from .modules import Choice, Found, called, chosen, norms
+from ..errors import InputError, check
+from .effect import Batches, Forward, evaluating, first_input, peeked
+from .modules import Choice, Selection, called, norms
 from .moments import Moments
+from .operation import Operation
+from .probe import statistics_kind
 from .report import Report, Row
+from .trace import input_of
 
 FEWEST = 32  # values a channel from which on their mean and variance are taken for those of all
+Mask: TypeAlias = Callable[[Any], Tensor]
 
 
 def recalibrate(
@@ -21,10 +26,11 @@ def recalibrate(
     batches: Batches,
     *,
     forward: Forward = first_input,
+    mask: Mask | None = None,
     only: Choice | Iterable[Choice] | None = None,
     skip: Choice | Iterable[Choice] = (),
     progress: bool = False,
-) -> Report:
+) -> Operation:
     """Measure the mean and variance of what each norm is given, over all batches together, and keep them as its own.
 
         μ = Σ x / n          σ² = Σ (x − μ)² / (n − 1)          over all batches and space, per channel, in float64
@@ -32,103 +38,147 @@ def recalibrate(
     Every batch goes through the model once, in evaluation mode, so its size does not matter, down to one image. Each
     norm has the statistics of the images so far while it goes on, so that the norms behind it are given what they will
     be: those that it had before may be far off, and would have them measure something else. The error that is left, of
-    the first images' statistics, is .01 deviations for a thousand images and a net of 13 norms; of one batch of all
+    the first images' statistics, is 0.01 deviations for a thousand images and a net of 13 norms; of one batch of all
     images there is none. Statistics that are not finite become 0 and 1 at first.
+
+    A norm gets statistics of its own kind: instance norm the means of the images' own means and variances, moving
+    average batch norm the mean square. Frozen norms stay as they are.
 
     Args:
         model: changed: the buffers `running_mean`, `running_var` and `num_batches_tracked` of its norms.
         batches: gone through once; a thousand images and more are enough.
         forward: runs the model on one of `batches`; by default on the batch, or on the first of its parts.
+        mask: of a batch, which positions count: (N, *space), true where there is data, not padding. Norms that are
+            given another number of positions get the nearest ones.
         only: the norms to measure, see `convert`.
-        skip: those to leave, likewise.
+        skip: those to leave, in the same words.
         progress: show a bar.
 
     Returns:
-        For every norm how far its mean and deviation moved.
+        The model, and for every norm how far its mean and deviation moved.
 
     Raises:
-        InputError: there are no batches, or a norm is given inf or NaN; the statistics are as they were then.
+        InputError: there are no batches, a norm is given inf or NaN, or a choice meets no norm; the statistics are as
+            they were then, as after any other exception.
 
     Source: Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3, where it is done in training mode, with
     batches that are large enough.
     """
-    measured, report = [], Report()
-    for found in norms(model):
-        reason = _reason(found, only, skip)
-        if reason is None:
-            measured.append(found)
-        else:
-            report.rows.append(Row(found.name, called(found.module), None, reason))
-    before = {found.module: [part.clone() for part in _statistics(found.module)] for found in measured}
-    for found in measured:
-        mean, var, *_ = _statistics(found.module)
-        if not _finite(mean, var):
-            mean.zero_()
-            var.fill_(1)
-    try:
-        moments = _measure(model, measured, _shown(batches, progress), forward)
-        for found in measured:
-            if found.module in moments:
-                _write(moments[found.module], found)
-    except BaseException:  # all or none
-        for module, parts in before.items():
-            for part, value in zip(_statistics(module), parts, strict=True):
-                part.copy_(value)
-        raise
-    for found in measured:
-        ran, kind = found.module in moments, called(found.module)
-        note = _moved(before[found.module], _statistics(found.module)) if ran else "not run"
-        report.rows.append(Row(found.name, kind, kind if ran else None, note))
-    return report
+    found = norms(model)
+    selection = Selection(only, skip, found)
+    reasons = {one.module: selection.why_not(one) or _why_not(one.module) for one in found}
+    measured = {one.module: statistics_kind(one.module) or "" for one in found if reasons[one.module] is None}
+    names = {one.module: one.name for one in found}
+    operation = Operation(model, Report())
+    with operation.all_or_nothing():
+        before = {norm: [part.clone() for part in _statistics(norm)] for norm in measured}
+        operation.on_undo(partial(_write_back, before))
+        for norm in measured:
+            mean, var, *_ = _statistics(norm)
+            if not _finite(mean, var):
+                mean.zero_()
+                var.fill_(1)
+        moments = _Measuring(measured, names, forward, mask).over(model, _shown(batches, progress))
+        for norm, found_moments in moments.items():
+            _write(found_moments, norm, names[norm])
+    for one in found:
+        row = Row(one.name, called(one.module), None, reasons[one.module] or "not run")
+        if one.module in moments:
+            moved = _moved(before[one.module], _statistics(one.module))
+            row = Row(one.name, called(one.module), called(one.module), moved)
+        operation.report.rows.append(row)
+    return operation
 
 
-def _measure(
-    model: nn.Module, measured: list[Found], batches: Iterable[Any], forward: Forward
-) -> dict[nn.Module, Moments]:
-    moments: dict[nn.Module, Moments] = {}
-    found_of = {found.module: found for found in measured}
+class _Measuring:
+    """Gathers what norms are given, while each goes on with the statistics of what it was given so far."""
 
-    def see(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        so_far = moments.setdefault(norm, Moments())
-        so_far.add(inputs[0])
+    def __init__(self, kinds: dict[nn.Module, str], names: dict[nn.Module, str], forward: Forward, mask: Mask | None):
+        self._kinds, self._names, self._forward, self._mask_of = kinds, names, forward, mask
+        self._moments: dict[nn.Module, Moments] = {}
+        self._mask: Tensor | None = None
+
+    def over(self, model: nn.Module, batches: Iterable[Any]) -> dict[nn.Module, Moments]:
+        """Of every norm that runs."""
+        first, others = [], peeked(batches)[1]
+        handles = [norm.register_forward_pre_hook(self._see, with_kwargs=True) for norm in self._kinds]
+        try:
+            with evaluating(model):
+                for batch in others:
+                    first.append(batch)
+                    self._run(model, batch)
+                    if all(so_far.count >= FEWEST for so_far in self._moments.values()):
+                        break
+                # Once more, for those that were given what the old statistics of the norms before them had made.
+                self._moments.clear()
+                for batch in chain(first, others):
+                    self._run(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return self._moments
+
+    def _run(self, model: nn.Module, batch: Any) -> None:
+        self._mask = None if self._mask_of is None else self._mask_of(batch)
+        self._forward(model, batch)
+
+    def _see(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = input_of(args, kwargs)
+        if not isinstance(x, Tensor) or x.is_nested or x.dim() < 2:
+            kind = type(x).__name__
+            raise InputError(f"{self._names[norm]}: expected a tensor (N, C, *space) to measure, got {kind}. Skip it.")
+        so_far = self._moments.setdefault(norm, Moments(self._kinds[norm]))
+        own = kwargs.get("mask")
+        so_far.add(x, scaled_mask(own if isinstance(own, Tensor) else self._mask, x))
         if so_far.count >= FEWEST:
-            _write(so_far, found_of[norm])
-
-    handles = [found.module.register_forward_pre_hook(see) for found in measured]
-    first, others = [], iter(batches)
-    try:
-        with evaluating(model):
-            for batch in others:
-                first.append(batch)
-                forward(model, batch)
-                if all(so_far.count >= FEWEST for so_far in moments.values()):
-                    break
-            check(bool(first), "batches", batches, "at least one batch")
-            # Once more, for those that were given what the old statistics of the norms before them had made.
-            moments.clear()
-            for batch in chain(first, others):
-                forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return moments
+            _write(so_far, norm, self._names[norm])
 
 
-def _write(moments: Moments, found: Found) -> None:
+def scaled_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """A mask (N, *space) for the positions of `x`, (N, C, *space); None where there is none, or no space.
+
+    Raises:
+        InputError: it is for another number of images, or of other dimensions.
+    """
+    if mask is None or x.dim() == 2:
+        return None
+    fits = mask.dim() == x.dim() - 1 and len(mask) == len(x)
+    check(fits, "mask", tuple(mask.shape), f"(N, *space) for an input of shape {tuple(x.shape)}")
+    if mask.shape[1:] != x.shape[2:]:
+        scaled = nn.functional.interpolate(mask[:, None].float(), size=x.shape[2:], mode="nearest")
+        mask = scaled[:, 0]
+    return mask.bool()
+
+
+def _write(moments: Moments, norm: nn.Module, name: str) -> None:
     accepted = "inputs that reach this norm without an infinite value or NaN"
-    check(_finite(moments.mean, moments.squares), "batches", found.name, accepted)
-    mean, var, *batches = _statistics(found.module)
-    mean.copy_(moments.mean)
-    var.copy_(moments.squares / max(moments.count - 1, 1))
+    check(_finite(moments.mean, moments.squares), "batches", name, accepted)
+    mean, var, *batches = _statistics(norm)
+    new_mean, new_var = moments.as_kept()
+    with torch.no_grad():
+        mean.copy_(new_mean.reshape(mean.shape))
+        var.copy_(new_var.reshape(var.shape))
     for count in batches:
         count.fill_(moments.batches)
 
 
-def _reason(found: Found, only: Any, skip: Any) -> str | None:
-    if not chosen(only, found) or (skip != () and chosen(skip, found)):
-        return "not chosen"
-    own = dict(found.module.named_buffers(recurse=False))
-    return None if {"running_mean", "running_var"} <= set(own) else "has no running statistics"
+def _write_back(before: dict[nn.Module, list[Tensor]]) -> None:
+    with torch.no_grad():
+        for norm, parts in before.items():
+            for part, value in zip(_statistics(norm), parts, strict=True):
+                part.copy_(value)
+
+
+def _why_not(norm: nn.Module) -> str | None:
+    own = {name: part for name, part in norm.named_buffers(recurse=False) if part is not None}
+    if not {"running_mean", "running_var"} <= set(own):
+        return "has no running statistics"
+    if isinstance(norm, torch.jit.ScriptModule):
+        return "compiled by TorchScript: what it is given cannot be seen"
+    kind = statistics_kind(norm)
+    if kind == "constant":
+        return "frozen: its statistics are constants"
+    return None if kind is not None else "keeps statistics of another kind than mean and variance of a channel"
 
 
 def _statistics(norm: nn.Module) -> list[Tensor]:

@@ -6,9 +6,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..nn import SyncBatchNorm2d
-from ._convert import convert, converted
-from .modules import Choice
+from ._convert import converted
+from .modules import Choice, registered_name
 from .operation import Operation
 
 
@@ -25,23 +24,34 @@ def sync(
     Args:
         model: of any modules.
         only: the norms to convert, see `convert`.
-        skip: those to leave, likewise.
+        skip: those to leave, in the same words.
         inplace: change the model itself, not a copy.
         process_group: the processes to share statistics with; None for all there are.
+
+    Raises:
+        InputError: a choice meets no norm.
     """
     options = {"process_group": process_group}
     return converted(model, "sync", only, skip, inplace, _other_than_batch, options=options)
 
 
 def _other_than_batch(norm: nn.Module) -> str | None:
-    return None if isinstance(norm, _BatchNorm) else "is no batch norm"
+    is_batch = isinstance(norm, _BatchNorm) or registered_name(norm) in ("batch", "sync")
+    return None if is_batch else "is no batch norm"
 
 
 def unsync(model: nn.Module, *, inplace: bool = False) -> Operation:
     """Put batch norm in the place of every sync batch norm, torch's and ours: for one process, or a CPU.
 
+    torch's takes any number of space dimensions, and so does the one in its place.
+
     Args:
         model: of any modules.
         inplace: change the model itself, not a copy.
     """
-    return convert(model, "batch", only=(nn.SyncBatchNorm, SyncBatchNorm2d), inplace=inplace)
+    return converted(model, "batch", None, (), inplace, _other_than_sync)
+
+
+def _other_than_sync(norm: nn.Module) -> str | None:
+    is_sync = isinstance(norm, nn.SyncBatchNorm) or registered_name(norm) == "sync"
+    return None if is_sync else "is no sync batch norm"

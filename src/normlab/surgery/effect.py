@@ -1,42 +1,76 @@
-"""What another norm in the place of one changes, on batches given; γ and β that change it least."""
+"""Passes that leave a model as it was; what another norm changes, and the γ and β that change it least."""
 
-from collections.abc import Callable, Iterable, Mapping
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from ..errors import InputError, check
+from .outputs import comparable, ratio
+from .trace import input_of
 
 Batches: TypeAlias = Iterable[Any]
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 
 
 def first_input(model: nn.Module, batch: Any) -> Any:
-    """The model's output for a batch, or for the first part of one of several parts: inputs and targets."""
+    """The model's output for a batch, or for the first part of one of several parts: inputs and targets.
+
+    Raises:
+        InputError: the batch is a dict, of which nothing says what the model is to be given.
+    """
+    if isinstance(batch, Mapping):
+        keys = ", ".join(map(repr, batch))
+        raise InputError(
+            f"batches: expected tensors or tuples, got a dict with the keys {keys}. Say what the model is given: "
+            f"forward=lambda model, batch: model(batch[{next(iter(batch), 'image')!r}])."
+        )
     return model(batch[0] if isinstance(batch, (list, tuple)) else batch)
 
 
+def peeked(batches: Batches) -> tuple[Any, Iterator[Any]]:
+    """The first batch, and all of them.
+
+    Raises:
+        InputError: there is none, or what is given are no batches.
+    """
+    whole = isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable)
+    check(not whole, "batches", type(batches).__name__, "an iterable of batches: [images] for one")
+    rest = iter(batches)
+    for first in rest:
+        return first, chain([first], rest)
+    raise InputError(f"batches={batches!r} is not usable. Accepted: at least one batch.")
+
+
 @contextmanager
-def evaluating(model: nn.Module):
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, every module is in evaluation mode and there are no gradients; after, each is in the mode it was in.
 
     Compiled modules run as they are written, so that hooks are called and nothing is compiled for them.
-    Generators of random numbers are after as they were before: a model that draws some draws the same the next time.
+    Generators of random numbers, torch's, numpy's and Python's, are after as they were before: a model that draws some
+    draws the same the next time.
     """
     modes = {module: module.training for module in model.modules()}
     devices = {part.get_device() for part in model.parameters() if part.is_cuda}
-    model.eval()
+    state, numbers = random.getstate(), np.random.get_state()
     try:
+        model.eval()
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices):
             yield
     finally:
+        random.setstate(state)
+        np.random.set_state(numbers)
         for module, training in modes.items():
             module.training = training
 
 
 @contextmanager
-def kept_statistics(model: nn.Module):
+def kept_statistics(model: nn.Module) -> Iterator[None]:
     """Inside, forward passes in training mode use the model's buffers as ever; after, those are as they were before.
 
     For passes that shall not count: a second one for sharpness-aware steps, a look at a batch. Of `running` the
@@ -53,8 +87,17 @@ def kept_statistics(model: nn.Module):
     finally:
         with torch.no_grad():
             for module, name, buffer, value in kept:
-                module._buffers[name] = buffer
-                buffer.copy_(value)
+                if module._buffers.get(name) is not buffer:
+                    module._buffers[name] = buffer
+                if not buffer.is_meta and not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+@contextmanager
+def looking(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is evaluated; after, its modes, buffers and random numbers are as they were."""
+    with kept_statistics(model), evaluating(model):
+        yield
 
 
 class Effect:
@@ -73,30 +116,37 @@ class Effect:
     ):
         self.forward, self.fit = forward, fit
         self.batches: list[Any] = []
-        self.outputs: list[list[Tensor]] = []
+        self.outputs: list[dict[str, Tensor]] = []
         self._sums: dict[nn.Module, Tensor] = {}  # of each channel: 1, x̂, x̂², y, y², x̂y, the squared change
         self._pairs = pairs
-        handles = [old.register_forward_hook(self._compare) for old in pairs]
+        handles = [old.register_forward_hook(self._compare, with_kwargs=True) for old in pairs]
         try:
-            with evaluating(model):
+            with looking(model):
                 for batch in batches:
                     self.batches.append(batch)
-                    self.outputs.append(_values(forward(model, batch)))
+                    self.outputs.append(comparable(forward(model, batch), "batches"))
         finally:
             for handle in handles:
                 handle.remove()
 
-    def apply(self) -> None:
-        """Sets γ and β of the norms to come, if they are to be fitted."""
-        if self.fit:
-            for old in self._sums:
-                new, (gamma, beta) = self._pairs[old], self._least_squares(old)
-                with torch.no_grad():
-                    new.get_parameter("weight").copy_(gamma)
-                    new.get_parameter("bias").copy_(beta)
+    def apply(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Sets γ and β of the norms to come, if they are to be fitted; returns them with their old values."""
+        before = []
+        for old in self._sums if self.fit else ():
+            new = self._pairs[old]
+            if self._fits(new):
+                for name, value in zip(("weight", "bias"), self._least_squares(old), strict=True):
+                    parameter = new.get_parameter(name)
+                    before.append((parameter, parameter.detach().clone()))
+                    with torch.no_grad():
+                        parameter.copy_(value)
+        return before
 
     def of(self, old: nn.Module) -> float | None:
-        """Root mean square of the change over the deviation of the old output; None if the norm was not run."""
+        """Root mean square of the change over the deviation of the old output.
+
+        None if the norm was not run; NaN if it was given, or put out, what is not finite.
+        """
         if old not in self._sums:
             return None
         count, x, xx, y, yy, xy, squares = self._sums[old]
@@ -105,47 +155,52 @@ class Effect:
             squares = yy - 2 * (gamma * xy + beta * y) + gamma**2 * xx + 2 * gamma * beta * x + beta**2 * count
         total, n = squares.sum().clamp(min=0), count.sum()
         deviation = (yy.sum() / n - (y.sum() / n) ** 2).clamp(min=0).sqrt()
-        return _ratio((total / n).sqrt(), deviation)
+        return ratio((total / n).sqrt(), deviation)
 
     def of_model(self, model: nn.Module) -> float:
-        """The same of the outputs of the whole model, as it is now."""
-        with evaluating(model):
-            new = [_values(self.forward(model, batch)) for batch in self.batches]
-        before = torch.cat([part.flatten() for parts in self.outputs for part in parts])
-        after = torch.cat([part.flatten() for parts in new for part in parts])
-        return _ratio((after - before).square().mean().sqrt(), before.std(correction=0))
+        """The same of the outputs of the whole model, as it is now; infinite if they are of another structure."""
+        with looking(model):
+            new = [comparable(self.forward(model, batch), "batches") for batch in self.batches]
+        before, after = ([part for parts in all_parts for part in parts.values()] for all_parts in (self.outputs, new))
+        if [part.shape for part in before] != [part.shape for part in after]:
+            return float("inf")
+        one, other = torch.cat(before), torch.cat(after)
+        return ratio((other - one).square().mean().sqrt(), one.std(correction=0))
 
-    def _compare(self, old: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-        new, x = self._pairs[old].eval(), inputs[0]
+    def _compare(self, old: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+        new, x = self._pairs[old], input_of(args, kwargs)
+        training, new.training = new.training, False
+        residual = kwargs.get("residual", args[1] if len(args) > 1 else None)
+        further = {} if residual is None else {"residual": residual}
+        try:
+            self._add(old, new, y, x, further)
+        finally:
+            new.training = training
+
+    def _add(self, old: nn.Module, new: nn.Module, y: Tensor, x: Tensor, further: dict[str, Any]) -> None:
         if self._fits(new):
             kept, shape = dict(new._parameters), new.get_parameter("weight")
             new._parameters.update(
                 weight=nn.Parameter(torch.ones_like(shape)), bias=nn.Parameter(torch.zeros_like(shape))
             )
-            x_hat = new.forward(x)  # not called: it has the hooks of the old one
-            new._parameters.update(kept)
+            try:
+                x_hat = new.forward(x)  # not called: it has the hooks of the old one
+            finally:
+                new._parameters.update(kept)
             change = torch.zeros_like(y)
         else:
             x_hat = torch.zeros_like(y)
-            change = new.forward(x) - y
+            change = new.forward(x, **further) - y
         x_hat, y, change = (part.detach().double().transpose(0, 1).flatten(1) for part in (x_hat, y, change))
         parts = torch.ones_like(y), x_hat, x_hat**2, y, y**2, x_hat * y, change**2
         sums = torch.stack([part.sum(1) for part in parts])
         self._sums[old] = self._sums[old] + sums if old in self._sums else sums
 
     def _fits(self, new: nn.Module) -> bool:
-        return self.fit and {name for name, _ in new.named_parameters()} == {"weight", "bias"}
+        plain = getattr(new, "activation", None) is None
+        return self.fit and plain and {name for name, _ in new.named_parameters()} == {"weight", "bias"}
 
     def _least_squares(self, old: nn.Module) -> tuple[Tensor, Tensor]:
         count, x, xx, y, _, xy, _ = self._sums[old]
         gamma = (xy - x * y / count) / (xx - x**2 / count).clamp(min=torch.finfo(torch.float64).tiny)
         return gamma, (y - gamma * x) / count
-
-
-def _values(output: Any) -> list[Tensor]:
-    leaves = tree_leaves(output)
-    return [leaf.detach().double().cpu() for leaf in leaves if torch.is_tensor(leaf) and leaf.is_floating_point()]
-
-
-def _ratio(change: Tensor, deviation: Tensor) -> float:
-    return (change / deviation).item() if deviation > 0 else float(change > 0) and float("inf")

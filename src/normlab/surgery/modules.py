@@ -1,23 +1,32 @@
-"""Which modules of a model are norms, and where they are."""
+"""Which modules of a model are norms, where they are, and why one cannot be replaced."""
 
 import copy
+import inspect
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _LazyNormBase, _NormBase
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
 
 from ..choice import Choice, is_meant
-from ..errors import check
+from ..errors import InputError, check, unknown
 from ..nn import NORMS
+from ..nn.base import is_fresh
+from .places import Held, Place, held_modules
+from .probe import channels, computes_as_its_base, is_affine, library
 
-CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
-CONVOLUTIONS |= {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
 # Modules that normalise, but not (N, C, *space) over channels.
 OTHERS = (nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
+KNOWN = (_NormBase, nn.GroupNorm, *OTHERS)
+STATISTICS = {"running_mean", "running_var"}
+PARTS = {"weight", "bias", *STATISTICS, "num_batches_tracked"}  # of batch norm
+_NAMED_SO = re.compile(r"Norm(?![a-z])|norm$")  # not NormalSampler
 
 
 def classes(name: str) -> set[type[nn.Module]]:
@@ -31,160 +40,249 @@ def registered_name(module: nn.Module) -> str | None:
     return next((name for name in NORMS if type(module) in classes(name)), None)
 
 
-class Place(NamedTuple):
-    """Where a module is: `parent._modules[key]`; the model itself has no parent."""
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A norm of a model, with all that holds it."""
 
-    name: str
-    parent: nn.Module | None
-    key: str
+    held: Held
 
+    @property
+    def module(self) -> nn.Module:
+        """The norm."""
+        return self.held.module
 
-class Found(NamedTuple):
-    """A norm of a model, with all its places."""
+    @property
+    def hidden(self) -> bool:
+        """Whether torch does not see it."""
+        return self.held.hidden
 
-    module: nn.Module
-    places: list[Place]
+    @property
+    def places(self) -> list[Place]:
+        """Where another can be put."""
+        return [*self.held.registered, *self.held.beside]
+
+    @property
+    def names(self) -> list[str]:
+        """By which torch knows it; where it does not, by what holds it."""
+        return self.held.names or [place.name for place in self.held.beside] or self.held.stuck
 
     @property
     def name(self) -> str:
         """All its names."""
-        return ", ".join(place.name for place in self.places)
+        return ", ".join(self.names)
 
 
 def copied(model: nn.Module) -> nn.Module:
     """A copy.
 
     Raises:
-        InputError: parts of it are not made yet.
+        InputError: parts of it are not made yet, or cannot be copied.
     """
     lazy = [name for name, part in model.named_parameters() if isinstance(part, UninitializedParameter)]
     check(not lazy, "model", ", ".join(lazy), "one whose parameters are all there: run a batch through it first")
-    return copy.deepcopy(model)
+    memo: dict[int, Any] = {}
+    try:
+        new = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise InputError(
+            f"model: {called(model)} cannot be copied: {error} ({_not_copied(model)}). "
+            "Give inplace=True to change the model itself."
+        ) from error
+    return new
+
+
+def _not_copied(model: nn.Module) -> str:
+    """Which parts of a model stand in the way of a copy."""
+    computed = [
+        f"{name}.{key}".lstrip(".")
+        for name, module in model.named_modules()
+        for key, value in module.__dict__.items()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    ]
+    return f"{', '.join(computed)}: computed from other tensors" if computed else "one of its attributes"
 
 
 def norms(model: nn.Module) -> list[Found]:
-    """Every module that normalises, once, in the order of the model."""
-    found: dict[int, Found] = {}
-    parents = dict(model.named_modules(remove_duplicate=False))
-    for name, module in parents.items():
-        if is_norm(module):
-            parent, _, key = name.rpartition(".")
-            place = Place(name, parents[parent] if name else None, key)
-            found.setdefault(id(module), Found(module, [])).places.append(place)
-    return list(found.values())
+    """Every module that normalises, once, in the order of the model; also those that torch does not see."""
+    return [Found(held) for held in held_modules(model) if known_by(held.module) is not None]
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether it normalises: by its class, or by its class's name if it has no modules inside."""
-    known = isinstance(module, (_NormBase, nn.GroupNorm, *OTHERS)) or registered_name(module) is not None
+    """Whether a module normalises: by its class, or by the running statistics that it owns.
+
+    For what others find by torch's classes and so miss: weight decay that spares norms, freezing, averaging.
+
+        no_decay = [p for m in model.modules() if normlab.is_norm(m) for p in m.parameters(recurse=False)]
+
+    A class that is called a norm, and shows it by nothing else, is none to this function.
+    """
+    return known_by(module) in ("class", "statistics")
+
+
+def known_by(module: nn.Module) -> str | None:
+    """What says that a module normalises: its "class", its "statistics" or only its class's "name"; None if nothing."""
     kind = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        known = getattr(nn, str(module.original_name), None)
+        if isinstance(known, type) and issubclass(known, KNOWN):
+            return "class"
+    elif isinstance(module, KNOWN) or registered_name(module) is not None:
+        return "class"
+    buffers = dict(module.named_buffers(recurse=False))
+    if set(buffers) >= STATISTICS:
+        return "statistics"
     # torch.nn.utils has parametrizations of weights by their norm.
-    looks = "norm" in kind.__name__.lower() and not kind.__module__.startswith("torch.nn.utils")
-    return known or (looks and not list(module.children()))
+    hinted = _NAMED_SO.search(kind.__name__) and not kind.__module__.startswith("torch.nn.utils")
+    return "name" if hinted and not list(module.children()) else None
+
+
+def never_updated(module: nn.Module) -> bool:
+    """Whether its running statistics, if it has any, are those that every layer begins with, 0 and 1."""
+    return is_fresh(dict(module.named_buffers(recurse=False)))
+
+
+def why_left(found: Found) -> str | None:
+    """Why no other norm can take this one's place, or None if one can."""
+    held = found.held
+    if held.stuck:
+        return f"held by {held.stuck[0]} too, where no other can be put"
+    if held.hidden:
+        return "held only where torch does not see it: register it as a submodule, or convert it by itself"
+    return why_not(found.module)
 
 
 def why_not(module: nn.Module) -> str | None:
-    """Why no other norm can take this one's place, or None if one can."""
-    kind = type(module)
+    """Why no other norm can take this module's place, by what it is; None if one can."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "compiled by TorchScript: convert the model before it is scripted"
     if isinstance(module, OTHERS):
         return "does not normalise over the channels of (N, C, *space)"
     if isinstance(module, _LazyNormBase):
         return "does not know its channels yet: run a batch through the model first"
-    if not isinstance(module, (_NormBase, nn.GroupNorm)) and registered_name(module) is None:
-        return "of a class that is not known"
-    if isinstance(module, torch.jit.ScriptModule):
-        return "compiled by TorchScript"
-    if torch.nn.utils.parametrize.is_parametrized(module):
-        return "parametrized: remove the parametrizations first"
-    own = set(dict(module.named_parameters(recurse=False))) - {"weight", "bias"}
-    if own and kind.__module__.split(".")[0] not in ("torch", "normlab"):
-        return f"has parameters of its own: {', '.join(sorted(own))}"
-    if list(module.children()):
+    if list(module.children()) and not parametrize.is_parametrized(module):
         return "has modules inside, which would be lost: " + ", ".join(dict(module.named_children()))
-    plain = kind.__module__.split(".")[0] in ("torch", "normlab")
-    if not plain and not _computes_as_its_base(module):
-        return f"computes something else than {_base(kind).__name__}: a conversion would lose it"
-    return None
+    by = known_by(module)
+    if by == "name":
+        return "of a class that is not known: only its name says that it is a norm"
+    return _why_not_tensors(module) or (_why_not_class(module) if by == "class" else _why_not_foreign(module))
 
 
-def _base(kind: type[nn.Module]) -> type[nn.Module]:
-    return next(base for base in kind.__mro__ if base.__module__.split(".")[0] in ("torch", "normlab"))
+def _why_not_tensors(module: nn.Module) -> str | None:
+    """Why its tensors cannot be handed on."""
+    if parametrize.is_parametrized(module):
+        return "parametrized: remove the parametrizations first"
+    if computed := [key for key, value in module.__dict__.items() if key in PARTS and value is not None]:
+        return f"its {', '.join(computed)} is computed from other tensors: remove that first"
+    own = [*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))]
+    extra = sorted(set(own) - PARTS - _of_its_class(module))
+    if extra:
+        return f"has parameters of its own: {', '.join(extra)}"
+    sizes = {part.numel() for part in _per_channel(module)}
+    return None if len(sizes) < 2 else f"its parts are of different sizes: {', '.join(map(str, sorted(sizes)))}"
 
 
-def _computes_as_its_base(module: nn.Module) -> bool:
-    """Whether a subclass gives what the class of torch's or ours that it is made from gives."""
+def _per_channel(module: nn.Module) -> list[torch.Tensor]:
+    found = (getattr(module, name, None) for name in ("weight", "bias", *STATISTICS))
+    return [part for part in found if isinstance(part, torch.Tensor)]
+
+
+def _of_its_class(module: nn.Module) -> set[str]:
+    """What a new layer of a registered norm's class has."""
+    if registered_name(module) is None:
+        return set()
+    with torch.random.fork_rng(devices=[]):
+        return set(type(module)(channels(module)).state_dict())
+
+
+def _why_not_class(module: nn.Module) -> str | None:
+    """Why a subclass of torch's or ours is more than that."""
     kind = type(module)
-    base = _base(kind)
-    if kind.forward is base.forward:
-        return True
-    x = example(module)
-    training = module.training
-    try:
-        module.training = False
-        with torch.no_grad():
-            return torch.allclose(kind.forward(module, x), base.forward(module, x), atol=1e-6)
-    except Exception:  # whatever a forward of its own may raise on this input, it is not its base's
-        return False
-    finally:
-        module.training = training
-
-
-def channels(module: nn.Module) -> int:
-    """C of the (N, C, *space) that the norm takes."""
-    found: Any = getattr(module, "num_features", None) or getattr(module, "num_channels", None)
-    return found or len(module.get_buffer("running_mean"))
-
-
-def untouched(module: nn.Module) -> bool:
-    """Whether its running statistics, if it has any, are those that every layer begins with, 0 and 1."""
-    mean, var = (getattr(module, name, None) for name in ("running_mean", "running_var"))
-    return mean is not None and var is not None and not mean.any() and bool((var == 1).all())
-
-
-def example(module: nn.Module, dims: int | None = None) -> Tensor:
-    """An input that the norm takes, with values on both sides of 0."""
-    part = next((part for part in (*module.parameters(), *module.buffers()) if part.is_floating_point()), None)
-    options: dict[str, Any] = {} if part is None else {"device": part.device, "dtype": part.dtype}
-    shape = 4, channels(module), *[3] * (dims or space_dims(module) or 2)
-    generator = torch.Generator().manual_seed(0)
-    return (3 * torch.randn(shape, generator=generator)).to(**options)
-
-
-def space_dims(module: nn.Module) -> int | None:
-    """How many space dimensions the norm's name says it takes; None if it takes any."""
-    for kind in type(module).__mro__:
-        for dims in (1, 2, 3):
-            if f"{dims}d" in kind.__name__:
-                return dims
+    base = next(base for base in kind.__mro__ if base.__module__.split(".")[0] in ("torch", "normlab"))
+    further = takes_more(module)
+    if further:
+        return f"its forward takes more than an input: {', '.join(further)}, which another norm cannot"
+    if "forward" in module.__dict__ or (not library(kind) and not computes_as_its_base(module, base)):
+        return f"computes something else than {base.__name__}: a conversion would lose it"
     return None
 
 
-def model_dims(model: nn.Module) -> int | None:
-    """How many space dimensions most of its convolutions have; None without any."""
-    counts = [dims for module in model.modules() for kind, dims in CONVOLUTIONS.items() if isinstance(module, kind)]
-    return max(set(counts), key=counts.count) if counts else None
+def _why_not_foreign(module: nn.Module) -> str | None:
+    """Why a class that has running statistics is no batch norm."""
+    if further := takes_more(module):
+        return f"its forward takes more than an input: {', '.join(further)}, which another norm cannot"
+    if all(hasattr(module, name) for name in ("weight", "bias", "eps")) and is_affine(module):
+        return None
+    return "of a class that is not known, and in evaluation no scale and shift by its statistics, γ and β"
 
 
-def chosen(choice: Choice | Iterable[Choice] | None, found: Found) -> bool:
-    """Whether a norm is meant, at any of its places; None means all.
-
-    Raises:
-        InputError: the choice is no choice.
-    """
-    return choice is None or is_meant(found.module, [place.name for place in found.places], choice)
+def takes_more(module: nn.Module) -> list[str]:
+    """Arguments of a foreign class's `forward` beyond the input."""
+    if library(type(module)):
+        return []
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[2:]
+    return [str(parameter).split(":")[0].split("=")[0] for parameter in parameters]
 
 
 def called(module: nn.Module) -> str:
     """Its class, in words that tell torch's from ours."""
     kind = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"TorchScript {module.original_name}"
     return ("torch " if kind.__module__.startswith("torch.") else "") + kind.__name__
 
 
 def put(model: nn.Module, found: Found, new: nn.Module) -> nn.Module:
     """Put `new` at every place of a norm; returns the model, which is `new` if the model was that norm."""
     for place in found.places:
-        if place.parent is None:
+        if place.holder is None:
             model = new
         else:
-            place.parent._modules[place.key] = new
+            place.write(new)
     return model
+
+
+def chosen(choice: Choice | Iterable[Choice] | None, found: Found) -> bool:
+    """Whether a norm is meant, by any of its names; None means all.
+
+    Raises:
+        InputError: the choice is no choice.
+    """
+    return choice is None or is_meant(found.module, found.names, choice)
+
+
+class Selection:
+    """Which norms are meant, by `only` and `skip`.
+
+    Raises:
+        InputError: a pattern of names meets no norm of the model, or a choice is none.
+    """
+
+    def __init__(self, only: Any, skip: Any, found: list[Found]):
+        self._only, self._skip = _checked("only", only, found), _checked("skip", skip, found)
+        meets = any(chosen(self._only, one) for one in found)
+        self._note = "not chosen" if meets else f"not chosen: only={_worded(self._only)} meets no norm of the model"
+
+    def why_not(self, found: Found) -> str | None:
+        """Why a norm is not meant, or None."""
+        left = not chosen(self._only, found) or (self._skip != () and chosen(self._skip, found))
+        return self._note if left else None
+
+
+def _checked(argument: str, choice: Any, found: list[Found]) -> Any:
+    """The choice, whose patterns meet a norm each; an iterable as a list, so that it can be gone through again."""
+    if choice is None:
+        return None
+    single = isinstance(choice, (str, type)) or callable(choice)
+    check(single or isinstance(choice, Iterable), argument, choice, "a pattern, a class, a function, or several")
+    parts = [choice] if single else list(choice)
+    for part in parts:
+        if isinstance(part, str) and not any(chosen(part, one) for one in found):
+            names = [name for one in found for name in one.names]
+            check(bool(names), argument, part, "a pattern of norms' names; the model has no norms")
+            raise unknown(argument, part, names)
+    return choice if single else parts if parts or argument == "only" else ()
+
+
+def _worded(choice: Any) -> str:
+    parts = choice if isinstance(choice, list) else [choice]
+    return ", ".join(getattr(part, "__name__", repr(part)) for part in parts)

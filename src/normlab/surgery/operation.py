@@ -1,14 +1,20 @@
 """What a verb of surgery gives back: the model, the report, and the way back."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
+from ..errors import InputError
 from .modules import Found, put
 from .report import Report
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass
@@ -24,23 +30,49 @@ class Operation:
     model: nn.Module
     report: Report
     replaced: list[tuple[Found, nn.Module]] = field(default_factory=list, repr=False)
-    _optimizer: "Groups | None" = field(default=None, repr=False)
-    _learned: list[tuple[nn.Parameter, bool]] = field(default_factory=list, repr=False)
+    _restore: list[Callable[[], Any]] = field(default_factory=list, repr=False)
+    _left: "dict[nn.Module, dict[str, Tensor]]" = field(default_factory=dict, repr=False)
+    _versions: int = field(default=0, repr=False)
 
     def undo(self) -> nn.Module:
         """Put the norms that were there back, in `model`, and the optimizer's parameters too; returns the model.
 
-        γ and β that both norms have stay as they are now; statistics are as they were.
+        Where nothing moved since, all is bit by bit as before. Where the model was trained, γ and β stay as they are
+        now, and statistics go over to the norm that was there, as converting back does.
+
+        Raises:
+            InputError: the model was trained with norms that have no statistics, so that those of before fit no more;
+                or other modules were put in the place of the new norms. The model is as it was then.
         """
+        trained = _versions(self.model) != self._versions
         for found, new in self.replaced:
-            found.module.train(new.training)
-            self.model = put(self.model, found, found.module)
-        self.replaced = []
-        for parameter, learns in self._learned:
-            parameter.requires_grad_(learns)
-        if self._optimizer is not None:
-            self._optimizer.restore()
+            self._check_way_back(found, new, trained)
+        for found, new in self.replaced:
+            self._hand_back(found.module, new)
+        self._revert()
         return self.model
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Inside, the model is changed; a failure there, Ctrl-C too, leaves it as it was."""
+        try:
+            yield
+        except BaseException:
+            self._revert()
+            raise
+        self._left = {
+            new: {name: part.detach().clone() for name, part in _statistics(new).items()} for _, new in self.replaced
+        }
+        self._versions = _versions(self.model)
+
+    def on_undo(self, restore: Callable[[], Any]) -> None:
+        """What puts a change back that is made next."""
+        self._restore.append(restore)
+
+    def put(self, found: Found, new: nn.Module) -> None:
+        """Replace a norm."""
+        self.replaced.append((found, new))
+        self.model = put(self.model, found, new)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.report))
@@ -53,6 +85,48 @@ class Operation:
 
     def __rich__(self) -> Any:
         return self.report.__rich__()
+
+    def _revert(self) -> None:
+        for found, new in self.replaced:
+            found.module.training = new.training
+            self.model = put(self.model, found, found.module)
+        for restore in reversed(self._restore):
+            restore()
+        self.replaced, self._restore = [], []
+
+    def _check_way_back(self, found: Found, new: nn.Module, trained: bool) -> None:
+        there = [self.model if place.holder is None else place.read() for place in found.places]
+        if any(one is not new for one in there):
+            raise InputError(
+                f"undo: expected {type(new).__name__} at {found.name}, where this operation put it, got "
+                f"{', '.join(sorted({type(one).__name__ for one in there}))}. Undo the later operation first."
+            )
+        has, had = _statistics(new), _statistics(found.module)
+        if trained and "running_mean" in had and "running_mean" not in has:
+            raise InputError(
+                f"undo: the model was trained since, and {type(new).__name__} at {found.name} has no statistics: those "
+                f"of {type(found.module).__name__} are of before. Convert to 'batch', then recalibrate."
+            )
+
+    def _hand_back(self, old: nn.Module, new: nn.Module) -> None:
+        """The statistics that moved since."""
+        before, now, own = self._left.get(new, {}), _statistics(new), _statistics(old)
+        if all(name in before and torch.equal(part, before[name]) for name, part in now.items()):
+            return
+        moved = {name: part for name, part in now.items() if name in own}
+        with torch.no_grad():
+            old.load_state_dict(moved, strict=False)
+
+
+def _statistics(norm: nn.Module) -> dict[str, Tensor]:
+    found = {name: norm._buffers.get(name) for name in STATISTICS}
+    return {name: part for name, part in found.items() if part is not None and not part.is_meta}
+
+
+def _versions(model: nn.Module) -> int:
+    """Grows whenever a parameter is written."""
+    made = [part for part in model.parameters() if not isinstance(part, UninitializedParameter)]
+    return sum(part._version for part in made if not part.is_inference())
 
 
 class Groups:

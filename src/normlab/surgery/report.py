@@ -1,7 +1,8 @@
 """What surgery did to a model, module by module, and what it left."""
 
+import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from typing import Any
 
@@ -24,6 +25,12 @@ class Row:
     became: str | None
     note: str
     change: float | None = None
+
+    def with_change(self, change: float | None) -> "Row":
+        """The same, measured; what is not finite is said in words."""
+        unknown = change is not None and math.isnan(change)
+        note = f"{self.note}; infinite or NaN on these batches: nothing was compared" if unknown else self.note
+        return replace(self, change=change, note=note)
 
 
 @dataclass

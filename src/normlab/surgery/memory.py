@@ -1,0 +1,33 @@
+"""What surgery remembers of a norm that it took out, on the norm in its place: for the way back."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .places import MEMORY
+
+
+@dataclass
+class Before:
+    """Of the norm that was there.
+
+    Attributes:
+        momentum: its weight of a new batch, as in torch, where the norm in its place has none or another meaning.
+        module: the norm itself, if it is to come back as it was (`freeze`).
+        learned: which of its parameters learned.
+    """
+
+    momentum: float | None = None
+    has_momentum: bool = False
+    module: nn.Module | None = None
+    learned: tuple[bool, ...] = ()
+
+
+def remember(new: nn.Module, before: Before) -> None:
+    """Keep it with the new norm; it is copied and pickled with it, and is no part of its state."""
+    new.__dict__[MEMORY] = before
+
+
+def remembered(module: nn.Module) -> Before | None:
+    """What is remembered of the norm that was in this one's place."""
+    return module.__dict__.get(MEMORY)

@@ -1,0 +1,69 @@
+"""Which modules read the statistics of norms that they hold, instead of calling them: by their code."""
+
+from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import Any
+
+from torch import nn
+
+from .modules import Found, known_by
+
+READ = {"running_mean", "running_var"}
+
+
+def reader_of_statistics(model: nn.Module) -> Callable[..., str | None]:
+    """A function of a norm that names the class and method which reads statistics, of the modules that hold it.
+
+    With `in_forward` only what `forward` runs counts: the method itself and those of the same object that it calls.
+    The code is read, not run. It says that some statistics are read, not whose.
+    """
+
+    def reader(found: Found, in_forward: bool = False) -> str | None:
+        for place in found.places:
+            holder = place.holder
+            if isinstance(holder, nn.Module) and known_by(holder) is None:
+                method = _reading_method(type(holder), in_forward)
+                if method is not None:
+                    return f"{type(holder).__name__}.{method}"
+        return None
+
+    return reader
+
+
+_READING: dict[tuple[type, bool], str | None] = {}
+
+
+def _reading_method(kind: type, in_forward: bool) -> str | None:
+    if (kind, in_forward) not in _READING:
+        methods = dict(_methods(kind))
+        names = _reached("forward", methods) if in_forward else [name for name in methods if name != "__init__"]
+        reads = (name for name in names if READ & set(_names(methods[name])))
+        _READING[kind, in_forward] = next(reads, None)
+    return _READING[kind, in_forward]
+
+
+def _methods(kind: type) -> Iterator[tuple[str, CodeType]]:
+    """Of a class and those that it is made from, but for `torch.nn.Module` and what containers have."""
+    for base in reversed(kind.__mro__):
+        if base.__module__.startswith("torch.nn.modules"):
+            continue
+        for name, value in vars(base).items():
+            function: Any = getattr(value, "__func__", value)
+            if isinstance(getattr(function, "__code__", None), CodeType):
+                yield name, function.__code__
+
+
+def _reached(name: str, methods: dict[str, CodeType]) -> list[str]:
+    found, waiting = [], [name]
+    while waiting:
+        one = waiting.pop()
+        if one in methods and one not in found:
+            found.append(one)
+            waiting += [other for other in _names(methods[one]) if other in methods]
+    return found
+
+
+def _names(code: CodeType) -> list[str]:
+    """Attributes and globals that a function names, with the functions inside it."""
+    inner = [name for constant in code.co_consts if isinstance(constant, CodeType) for name in _names(constant)]
+    return [*code.co_names, *inner]

@@ -1,0 +1,241 @@
+"""What a norm computes, found by running it on made-up values: a twin of it, inside a guard."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import FrozenBatchNorm2d, MovingAverageBatchNorm2d
+from ..nn.activation import SLOPES
+
+CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+CONVOLUTIONS |= {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
+AFFINE = ("weight", "bias", "running_mean", "running_var", "eps")  # of batch norm, whatever its class
+RANKS = (2, 1, 3, 0)  # space dimensions to try
+IMAGES, SIDE = 5, 3
+
+
+def library(kind: type) -> bool:
+    """Whether a class is torch's or ours."""
+    return kind.__module__.split(".")[0] in ("torch", "normlab")
+
+
+def channels(module: nn.Module) -> int:
+    """C of the (N, C, *space) that the norm takes, by its tensors; without any by what it says."""
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        part = getattr(module, name, None)
+        if isinstance(part, Tensor):
+            return part.numel()
+    return getattr(module, "num_features", None) or getattr(module, "num_channels", None) or 0
+
+
+def space_dims(module: nn.Module) -> int | None:
+    """How many space dimensions the norm's class says it takes; None if it takes any, or was told to."""
+    if "accepted_dims" in module.__dict__:
+        return None
+    for kind in type(module).__mro__:
+        for dims in (1, 2, 3):
+            if f"{dims}d" in kind.__name__:
+                return dims
+    return None
+
+
+def model_dims(model: nn.Module) -> int | None:
+    """How many space dimensions most of its convolutions have; None without any."""
+    counts = [dims for module in model.modules() for kind, dims in CONVOLUTIONS.items() if isinstance(module, kind)]
+    return max(set(counts), key=counts.count) if counts else None
+
+
+def twin(module: nn.Module, random: bool = True) -> nn.Module:
+    """A module of the same class and attributes, with tensors of its own, no hooks, in evaluation mode.
+
+    With `random` γ, β and statistics are drawn, so that no two channels are alike.
+    """
+    new = type(module).__new__(type(module))
+    fresh = nn.Module().__dict__
+    new.__dict__.update({key: fresh.get(key, value) for key, value in module.__dict__.items()})
+    generator = torch.Generator().manual_seed(1)
+    new.__dict__["_modules"] = dict(module._modules)
+    for kind in ("_parameters", "_buffers"):
+        new.__dict__[kind] = {
+            name: None if part is None else _drawn(name, part.detach(), generator if random else None)
+            for name, part in getattr(module, kind).items()
+        }
+    for name, part in new.__dict__["_parameters"].items():
+        new.__dict__["_parameters"][name] = None if part is None else nn.Parameter(part, False)
+    new.__dict__["training"] = False
+    return new
+
+
+def _drawn(name: str, part: Tensor, generator: torch.Generator | None) -> Tensor:
+    if generator is None or name not in AFFINE or not part.is_floating_point():
+        return part.clone()
+    values = torch.rand(part.shape, generator=generator) * 2 + 0.5
+    signs = 1 if name == "running_var" else torch.rand(part.shape, generator=generator).sub(0.3).sign()
+    return (values * signs).to(part)
+
+
+def example(module: nn.Module, dims: int | None = None) -> Tensor:
+    """An input that the norm takes, with values on both sides of 0."""
+    part = next((part for part in (*module.parameters(), *module.buffers()) if part.is_floating_point()), None)
+    options: dict[str, Any] = {} if part is None else {"device": part.device, "dtype": part.dtype}
+    space = dims if dims is not None else space_dims(module)
+    shape = IMAGES, channels(module), *[SIDE] * (2 if space is None else space)
+    generator = torch.Generator().manual_seed(0)
+    return (3 * torch.randn(shape, generator=generator)).to(**options)
+
+
+def output(module: nn.Module, x: Tensor, kind: type[nn.Module] | None = None) -> Tensor | None:
+    """What its `forward` (or that of class `kind`) gives, without hooks or gradients; None if it fails.
+
+    The code may be anybody's: whatever it raises says that it does not take this input.
+    """
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            y = (kind or type(module)).forward(module, x)  # type: ignore[reportAttributeAccessIssue]
+    except Exception:
+        return None
+    return y if isinstance(y, Tensor) and y.shape == x.shape else None
+
+
+def on_meta(module: nn.Module) -> bool:
+    """Whether it has no values to run with."""
+    return any(part.is_meta for part in (*module.parameters(), *module.buffers()))
+
+
+def computes_as_its_base(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether a subclass gives in evaluation what `base` gives, whatever its statistics, γ and β."""
+    kind: Any = type(module)
+    if kind.__call__ is not nn.Module.__call__:
+        return False
+    if kind.forward is base.forward:
+        return True
+    if on_meta(module):
+        return False
+    probe = twin(module)
+    x = example(probe)
+    one, other = output(probe, x.clone()), output(probe, x.clone(), base)
+    return one is not None and other is not None and _close(one, other)
+
+
+def is_affine(norm: nn.Module, dims: int | None = None) -> bool:
+    """Whether in evaluation it is what its statistics, γ and β say, with the activation it has.
+
+    Tried on an input of so many space dimensions, or of any that it takes.
+    """
+    return bool(affine_dims(norm, (dims,) if dims is not None else RANKS))
+
+
+def affine_dims(norm: nn.Module, tried: tuple[int, ...] = RANKS) -> list[int]:
+    """For which numbers of space dimensions it is a scale and shift in evaluation."""
+    if not all(hasattr(norm, name) for name in AFFINE) or not isinstance(norm.running_mean, Tensor):
+        return []
+    if not isinstance(norm.running_var, Tensor) or on_meta(norm) or isinstance(norm, torch.jit.ScriptModule):
+        return []
+    return [dims for dims in tried if _affine_at(twin(norm), dims) and _affine_at(twin(norm, random=False), dims)]
+
+
+def _affine_at(probe: nn.Module, dims: int) -> bool:
+    x = example(probe, dims)
+    y = output(probe, x.clone())
+    if y is None:
+        return False
+    scale, shift = scale_and_shift(probe)
+    along = (1, -1, *[1] * dims)
+    return _close(y.double(), activation_of(probe)(scale.view(along) * x.double() + shift.view(along)), x.dtype)
+
+
+def _close(one: Tensor, other: Tensor, dtype: torch.dtype | None = None) -> bool:
+    finite = other.isfinite()
+    if not torch.equal(finite, one.isfinite()):
+        return False
+    largest = float(other[finite].abs().max()) if finite.any() else 0.0
+    close = 8 * max(torch.finfo(dtype or one.dtype).eps, 1e-5)
+    return torch.allclose(one[finite].double(), other[finite].double(), rtol=close, atol=close * largest)
+
+
+def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Of each channel in evaluation, in float64."""
+    parts: Any = norm  # γ and β may be buffers too
+    mean, var = parts.running_mean.double().flatten(), parts.running_var.double().flatten()
+    scale = (var + parts.eps).rsqrt()
+    if parts.weight is not None:
+        scale = scale * parts.weight.detach().double().flatten()
+    shift = -mean * scale
+    return scale, shift if parts.bias is None else shift + parts.bias.detach().double().flatten()
+
+
+def activation_of(norm: nn.Module) -> nn.Module:
+    """The activation that a norm of ours has, as a module of its own."""
+    name = getattr(norm, "activation", None)
+    if name is None or not library(type(norm)):
+        return nn.Identity()
+    return nn.ReLU() if SLOPES[name] == 0 else nn.LeakyReLU(SLOPES[name])
+
+
+def is_constant(norm: nn.Module) -> bool:
+    """Whether it computes in training what it does in evaluation and keeps its statistics: a frozen norm."""
+    for dims in (space_dims(norm),) if space_dims(norm) is not None else RANKS:
+        probe = twin(norm)
+        x = example(probe, dims)
+        evaluated = output(probe, x.clone())
+        probe.training = True
+        before = [part.clone() for part in probe.buffers()]
+        trained = output(probe, x.clone())
+        if evaluated is not None and trained is not None:
+            kept = all(torch.equal(*pair) for pair in zip(before, probe.buffers(), strict=True))
+            return kept and torch.equal(evaluated, trained)
+    return False
+
+
+def statistics_kind(norm: nn.Module) -> str | None:
+    """What its running statistics are statistics of, found by training a twin on one batch.
+
+    "pooled": mean and variance of all values of a channel. "images": the means over images of their own means and
+    variances, as instance norm has. "squares": the mean square, in the place of the variance. "constant": nothing
+    moves them. None: something else, or it could not be run.
+    """
+    if library(type(norm)):
+        if isinstance(norm, (FrozenBatchNorm2d, MovingAverageBatchNorm2d)):
+            return "constant" if isinstance(norm, FrozenBatchNorm2d) else "squares"
+        return "images" if isinstance(norm, nn.modules.instancenorm._InstanceNorm) else "pooled"
+    if is_constant(norm):
+        return "constant"
+    dims = space_dims(norm)
+    kinds = (_kind_at(norm, tried) for tried in ((dims,) if dims is not None else (2, 1, 3)))
+    return next((kind for kind in kinds if kind is not None), None)
+
+
+def _kind_at(norm: nn.Module, dims: int) -> str | None:
+    """Of which statistics of a batch its own move a part of the way towards, in training."""
+    probe = twin(norm)
+    before = [probe._buffers[name] for name in ("running_mean", "running_var")]
+    before = [None if part is None else part.double().flatten().clone() for part in before]
+    probe.training = True
+    x = example(probe, dims)
+    if output(probe, x.clone()) is None:
+        return None
+    after = [probe._buffers[name] for name in ("running_mean", "running_var")]
+    x = x.double()
+    values, images = x.transpose(0, 1).flatten(1), x.flatten(2) if x.dim() > 2 else x[..., None]
+    for correction in (1, 0):
+        found = {
+            "pooled": (values.mean(1), values.var(1, correction=correction)),
+            "images": (images.mean((0, 2)), images.var(2, correction=correction).mean(0)),
+        }
+        for kind, batch in found.items():
+            if _moved_towards(before, after, batch):
+                return kind
+    return None
+
+
+def _moved_towards(before: Any, after: Any, batch: tuple[Tensor, Tensor]) -> bool:
+    """Whether mean and variance went the same share of the way, above 0, from before to those of a batch."""
+    if any(part is None for part in (*before, *after)):
+        return False
+    way = torch.cat([new - old for new, old in zip(batch, before, strict=True)])
+    moved = torch.cat([new.double().flatten() - old for new, old in zip(after, before, strict=True)])
+    share = float((way * moved).sum() / way.square().sum())
+    return 0 < share <= 1 + 1e-6 and bool((moved - share * way).abs().max() <= 1e-3 * share * way.abs().max())
