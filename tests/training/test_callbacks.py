@@ -8,6 +8,7 @@ from torch import nn
 
 from normlab.data import TensorBatches
 from normlab.errors import InputError
+from normlab.nn import RunningBatchNorm1d
 from normlab.training import (
     Callback,
     CancelBatch,
@@ -273,6 +274,64 @@ def test_the_best_loss_is_forgotten_between_fits():
 def test_a_sweep_that_makes_no_sense_is_refused(options, message):
     with pytest.raises(InputError, match=message):
         FindLearningRate(**options)
+
+
+def searched(optimizer: torch.optim.Optimizer, model: nn.Module, *callbacks: Callback, **options) -> Learner:
+    return classifier(FindLearningRate(8, 1e-3, 1e1), *callbacks, n=40, optimizer=optimizer, model=model, **options)
+
+
+def contents(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Copies of all tensors there are; buffers that no state dict has, too."""
+    state = [value for one in optimizer.state.values() for value in one.values() if torch.is_tensor(value)]
+    return [part.detach().clone() for part in (*model.parameters(), *model.buffers(), *state)]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_after_the_search_everything_is_as_before(kind, begun):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), RunningBatchNorm1d(4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    groups = [{"params": model[0].parameters(), "lr": 0.03}, {"params": model[1:].parameters(), "lr": 0.07}]
+    optimizer = kind(groups, weight_decay=0.01)
+    if begun:
+        classifier(model=model, optimizer=optimizer).fit(1)
+    before, settings = contents(model, optimizer), [dict(group) for group in optimizer.param_groups]
+    groups = list(optimizer.param_groups)
+    moved = sees(lambda it: float((it.model[0].weight.detach() - before[0]).abs().max()), "after_step")
+    searched(optimizer, model, moved).fit(1)
+    assert max(moved.seen) > 0.01, "the search trained"
+    after = contents(model, optimizer)
+    assert len(after) == len(before)
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert all(group is same for group, same in zip(optimizer.param_groups, groups, strict=True))
+    for group, was in zip(optimizer.param_groups, settings, strict=True):
+        assert {n: v for n, v in group.items() if n != "params"} == {n: v for n, v in was.items() if n != "params"}
+    twin, moments = contents(model, optimizer), classifier(model=model, optimizer=optimizer)
+    moments.fit(1)
+    assert not torch.equal(model[0].weight, twin[0]), "training goes on from there"
+
+
+def test_after_a_search_that_fails_everything_is_as_before():
+    model = nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
+    before = model.weight.detach().clone()
+
+    class Fails(Callback):
+        def after_step(self) -> None:
+            if self.learner.step == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        searched(optimizer, model, Fails()).fit(1)
+    assert torch.equal(model.weight, before)
+    assert optimizer.param_groups[0]["lr"] == 0.03
+    assert not optimizer.state
+
+
+def test_a_search_of_a_model_whose_parameters_are_not_made_is_refused():
+    model = nn.LazyLinear(3)
+    with pytest.raises(InputError, match=r"weight, bias.*run a batch"):
+        searched(torch.optim.SGD(model.parameters(), lr=0.1), model).fit(1)
 
 
 # --- ToDevice, TransformInputs, ClipGradients -----------------------------------------------------------------------

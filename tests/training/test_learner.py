@@ -479,3 +479,30 @@ def test_the_same_seed_gives_the_same_losses_in_a_fresh_process(capsys):
     exec(SCRIPT, {})
     assert fresh.stdout.count("0x") == 16
     assert fresh.stdout == capsys.readouterr().out
+
+
+# --- optimizers that evaluate the loss again ------------------------------------------------------------------------
+
+
+def test_it_trains_with_lbfgs_as_a_plain_loop_does():
+    x, y = numbers(12)
+    learned, plain = (nn.Linear(3, 1, dtype=torch.float64) for _ in range(2))
+    plain.load_state_dict(learned.state_dict())
+    metrics = Metrics()
+    optimizer = torch.optim.LBFGS(learned.parameters(), max_iter=5)
+    learner = Learner(learned, [(x, y)] * 3, loss_func=nn.functional.mse_loss, optimizer=optimizer, callbacks=[metrics])
+    learner.fit(1)
+    reference, first = torch.optim.LBFGS(plain.parameters(), max_iter=5), []
+
+    def closure():
+        reference.zero_grad()
+        loss = nn.functional.mse_loss(plain(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        first.append(reference.step(closure).item())
+    for a, b in zip(learned.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert learner.step == 3
+    assert learner.history[0]["train"]["loss"] == pytest.approx(sum(first) / 3), "each batch counts once"

@@ -1,5 +1,6 @@
 """The callbacks that training usually wants: metrics, records, schedules, devices, guards."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -7,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from ..errors import InputError, check, unknown
+from .batches import call_each, count_samples
 from .events import Callback, CancelTrain
 from .metrics import Metric, MetricMean, SampleMean
 from .schedules import Schedule
@@ -24,6 +27,9 @@ class Metrics(Callback):
 
     Args:
         **metrics: functions of output and targets, by name; see `mean_over_samples` for fast ones.
+
+    Raises:
+        InputError: a metric cannot take the model's output, or gives no single figure.
     """
 
     def __init__(self, **metrics: Metric):
@@ -47,10 +53,10 @@ class Metrics(Callback):
 
     def _count_batch(self) -> None:
         learner = self.learner
-        targets = learner.targets
-        self._loss.add(learner.loss, len(targets))
+        samples = count_samples(learner.inputs, learner.targets)
+        self._loss.add(learner.loss, samples)
         for mean in self._means:
-            mean.add(learner.output, targets)
+            mean.add(learner.output, learner.targets, samples)
 
     def after_epoch(self) -> None:
         self._end_part()
@@ -58,7 +64,7 @@ class Metrics(Callback):
 
     def _begin_part(self, part: str) -> None:
         self._part, self._loss = part, SampleMean()
-        self._means = [MetricMean(metric) for metric in self.metrics.values()]
+        self._means = [MetricMean(metric, name) for name, metric in self.metrics.items()]
 
     def _end_part(self) -> None:
         figures = {name: mean.value() for name, mean in zip(self.metrics, self._means, strict=True)}
@@ -129,10 +135,15 @@ class FindLearningRate(Callback):
     """Raises the learning rate from `min_lr` to `max_lr`, geometrically, to see from which one on the loss rises.
 
     Ends the fit at `max_steps` steps, or when the loss passes ten times its best or is not finite. Plot a `Recorder`'s
-    losses over its rates afterwards.
+    losses over its rates afterwards. After the fit, and after one that failed, parameters, buffers, the optimizer's
+    state and its rates are as they were before; a copy of them is kept as long.
+
+    Raises:
+        InputError: an argument cannot be used, or a parameter of the model is not made yet.
     """
 
     order = 1
+    _before: "_Snapshot | None" = None
 
     def __init__(self, max_steps: int = 100, min_lr: float = 1e-6, max_lr: float = 10.0):
         check(max_steps >= 1, "max_steps", max_steps, "a whole number from 1")
@@ -141,6 +152,7 @@ class FindLearningRate(Callback):
 
     def begin_fit(self) -> None:
         self._best = float("inf")
+        self._before = _Snapshot(self.learner.model, self.learner.optimizer)
 
     def begin_batch(self) -> None:
         if self.learner.training:
@@ -154,9 +166,45 @@ class FindLearningRate(Callback):
             raise CancelTrain
         self._best = min(self._best, loss)
 
+    def after_fit(self) -> None:
+        if self._before is not None:  # it is None where the fit failed before this callback began
+            self._before.restore()
+        self._before = None
+
+
+class _Snapshot:
+    """Parameters and buffers of a model, state and settings of its optimizer."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        lazy = [name for name, part in model.named_parameters() if isinstance(part, UninitializedParameter)]
+        check(not lazy, "model", ", ".join(lazy), "one whose parameters are all there: run a batch through it first")
+        places = [(place, name, part) for place in _places(model) for name, part in place.items() if part is not None]
+        self._tensors = [(place, name, part, part.detach().clone()) for place, name, part in places]
+        self._optimizer = optimizer
+        self._state = {parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()}
+        self._groups = [copy.deepcopy(_settings(group)) for group in optimizer.param_groups]
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for place, name, part, value in self._tensors:
+                part.copy_(value)
+                place[name] = part
+        self._optimizer.state.clear()
+        self._optimizer.state.update(self._state)
+        for group, settings in zip(self._optimizer.param_groups, self._groups, strict=True):
+            group.update(settings)
+
+
+def _places(model: nn.Module) -> list[dict[str, Any]]:
+    return [place for module in model.modules() for place in (module._parameters, module._buffers)]
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
 
 class ToDevice(Callback):
-    """Moves the model at the beginning, and each batch, to a device."""
+    """Moves the model at the beginning, and each batch, to a device; also what is in tuples, lists and dicts."""
 
     def __init__(self, device: torch.device | str):
         self.device = torch.device(device)
@@ -166,8 +214,8 @@ class ToDevice(Callback):
 
     def begin_batch(self) -> None:
         learner = self.learner
-        learner.inputs = learner.inputs.to(self.device, non_blocking=True)
-        learner.targets = learner.targets.to(self.device, non_blocking=True)
+        learner.inputs = call_each(learner.inputs, "to", self.device, non_blocking=True)
+        learner.targets = call_each(learner.targets, "to", self.device, non_blocking=True)
 
 
 class TransformInputs(Callback):

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import check
+from .batches import call_each
 
 _SWITCH = "trace_autograd_ops"  # of torch's compiler: gradients are part of the graph, rather than the end of it
 # Checks of what the compiler's own code hands to itself, at each operator.
@@ -28,7 +29,7 @@ class CompiledGradients:
         def gradients(model, loss_func, parameters, inputs, targets):  # as below
             output = model(inputs)
             loss = loss_func(output, targets)
-            return output.detach(), loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
+            return call_each(output, "detach"), loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
 
         # The compiler keeps what it makes with a function's code, eight times at most: each learner has its own code.
         gradients.__code__ = gradients.__code__.replace()

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import check
+from .batches import call_each, split_batch
 from .compiled import CompiledGradients
 from .events import EVENTS, CancelBatch, CancelEpoch, CancelTrain, Listener
 
@@ -27,18 +29,22 @@ class Learner:
         history             a dict an epoch, filled by callbacks
 
     Args:
-        model: any module; it is called with the inputs alone.
-        train: batches `(inputs, targets)`: `TensorBatches`, a DataLoader, any iterable that can be passed again.
+        model: any module; it is called with the inputs alone. Its output may be a structure of tensors.
+        train: batches `(inputs, targets)`: `TensorBatches`, a DataLoader, any iterable that can be passed again. A
+            batch may have more parts, which are not used, or be a dict with such keys as `image` and `label`, see
+            `split_batch`.
         valid: likewise, or None for no validation.
         loss_func: from output and targets to a scalar.
-        optimizer: over the model's parameters.
+        optimizer: over the model's parameters. One whose step evaluates the loss again, such as L-BFGS, gets it of the
+            same batch; the callbacks hear `after_pred` and `after_loss` each time.
         callbacks: in any order, see `Callback.order`.
         compile: make one compiled function of forward pass, loss and backward pass, by `torch.compile`, at the first
             training batch of each shape, which takes from seconds to a minute. `after_pred` and `after_loss` then come
             after it, and what a callback makes of output or loss there no longer changes the gradients.
 
     Raises:
-        InputError: `compile` with a torch that cannot compile gradients.
+        InputError: `compile` with a torch that cannot compile gradients; in `fit`, a batch that is neither pair nor
+            dict, or a loss that is not one value.
     """
 
     _compiled: CompiledGradients | None = None
@@ -71,6 +77,7 @@ class Learner:
         check(epochs >= 1, "epochs", epochs, "a whole number from 1")
         self._reset(epochs)
         self._listen()
+        self._closure = _needs_closure(self.optimizer)
         self.optimizer.zero_grad()  # of an earlier fit that was left between two steps
         try:
             self._emit("begin_fit")
@@ -99,7 +106,8 @@ class Learner:
             self._emit(beginning)
             batches = getattr(self, part)  # not before: a callback may give others
             self.num_batches = _length(batches)
-            for self.batch, (self.inputs, self.targets) in enumerate(batches):
+            for self.batch, batch in enumerate(batches):
+                self.inputs, self.targets = split_batch(batch)
                 self._run_batch()
         except CancelEpoch:
             self._emit("after_cancel_epoch")
@@ -107,10 +115,7 @@ class Learner:
     def _run_batch(self) -> None:
         try:
             self._emit("begin_batch")
-            if self._compiled is not None and self.training:
-                self._compiled_pass(self._compiled)
-            else:
-                self._pass()
+            self._pass()
             if self.training:
                 self._step()
         except CancelBatch:
@@ -119,13 +124,17 @@ class Learner:
             self._emit("after_batch")
 
     def _pass(self) -> None:
+        if self._compiled is not None and self.training:
+            self._compiled_pass(self._compiled)
+            return
         self.output = self.model(self.inputs)
         self._emit("after_pred")
         self.loss = self.loss_func(self.output, self.targets)
+        _check_loss(self.loss)
         self._emit("after_loss")
         if self.training:
             self.loss.backward()
-            self.loss, self.output = self.loss.detach(), self.output.detach()
+            self.loss, self.output = self.loss.detach(), call_each(self.output, "detach")
 
     def _compiled_pass(self, compiled: CompiledGradients) -> None:
         self.output, self.loss, gradients = compiled(self.model, self.loss_func, self.inputs, self.targets)
@@ -137,15 +146,35 @@ class Learner:
 
     def _step(self) -> None:
         self._emit("after_backward")
-        self.optimizer.step()
+        if self._closure:
+            self.optimizer.step(self._evaluations())
+        else:
+            self.optimizer.step()
         self.step += 1
         try:
             self._emit("after_step")
         finally:
-            # What optimizer.zero_grad() does, without the time it takes to be profiled.
-            for group in self.optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
+            self._clear_gradients()
+
+    def _evaluations(self) -> Callable[[], float]:
+        """For an optimizer that asks for the loss: the first time the one that is there, with its gradients."""
+        there = [self.loss]
+
+        def evaluate() -> float:
+            if there:
+                return float(there.pop())
+            self._clear_gradients()
+            with torch.enable_grad():
+                self._pass()
+            return float(self.loss)
+
+        return evaluate
+
+    def _clear_gradients(self) -> None:
+        """What optimizer.zero_grad() does, without the time it takes to be profiled."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def _reset(self, epochs: int) -> None:
         self.num_epochs, self.epoch, self.batch, self.step = epochs, 0, 0, 0
@@ -170,6 +199,18 @@ class Learner:
     def _emit(self, event: str) -> None:
         for listener in self._listeners[event]:
             listener()
+
+
+def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step cannot do without a closure."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty
+
+
+def _check_loss(loss: Any) -> None:
+    single = isinstance(loss, Tensor) and loss.numel() == 1
+    what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    check(single, "loss_func's result", what, "a tensor of one value, such as the sum or mean of its parts")
 
 
 def _length(batches: Any) -> int | None:

@@ -1,11 +1,15 @@
 """Figures of an epoch: means over its samples, not over its batches."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Metric = Callable[[Tensor, Tensor], Tensor]
+from ..errors import InputError
+from .batches import count_samples
+
+Metric = Callable[[Any, Any], Any]
 
 # Elements of output that are pooled before a metric is computed once for all of them.
 POOL = 1 << 14
@@ -55,21 +59,34 @@ class SampleMean:
 
 
 class MetricMean:
-    """The mean over samples of a metric; one marked `mean_over_samples` is computed for several batches at once."""
+    """The mean over samples of a metric; one marked `mean_over_samples` is computed for several batches at once.
 
-    def __init__(self, metric: Metric):
-        self.metric = metric
+    Args:
+        metric: of output and targets.
+        name: for errors.
+    """
+
+    def __init__(self, metric: Metric, name: str = "metric"):
+        self.metric, self.name = metric, name
         self._mean = SampleMean()
         self._pooled = getattr(metric, "mean_over_samples", False)
         self._outputs: list[Tensor] = []
         self._targets: list[Tensor] = []
         self._elements = 0
 
-    def add(self, output: Tensor, targets: Tensor) -> None:
-        """Count a batch; neither tensor may hold a graph."""
-        if not self._pooled:
-            self._mean.add(self.metric(output, targets), len(targets))
+    def add(self, output: Any, targets: Any, samples: int | None = None) -> None:
+        """Count a batch, of so many samples (by default as many as targets); no tensor in it may hold a graph.
+
+        Raises:
+            InputError: the metric cannot take the batch, or gives no single figure.
+        """
+        if not (self._pooled and isinstance(output, Tensor) and isinstance(targets, Tensor)):
+            self._mean.add(
+                self._figure(output, targets), count_samples(output, targets) if samples is None else samples
+            )
             return
+        if self._outputs and _sizes(output, targets) != _sizes(self._outputs[0], self._targets[0]):
+            self._flush()  # images of another size cannot be joined with these
         self._outputs.append(output)
         self._targets.append(targets)
         self._elements += output.numel()
@@ -86,3 +103,26 @@ class MetricMean:
             targets = torch.cat(self._targets)
             self._mean.add(self.metric(torch.cat(self._outputs), targets), len(targets))
             self._outputs, self._targets, self._elements = [], [], 0
+
+    def _figure(self, output: Any, targets: Any) -> Any:
+        try:
+            figure = self.metric(output, targets)
+        except Exception as error:  # of the user's function, whatever it raises on a structure
+            if isinstance(output, Tensor) and isinstance(targets, Tensor):
+                raise
+            raise InputError(
+                f"Metrics({self.name}=…): cannot take an output {type(output).__name__} with targets "
+                f"{type(targets).__name__} ({type(error).__name__}: {error}). Give it the part it needs: "
+                f"Metrics({self.name}=lambda output, targets: metric(output[0], targets))."
+            ) from error
+        if isinstance(figure, Tensor):
+            single, what = figure.numel() == 1, f"a tensor {tuple(figure.shape)}"
+        else:
+            single, what = hasattr(figure, "__float__"), type(figure).__name__
+        if not single:
+            raise InputError(f"Metrics({self.name}=…): expected one figure of each batch, got {what}.")
+        return figure
+
+
+def _sizes(output: Tensor, targets: Tensor) -> tuple[torch.Size, torch.Size]:
+    return output.shape[1:], targets.shape[1:]
