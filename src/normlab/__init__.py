@@ -5,9 +5,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .health import diagnose
-    from .surgery import convert, fold, freeze, is_norm, recalibrate, sync, unfreeze, unsync
+    from .surgery import card, check_card, convert, fold, freeze, is_norm, recalibrate, sync, unfreeze, unsync
 
-__all__ = ["convert", "diagnose", "fold", "freeze", "is_norm", "recalibrate", "sync", "unfreeze", "unsync"]
+__all__ = [
+    "card",
+    "check_card",
+    "convert",
+    "diagnose",
+    "fold",
+    "freeze",
+    "is_norm",
+    "recalibrate",
+    "sync",
+    "unfreeze",
+    "unsync",
+]
 _ROOMS = ("data", "health", "models", "nn", "observe", "surgery", "training")
 
 

@@ -1,5 +1,6 @@
 """Surgery: other norms in a model that exists, with a report of every module touched or left."""
 
+from ._card import card, check_card
 from ._convert import convert
 from ._fold import fold
 from ._freeze import freeze, unfreeze
@@ -14,6 +15,8 @@ __all__ = [
     "Operation",
     "Report",
     "Row",
+    "card",
+    "check_card",
     "convert",
     "fold",
     "freeze",
