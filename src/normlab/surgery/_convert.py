@@ -227,7 +227,7 @@ class _Plan:
         return None
 
     def _why_not_torch(self, norm: nn.Module) -> str | None:
-        if type(norm).__module__.startswith("torch."):
+        if type(norm).__module__.startswith("torch.") and not isinstance(norm, nn.SyncBatchNorm):
             return "is torch's already"
         grouped = isinstance(norm, GroupNorm)
         if not grouped and "running_mean" not in norm._buffers:

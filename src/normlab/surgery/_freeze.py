@@ -1,6 +1,7 @@
 """Batch norms that stay as they are while the rest of a model trains."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -47,7 +48,7 @@ def _stop_learning(operation: Operation, affine: bool) -> None:
         parameters = list(new.parameters())
         learned = tuple(parameter.requires_grad for parameter in parameters)
         kept = remembered(new) or Before()
-        remember(new, Before(kept.momentum, kept.has_momentum, found.module, learned))
+        remember(new, replace(kept, module=found.module, learned=learned))
         for parameter, learns in zip(parameters, learned, strict=True):
             operation.on_undo(partial(parameter.requires_grad_, learns))
         if affine:

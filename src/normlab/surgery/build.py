@@ -108,8 +108,9 @@ def _made(old: nn.Module, to: str, seen: Seen, space: int, options: dict[str, An
         options.setdefault("bias", bias is not None)
     if getattr(old, "activation", None) is not None:
         options.setdefault("activation", old.activation)
-    if "eps" in accepted and accepted["eps"].default == 1e-5:
-        options.setdefault("eps", old.eps)
+    eps = _eps(old)
+    if "eps" in accepted and accepted["eps"].default == 1e-5 and eps is not None:
+        options.setdefault("eps", eps)
     has, momentum = torch_momentum(old)
     if NORMS[to].averages and has and (momentum or to == "batch"):  # None is the mean of all batches
         options.setdefault("momentum", momentum)
@@ -146,11 +147,19 @@ def torch_momentum(norm: nn.Module) -> tuple[bool, float | None]:
     return (True, getattr(norm, "momentum", None)) if own and hasattr(norm, "momentum") else (False, None)
 
 
+def _eps(norm: nn.Module) -> float | None:
+    """Its own, or of the one before it that had one."""
+    before = remembered(norm)
+    return before.eps if before is not None and before.eps is not None else getattr(norm, "eps", None)
+
+
 def _keep_in_mind(old: nn.Module, new: nn.Module, to: str) -> None:
-    """The momentum that the new norm cannot have."""
+    """The momentum and eps that the new norm cannot have."""
     has, momentum = torch_momentum(old)
-    if has and not (NORMS[to].averages and getattr(new, "momentum", None) == momentum):
-        remember(new, Before(momentum, True))
+    has = has and not (NORMS[to].averages and getattr(new, "momentum", None) == momentum)
+    eps = None if getattr(new, "eps", None) == _eps(old) else _eps(old)
+    if has or eps is not None:
+        remember(new, Before(momentum if has else None, has, eps))
 
 
 def _move(old: nn.Module, new: nn.Module) -> None:
@@ -190,9 +199,10 @@ def _hand_over_statistics(old: nn.Module, new: nn.Module) -> None:
 def extra_attributes(old: nn.Module) -> dict[str, Any]:
     """What somebody put on a norm beside what its class has, such as a `qconfig`."""
     own = set(nn.Module().__dict__) | _OF_TORCH | _OF_OURS
-    if registered_name(old) is not None:
+    name = registered_name(old)
+    if name is not None:
         with torch.random.fork_rng(devices=[]):
-            own |= set(type(old)(channels(old)).__dict__)
+            own |= set(build_norm(name, channels(old)).__dict__)
     return {key: value for key, value in old.__dict__.items() if key not in own and not key.startswith("_")}
 
 

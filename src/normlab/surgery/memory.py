@@ -13,12 +13,15 @@ class Before:
 
     Attributes:
         momentum: its weight of a new batch, as in torch, where the norm in its place has none or another meaning.
+        has_momentum: whether it had one at all; None is one too.
+        eps: its own, where the norm in its place has another or none.
         module: the norm itself, if it is to come back as it was (`freeze`).
         learned: which of its parameters learned.
     """
 
     momentum: float | None = None
     has_momentum: bool = False
+    eps: float | None = None
     module: nn.Module | None = None
     learned: tuple[bool, ...] = ()
 

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from ..choice import Choice, is_meant
 from ..errors import InputError, check, unknown
-from ..nn import NORMS
+from ..nn import NORMS, build_norm
 from ..nn.base import is_fresh
 from .places import Held, Place, held_modules
 from .probe import channels, computes_as_its_base, is_affine, library
@@ -188,10 +188,11 @@ def _per_channel(module: nn.Module) -> list[torch.Tensor]:
 
 def _of_its_class(module: nn.Module) -> set[str]:
     """What a new layer of a registered norm's class has."""
-    if registered_name(module) is None:
+    name = registered_name(module)
+    if name is None:
         return set()
     with torch.random.fork_rng(devices=[]):
-        return set(type(module)(channels(module)).state_dict())
+        return set(build_norm(name, channels(module)).state_dict())
 
 
 def _why_not_class(module: nn.Module) -> str | None:
@@ -274,7 +275,7 @@ def _checked(argument: str, choice: Any, found: list[Found]) -> Any:
         return None
     single = isinstance(choice, (str, type)) or callable(choice)
     check(single or isinstance(choice, Iterable), argument, choice, "a pattern, a class, a function, or several")
-    parts = [choice] if single else list(choice)
+    parts: list[Any] = [choice] if single else [*choice]  # pyright: ignore[reportGeneralTypeIssues]
     for part in parts:
         if isinstance(part, str) and not any(chosen(part, one) for one in found):
             names = [name for one in found for name in one.names]
