@@ -167,6 +167,77 @@ def test_a_sparse_tensor_is_refused():
         torch.ops.normlab.batch_forward(x.to_sparse(), *rest)
 
 
+@languages
+@pytest.mark.parametrize("left", [0, 1])
+@pytest.mark.parametrize("name", NAMES)
+def test_storage_that_was_freed_or_cut_short_is_not_read(name, left, language):
+    """As sharded training frees parameters between uses; neither are the statistics written by halves."""
+    given = arguments(name, torch.randn(2, C, 3, 3), affine=True)
+    for index in [index for index, part in enumerate(given) if torch.is_tensor(part)]:
+        others = [part.clone() if torch.is_tensor(part) else part for part in given]
+        size = others[index].untyped_storage().nbytes()
+        others[index].untyped_storage().resize_(left and size - 1)
+        before = [part.clone() if part is not others[index] else None for part in tensors(others)]
+        with written_in(language), pytest.raises(RuntimeError, match=rf"normlab: .* needs {size} bytes of storage"):
+            getattr(torch.ops.normlab, name)(*others)
+        for part, was in zip(tensors(others), before, strict=True):
+            assert was is None or part.equal(was)
+
+
+@languages
+def test_a_view_may_take_a_part_of_its_storage(language):
+    x, *rest = arguments("frozen_forward", torch.randn(2, C, 3, 3), affine=True)
+    view = torch.cat([x, x, x])[2:4]
+    with written_in(language):
+        expected = torch.ops.normlab.frozen_forward(x, *rest)[0]
+        assert torch.equal(torch.ops.normlab.frozen_forward(view, *rest)[0], expected)
+        view.untyped_storage().resize_(4 * view.storage_offset() + 4 * view.numel())  # what follows is not needed
+        assert torch.equal(torch.ops.normlab.frozen_forward(view, *rest)[0], expected)
+        view.untyped_storage().resize_(4 * view.numel())
+        with pytest.raises(RuntimeError, match="x needs"):
+            torch.ops.normlab.frozen_forward(view, *rest)
+
+
+def negated(x):
+    return torch._neg_view(-x)
+
+
+def conjugated(x):
+    return torch.complex(x, -x).conj().imag if x.dim() > 1 else negated(x)
+
+
+def expanded(x):
+    return x[:1].expand(x.shape)
+
+
+def zero(x):
+    return torch._efficientzerotensor(x.shape)
+
+
+@languages
+@pytest.mark.parametrize("view", [negated, conjugated, expanded, zero])
+@pytest.mark.parametrize("name", NAMES)
+def test_views_that_only_say_what_their_values_are_give_the_same(name, view, language):
+    """Parameters and statistics are contiguous to the kernels: they can be negated at most."""
+    operator = getattr(torch.ops.normlab, name)
+    given = list(arguments(name, torch.randn(2, C, 3, 3), affine=True))
+    kept = [part.alias_info is None for part in operator.default._schema.arguments]
+    here = [index for index, part in enumerate(given) if torch.is_tensor(part) and kept[index]]
+    for index in here if view is negated else [index for index in here if given[index].dim() == 4]:
+        viewed, plain = list(given), list(given)
+        viewed[index] = view(given[index])
+        plain[index] = torch.zeros_like(given[index]) if view is zero else viewed[index].clone().resolve_neg()
+        with written_in(language):
+            found, expected = operator(*copies(viewed, index)), operator(*copies(plain, index))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def copies(given, index):
+    """The same arguments, to change, but for that of this index."""
+    return [part.clone() if torch.is_tensor(part) and i != index else part for i, part in enumerate(given)]
+
+
 LAYERS = {
     "batch": lambda **options: BatchNorm2d(16, **options),
     "group": lambda **options: GroupNorm(16, **options),

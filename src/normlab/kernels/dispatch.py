@@ -1,15 +1,16 @@
 """Which tensors the kernels take, and a call of one: compiled ones on a CPU (`native`), Triton's on a GPU (`gpu`)."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from operator import mul
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import native
+from . import native, ops
 
 ON_GPU = os.environ.get(native.SWITCH, "on") != "off" and find_spec("triton") is not None
 PATH_ON_GPU = "Triton kernels" if ON_GPU else f"composed operators (no module triton, or {native.SWITCH}=off)"
@@ -98,17 +99,60 @@ def describe(x: Tensor) -> tuple[Tensor, Description]:
     """`x` in a layout that the kernels know, copied if need be, and its description.
 
     With a single value in space both layouts are the same, and the rows of channels are the quicker way.
+
+    Raises:
+        RuntimeError: the storage of `x` is too small for its values.
     """
     images, channels = x.shape[:2]
     space = x.numel() // (images * channels)
-    layout, last = torch.contiguous_format, space == 1
-    if not x.is_contiguous():
-        channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-        if channels_last is not None and x.is_contiguous(memory_format=channels_last):
-            layout, last = channels_last, True
-        else:
-            x = x.contiguous()
+    layout = layout_of(x)
+    x = laid(x, layout, "x")
+    last = space == 1 or layout is not torch.contiguous_format
     return x, Description((TYPES[x.dtype], images, channels, space, last), layout)
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """The layout in which the kernels take `x`: its own, unless they do not know that."""
+    layout = ops.CHANNELS_LAST.get(x.dim())
+    if layout is None or x.is_contiguous() or not x.is_contiguous(memory_format=layout):
+        return torch.contiguous_format
+    return layout
+
+
+def laid(part: Tensor, layout: torch.memory_format, name: str) -> Tensor:
+    """A tensor in this layout, copied if need be, with its values in memory; see `held`."""
+    return held(part, name).contiguous(memory_format=layout)
+
+
+def held(part: Tensor, name: str) -> Tensor:
+    """A tensor with its values in memory, copied if it only says that they are negated, or 0.
+
+    Raises:
+        RuntimeError: its storage is too small for them.
+    """
+    check_storage(part, name)
+    return part.new_zeros(part.shape) if part._is_zerotensor() else part.resolve_neg()
+
+
+def check_storage(part: Tensor, name: str) -> None:
+    """Raises a RuntimeError if the storage of a tensor was freed, as sharded training does, or is too short for it."""
+    if part.numel() == 0:
+        return
+    last = part.numel() - 1 if part.is_contiguous() else sum(map(mul, (n - 1 for n in part.shape), part.stride()))
+    needed, there = (part.storage_offset() + last + 1) * part.itemsize, part.untyped_storage().nbytes()
+    if there < needed:
+        found = f"{needed} bytes of storage, of which {there} are there: it was freed, or resized"
+        raise RuntimeError(f"normlab: {name} needs {found}")
+
+
+def _held(
+    weight: Tensor | None, bias: Tensor | None, *statistics: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """γ and β as `held` gives them; looks at the statistics too, which are written in place."""
+    for part in statistics:
+        if part is not None:
+            check_storage(part, "a statistic")
+    return None if weight is None else held(weight, "weight"), None if bias is None else held(bias, "bias")
 
 
 def forward(
@@ -119,10 +163,11 @@ def forward(
     parts: int,
     slope: float,
     kernel: str,
-    statistics: Iterable[Tensor | None],
+    statistics: Sequence[Tensor | None],
     *numbers: Any,
 ) -> tuple[Tensor, Tensor, Any]:
     """A forward pass by the kernel of this name: the output, the `parts` means and 1/√(var + eps), what it returns."""
+    weight, bias = _held(weight, bias, *statistics)
     y, saved = torch.empty_like(x), torch.empty(2, parts, device=x.device)
     tensors = x, y, weight, bias, saved, *statistics
     return y, saved, _run(x)(kernel, described.arguments, tensors, slope, *numbers)
@@ -137,11 +182,12 @@ def backward(
     saved: Tensor,
     slope: float,
     kernel: str,
-    memory: Iterable[Tensor],
+    memory: Sequence[Tensor],
     *numbers: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A backward pass, with `saved` as `forward` gave it: the gradients of `x`, γ and β."""
-    grad = grad.contiguous(memory_format=described.layout)
+    weight, bias = _held(weight, bias, saved, *memory)
+    grad = laid(grad, described.layout, "the gradient")
     of_x, of_weight = torch.empty_like(x), torch.empty(x.shape[1], device=x.device)
     of_bias = torch.empty_like(of_weight)
     tensors = grad, x, of_x, weight, bias, saved, of_weight, of_bias, *memory
@@ -152,7 +198,7 @@ def backward(
 def activation_backward(y: Tensor, grad: Tensor, slope: float) -> Tensor:
     """The gradient of what the activation that gave `y`, an output of `forward`, was applied to."""
     y, described = describe(y)
-    grad = grad.contiguous(memory_format=described.layout)
+    grad = laid(grad, described.layout, "the gradient")
     found = torch.empty_like(y)
     _run(y)("activation_backward", described.arguments, (y, grad, found), slope)
     return found

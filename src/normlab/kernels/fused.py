@@ -322,6 +322,7 @@ class _PositionNorm(torch.autograd.Function):
             distance = x.float() - x.float().mean(1, keepdim=True) if ctx.centred else x.float()
             x_hat = distance * (distance.square().mean(1, keepdim=True) + ctx.eps).rsqrt()
             return *_again(_scaled(x_hat, weight, bias).to(x.dtype), 1.0, (x, weight, bias), grads[0]), None, None
+        dispatch.check_storage(x, "x")
         numbers = 1.0, "position_backward", (), ctx.centred
         found = dispatch.backward(grads[0], x, ctx.described, weight, bias, saved, *numbers)
         return *_wanted(found, weight, bias), None, None

@@ -59,7 +59,7 @@ def _fake_backward(grad, x, *_):
 
 def _like(x: Tensor) -> Tensor:
     """An empty tensor in the layout that the kernels write."""
-    return torch.empty_like(dispatch.describe(x)[0])
+    return torch.empty_like(x.contiguous(memory_format=dispatch.layout_of(x)))
 
 
 def _saved(x: Tensor, parts: int) -> Tensor:
@@ -110,7 +110,7 @@ def running_forward(x, weight, bias, residual, *rest):
 def _of_channels(x, weight, bias, slope, kernel, residual, *statistics, numbers):
     x, described = dispatch.describe(x)
     if residual is not None:
-        residual = residual.contiguous(memory_format=described.layout)
+        residual = dispatch.laid(residual, described.layout, "residual")
     statistics = residual, *statistics
     return dispatch.forward(x, described, weight, bias, x.shape[1], slope, kernel, statistics, *numbers)
 
@@ -124,6 +124,7 @@ def running_backward(grad, x, weight, bias, saved, rate, *rest):
     """The gradients of `x`, γ and β; changes the averages."""
     *memory, slope, step_bound, learns = rest
     x, described = dispatch.describe(x)
+    dispatch.check_storage(rate, "rate")
     kernel, numbers = "running_backward", (rate, step_bound, learns)
     return dispatch.backward(grad, x, described, weight, bias, saved, slope, kernel, memory, *numbers)
 

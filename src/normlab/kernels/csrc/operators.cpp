@@ -38,6 +38,8 @@ struct {
   Failure (*strides)(Handle, int64_t**);
   Failure (*dtype)(Handle, int32_t*);
   Failure (*data)(Handle, void**);
+  Failure (*storage_size)(Handle, int64_t*);  // in bytes
+  Failure (*storage_offset)(Handle, int64_t*);
   Failure (*is_contiguous)(Handle, bool*);
   Failure (*empty_strided)(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device,
                            int32_t device_index, Handle*);
@@ -69,6 +71,25 @@ T get(Failure (*function)(Handle, T*), const Tensor& tensor) {
 
 Pointer data(const Tensor& tensor) { return reinterpret_cast<Pointer>(get(torch.data, tensor)); }
 
+// Raises if the storage of a tensor was freed, as sharded training does between uses, or is shorter than its values
+// need: torch gives a pointer all the same. name: for an error.
+void check_storage(const Tensor& tensor, const char* name) {
+  const int64_t dim = get(torch.dim, tensor), *sizes = get(torch.sizes, tensor), *strides = get(torch.strides, tensor);
+  const int32_t dtype = get(torch.dtype, tensor);
+  int64_t values = get(torch.storage_offset, tensor) + 1;  // up to the last of this tensor
+  for (int64_t d = 0; d < dim; ++d) {
+    if (sizes[d] == 0) return;
+    values += (sizes[d] - 1) * strides[d];
+  }
+  const int64_t bytes = values * (dtype == torch.int64 ? 8 : dtype == torch.types[0] ? 4 : 2);
+  const int64_t there = get(torch.storage_size, tensor);
+  if (there < bytes) {
+    throw std::runtime_error(std::string("normlab: ") + name + " needs " + std::to_string(bytes) +
+                             " bytes of storage, of which " + std::to_string(there) +
+                             " are there: it was freed, or resized");
+  }
+}
+
 // Of n values, or null if there is no tensor. name: for an error.
 Pointer data(const Tensor& tensor, int32_t dtype, int64_t n, const char* name) {
   if (!tensor) return 0;
@@ -77,6 +98,7 @@ Pointer data(const Tensor& tensor, int32_t dtype, int64_t n, const char* name) {
     throw std::runtime_error(std::string("normlab: ") + name + " must be contiguous, " + type + ", of size " +
                              std::to_string(n));
   }
+  check_storage(tensor, name);
   return data(tensor);
 }
 
@@ -100,6 +122,7 @@ class Input {
     check(type < 3, "x must be float32, bfloat16 or float16");
     const int64_t values = get(torch.numel, x);
     check(dim_ > 1 && values > 0, "x must be (N, C, *space), and not empty");
+    check_storage(x, "x");
     images = sizes_[0];
     channels = sizes_[1];
     space = values / (images * channels);
@@ -159,6 +182,7 @@ class Input {
         !std::equal(sizes_, sizes_ + dim_, get(torch.sizes, tensor))) {
       throw std::runtime_error(std::string("normlab: ") + name + " must have the type and the shape of x");
     }
+    check_storage(tensor, name);
     return lies(tensor) ? Tensor() : copied(tensor);
   }
 
@@ -346,6 +370,8 @@ void register_operators(const std::function<uintptr_t(const char* name)>& addres
   find(torch.strides, "aoti_torch_get_strides");
   find(torch.dtype, "aoti_torch_get_dtype");
   find(torch.data, "aoti_torch_get_data_ptr");
+  find(torch.storage_size, "aoti_torch_get_storage_size");
+  find(torch.storage_offset, "aoti_torch_get_storage_offset");
   find(torch.is_contiguous, "aoti_torch_is_contiguous");
   find(torch.empty_strided, "aoti_torch_empty_strided");
   find(torch.copy, "aoti_torch_copy_");
