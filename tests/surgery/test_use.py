@@ -567,3 +567,28 @@ def test_a_model_that_differs_from_itself_is_folded_and_nothing_is_claimed_of_it
     operation = fold(settled(Counting()), torch.randn(2, 3, 4, 4))
     assert operation.report.rows[0].became is not None
     assert operation.report.change is None
+
+
+def test_a_hook_that_reads_what_the_new_norm_has_not_is_named():
+    model = nn.Sequential(nn.BatchNorm2d(8))
+    model[0].register_forward_hook(lambda norm, x, y: y + norm.running_mean.sum())
+    (row,) = convert(model, "group").report.rows
+    assert row.became is None
+    assert "reads statistics" in row.note
+    assert convert(model, "running").report.rows[0].became == "RunningBatchNorm2d"
+
+
+def test_single_images_without_a_batch_are_no_batches():
+    model = nn.Sequential(nn.InstanceNorm2d(4))
+    (row,) = convert(model, "group", batches=[torch.randn(4, 4, 4)]).report.rows
+    assert row.became is None
+    assert "without a dimension of batches" in row.note
+
+
+def test_a_property_of_somebodys_class_is_not_run():
+    class Odd(nn.BatchNorm2d):
+        @property
+        def num_channels(self):
+            raise RuntimeError("not yet")
+
+    assert convert(nn.Sequential(Odd(4)), "running").report.rows[0].became == "RunningBatchNorm2d"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
 
 from ..errors import check, unknown
@@ -15,7 +16,7 @@ from .build import TORCH, Seen, built, established, is_frozen, note, values_a_st
 from .effect import Batches, Effect, Forward, first_input, looking, peeked
 from .modules import Choice, Found, Selection, called, classes, copied, norms, registered_name, why_left
 from .operation import Groups, Operation
-from .parents import reader_of_statistics
+from .parents import reader_of_statistics, reading_hook
 from .probe import affine_dims, library, model_dims, on_meta, space_dims
 from .report import Report, Row
 from .trace import Trace
@@ -96,8 +97,11 @@ class _Measure:
         outside = self.trace.outside.get(norm)
         if outside:
             return f"its tensors are used by {outside[0]} outside of it: what the model does with them is not known"
-        if not all(isinstance(call.input, Tensor) for call in self.trace.calls[norm]):
-            return "given something else than a tensor"
+        inputs = [call.input for call in self.trace.calls[norm]]
+        if not all(isinstance(x, Tensor) and not x.is_nested and x.dim() >= 2 for x in inputs):
+            return "given something else than a tensor (N, C, *space)"
+        if isinstance(norm, _InstanceNorm) and any(x.dim() == (space_dims(norm) or 0) + 1 for x in inputs):
+            return "given single images, without a dimension of batches"
         return None
 
     def note(self, norm: nn.Module) -> str | None:
@@ -241,6 +245,8 @@ class _Plan:
     def _why_not_use(self, found: Found) -> str | None:
         """What of its use, as far as it is known, stands against this norm."""
         norm, seen = found.module, self.seen(found)
+        if self.to in NORMS and (hook := reading_hook(norm, classes(self.to))):
+            return f"its hook {hook} reads statistics, which {self.to} norm has not"
         if self.used is None and (reader := self._readers(found, in_forward=True)):
             return f"{reader} reads its statistics itself, and may never call it: give batches to see what it does"
         if self.to not in ("instance", "layer", "group", "group_ws", "layer_channels"):

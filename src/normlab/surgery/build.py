@@ -74,7 +74,7 @@ def built(old: nn.Module, to: str, seen: Seen, dims: int, options: dict[str, Any
         dims: space dimensions where neither its class nor its use says how many: then the new layer takes any.
         options: for the constructor.
     """
-    known = seen.dims if seen.dims is not None else space_dims(old)
+    known = space_dims(old) if space_dims(old) is not None else seen.dims
     if known is None and registered_name(old) is None and not isinstance(old, (nn.GroupNorm, _BatchNorm)):
         known = next(iter(affine_dims(old)), None)
     space = max(known, 1) if known is not None else dims

@@ -19,7 +19,7 @@ from ..errors import InputError, check, unknown
 from ..nn import NORMS, build_norm
 from ..nn.base import is_fresh
 from .places import Held, Place, held_modules
-from .probe import channels, computes_as_its_base, is_affine, library
+from .probe import channels, computes_as_its_base, is_affine, library, own_tensor
 
 # Modules that normalise, but not (N, C, *space) over channels.
 OTHERS = (nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
@@ -182,8 +182,8 @@ def _why_not_tensors(module: nn.Module) -> str | None:
 
 
 def _per_channel(module: nn.Module) -> list[torch.Tensor]:
-    found = (getattr(module, name, None) for name in ("weight", "bias", *STATISTICS))
-    return [part for part in found if isinstance(part, torch.Tensor)]
+    found = (own_tensor(module, name) for name in ("weight", "bias", *STATISTICS))
+    return [part for part in found if part is not None]
 
 
 def _of_its_class(module: nn.Module) -> set[str]:
@@ -220,7 +220,10 @@ def takes_more(module: nn.Module) -> list[str]:
     """Arguments of a foreign class's `forward` beyond the input."""
     if library(type(module)):
         return []
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[2:]
+    try:
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[2:]
+    except (TypeError, ValueError):  # written in another language
+        return ["a signature that cannot be read"]
     return [str(parameter).split(":")[0].split("=")[0] for parameter in parameters]
 
 

@@ -1,10 +1,11 @@
 """Which modules read the statistics of norms that they hold, instead of calling them: by their code."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from .modules import Found, known_by
 
@@ -28,6 +29,17 @@ def reader_of_statistics(model: nn.Module) -> Callable[..., str | None]:
         return None
 
     return reader
+
+
+def reading_hook(norm: nn.Module, targets: Iterable[type[nn.Module]]) -> str | None:
+    """The name of a hook on a norm that reads statistics, where norms of the target classes have none."""
+    if any(issubclass(target, _NormBase) for target in targets):
+        return None
+    for hook in (*norm._forward_hooks.values(), *norm._forward_pre_hooks.values()):
+        code = getattr(getattr(hook, "__func__", hook), "__code__", None)
+        if isinstance(code, CodeType) and READ & set(_names(code)):
+            return getattr(hook, "__qualname__", repr(hook))
+    return None
 
 
 _READING: dict[tuple[type, bool], str | None] = {}

@@ -24,10 +24,19 @@ def library(kind: type) -> bool:
 def channels(module: nn.Module) -> int:
     """C of the (N, C, *space) that the norm takes, by its tensors; without any by what it says."""
     for name in ("running_mean", "running_var", "weight", "bias"):
-        part = getattr(module, name, None)
-        if isinstance(part, Tensor):
+        part = own_tensor(module, name)
+        if part is not None:
             return part.numel()
     return getattr(module, "num_features", None) or getattr(module, "num_channels", None) or 0
+
+
+def own_tensor(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter, buffer or plain attribute of a module; a property, which may be anybody's code, is not run."""
+    for held in (module._parameters, module._buffers, module.__dict__):
+        part = held.get(name)
+        if isinstance(part, Tensor):
+            return part
+    return None
 
 
 def space_dims(module: nn.Module) -> int | None:
