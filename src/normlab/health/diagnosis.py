@@ -14,7 +14,7 @@ from ..errors import check
 from ..surgery.effect import Batches, Forward, first_input
 from .faults import FAR, FAULTS, Fault
 from .layer import Layer
-from .measure import Loss, Output, measure
+from .measure import Loss, Output, Target, measure, second_part
 
 NAMED = 4  # norms in a verdict
 COLUMNS = {  # of the table, as many as 80 characters hold: the figure's name, its heading, its format
@@ -114,13 +114,21 @@ class Diagnosis:
             parts.append(f"Output in training {output.gap:.2g} deviations from that in evaluation.")
         if output.training_loss is not None:
             parts.append(f"Loss {output.training_loss:.3g} in training, {output.evaluation_loss:.3g} in evaluation.")
-        lines = [" ".join(parts)]
+        lines = [" ".join(parts), *self._not_measured()]
         if self.healthy:
             lines.append("Nothing found." if self.layers else "No norms.")
         for number, finding in enumerate(self.findings, 1):
             lines += ["", f"{number}. {finding.fault} ({_count(finding.modules)}; effect {finding.effect:.2g})"]
             lines += [f"   {finding.verdict}", f"   → {finding.remedy}", f"     {finding.command}"]
         return lines
+
+    def _not_measured(self) -> list[str]:
+        """Why figures are missing, each reason with the norms that it is of."""
+        of: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.unmeasured is not None:
+                of.setdefault(layer.unmeasured, []).append(layer.name)
+        return [f"Not all measured, {_count(names)}: {reason}." for reason, names in of.items()]
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -137,6 +145,7 @@ def diagnose(
     forward: Forward = first_input,
     loss: Loss | None = None,
     optimizer: Optimizer | None = None,
+    target: Target = second_part,
     limit: int = 32,
 ) -> Diagnosis:
     """Look for what is wrong with a model's norms, at the size of the batches given.
@@ -149,21 +158,22 @@ def diagnose(
         model: of any modules.
         batches: of the size that it trains with, of images as it trains on.
         forward: runs the model on one of `batches`; by default on the batch, or on the first of its parts.
-        loss: of the model's output and the second part of a batch.
+        loss: of the model's output and the targets of a batch.
         optimizer: of this model; with `loss` it tells how fast weights behind norms turn.
+        target: the targets of a batch; by default its second part, or of a dict what `label` or a like key holds.
         limit: take no more batches than this.
 
     Raises:
-        InputError: there are no batches, or they have no second part for `loss`.
+        InputError: there are no batches, the model does not take one of them, or it has no targets for `loss`.
 
     Source: for the turning of weights behind norms van Laarhoven 2017, "L2 regularization versus batch and weight
     normalization"; for the rest the remarks in `faults.py`.
     """
     check(limit >= 1, "limit", limit, "a whole number from 1")
-    layers, output = measure(model, batches, forward, loss, optimizer, limit)
+    layers, output = measure(model, batches, forward, loss, optimizer, target, limit)
     findings = [finding for fault in FAULTS if (finding := _finding(fault, layers)) is not None]
     findings.sort(key=lambda finding: -finding.effect)
-    if not findings and (output.gap or 0.0) > FAR and any(layer.gap for layer in layers):
+    if not findings and (output.gap or 0.0) > FAR and any(layer.gap or layer.unmeasured for layer in layers):
         findings.append(_unexplained(layers, output.gap or 0.0))
     return Diagnosis(findings, layers, output)
 
@@ -182,9 +192,10 @@ def _finding(fault: Fault, layers: list[Layer]) -> Finding | None:
 
 
 def _unexplained(layers: list[Layer], gap: float) -> Finding:
+    unmeasured = [layer.name for layer in layers if layer.unmeasured]
     return Finding(
         "training and evaluation differ",
-        [layer.name for layer in layers if layer.gap],
+        [layer.name for layer in layers if layer.gap] or unmeasured,
         gap,
         f"The model's output in evaluation is {gap:.2g} deviations from that in training, though no norm alone is far "
         "off: small differences add up.",

@@ -44,6 +44,7 @@ class Layer:
         turn: by which angle a step of the optimizer turns the weight before it, in radians: its length is nothing to
             the norm, so this is the effective learning rate. Of a step as of SGD, lr ‖g‖ / (1 − momentum) / ‖w‖; of an
             optimizer with betas, lr √n / ‖w‖ for n weights.
+        unmeasured: why figures are missing, as its class is not known or its code failed; None if none are.
     """
 
     name: str
@@ -75,3 +76,4 @@ class Layer:
     disagreement: float | None = None
     unlearned: bool = False
     turn: float | None = None
+    unmeasured: str | None = None

@@ -1,6 +1,6 @@
 """Runs a model over batches, in evaluation and as its norms train, and leaves it as it was."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -8,18 +8,29 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _LazyNormBase
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
-from ..errors import check
+from ..errors import InputError, check
 from ..nn import FrozenBatchNorm2d
-from ..surgery.effect import Batches, Forward, evaluating, kept_statistics
+from ..surgery.effect import Batches, Forward, kept_statistics, looking, peeked
 from ..surgery.modules import norms
+from ..surgery.outputs import named_tensors, tensors
+from ..surgery.trace import Trace
+from ..training.batches import TARGET_KEYS
+from .figures import figures
 from .layer import Layer
-from .neighbours import Neighbours
-from .watch import Ratio, Watched
+from .turns import Turns, why_no_direction
+from .watched import Ratio, Watched
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
+Target: TypeAlias = Callable[[Any], Any]
+# What a model raises for a batch that it does not take. Other errors, and subclasses, say something of their own.
+REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError)
+
+
+class BatchError(InputError, RuntimeError):
+    """A model does not take a batch; a RuntimeError too, as torch's own would be."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ def measure(
     forward: Forward,
     loss: Loss | None,
     optimizer: Optimizer | None,
+    target: Target,
     limit: int,
 ) -> tuple[list[Layer], Output]:
     """Runs the first `limit` batches through the model, in evaluation and with its norms in training mode.
@@ -55,74 +67,109 @@ def measure(
     Other modules are in evaluation mode in both, so that dropout is no difference.
     """
     found = norms(model)
+    lazy = [one.name for one in found if isinstance(one.module, _LazyNormBase)]
+    check(not lazy, "model", ", ".join(lazy), "norms that know their channels: run a batch through it first")
     watched = {one.module: Watched(one.module) for one in found}
-    neighbours, turns = Neighbours(list(watched)), _Turns(optimizer)
+    trace, turns = Trace(model, [norm for norm, seen in watched.items() if seen.blind is None]), Turns(optimizer)
     # As they train: as they are, or all of them if the whole model is in evaluation mode.
     trained = [one.module for one in found if one.module.training or not model.training]
     gaps, losses, count, images = Ratio(), [], 0, 0
-    with evaluating(model):
-        for batch in islice(batches, limit):
-            seeing = nullcontext() if count else neighbours.watching(model)
+    before: dict[nn.Module, nn.Module] = {}
+    _, batches = peeked(batches)
+    with looking(model):
+        for count, batch in enumerate(islice(batches, limit), 1):
+            run = Run(model, forward, batch, count)
             # Forked, so that a model that draws random numbers draws the same ones in both passes.
-            with torch.random.fork_rng(), seeing, _hooked(watched, training=False):
-                expected = forward(model, batch)
-            weights = [] if loss is None or optimizer is None else neighbours.weights()
-            with _training(model, trained), _hooked(watched, training=True), torch.set_grad_enabled(bool(weights)):
-                output = forward(model, batch)
+            tracing = trace.watching() if count == 1 else nullcontext()
+            with torch.random.fork_rng(), tracing, _hooked(watched, training=False):
+                expected = run()
+            before = _layers_before(trace) if count == 1 else before
+            learned = [] if loss is None or optimizer is None else turns.directions(before.values())
+            with _training(model, trained), _hooked(watched, training=True), torch.set_grad_enabled(bool(learned)):
+                output = run()
                 if loss is not None:
-                    target = _target(batch)
-                    found_loss = loss(output, target)
-                    turns.add(weights, found_loss)
-                    losses.append((float(found_loss.detach()), float(loss(expected, target))))
-            gaps.add(_flat(output), _flat(expected))
-            count, images = count + 1, images + _images(batch)
-    check(count > 0, "batches", batches, "at least one batch")
-    layers = [
-        watched[one.module].layer(
-            one.name,
-            frozen_by_mode=one.module not in trained and not isinstance(one.module, FrozenBatchNorm2d),
-            model_learns=any(parameter.requires_grad for parameter in model.parameters()),
-            optimized=turns.known,
-            closes=one.module in neighbours.rectified,
-            turn=turns.of(neighbours.layer_before.get(one.module)),
+                    wanted = target(batch)
+                    found_loss = loss(output, wanted)
+                    turns.add(learned, found_loss)
+                    losses.append((float(found_loss.detach()), float(loss(expected, wanted))))
+            _compare(gaps, output, expected)
+            images += _images(batch)
+    layers = []
+    for one in found:
+        seen, layer = watched[one.module], before.get(one.module)
+        reason = why_no_direction(layer) if layer is not None and losses and optimizer is not None else None
+        if reason is not None:
+            seen.say(reason)
+        layers.append(
+            figures(
+                seen,
+                one.name,
+                frozen_by_mode=one.module not in trained and not isinstance(one.module, FrozenBatchNorm2d),
+                model_learns=any(parameter.requires_grad for parameter in model.parameters()),
+                optimized=turns.known,
+                closes=one.module in trace.rectified,
+                turn=turns.of(layer),
+            )
         )
-        for one in found
-    ]
     means = [sum(part) / count for part in zip(*losses, strict=True)] or [None, None]
     return layers, Output(count, images, gaps.overall, *means)
 
 
-class _Turns:
-    """How far a step of an optimizer turns weights, from their gradients in each batch.
+class Run:
+    """A model's output for a batch.
 
-    Attributes:
-        known: ids of the parameters that it has; None without one.
+    Raises:
+        BatchError: the batch is empty, or the model does not take it.
     """
 
-    def __init__(self, optimizer: Optimizer | None):
-        groups = [] if optimizer is None else optimizer.param_groups
-        self._group = {id(parameter): group for group in groups for parameter in group["params"]}
-        self.known = None if optimizer is None else set(self._group)
-        self._lengths: dict[int, list[float]] = {}  # of the gradients
+    def __init__(self, model: nn.Module, forward: Forward, batch: Any, number: int):
+        self.model, self.forward, self.batch, self.number = model, forward, batch, number
+        if any(part.numel() == 0 for part in tensors(batch)) and _images(batch) == 0:
+            raise BatchError(f"batches: batch {number} has no images: {described(batch)}. Accepted: one or more.")
 
-    def add(self, weights: list[Tensor], loss: Tensor) -> None:
-        learned = list({id(weight): weight for weight in weights if weight.requires_grad}.values())
-        gradients = torch.autograd.grad(loss, learned, allow_unused=True) if learned else ()
-        for weight, grad in zip(learned, gradients, strict=True):
-            if grad is not None:
-                self._lengths.setdefault(id(weight), []).append(float(grad.norm()))
+    def __call__(self) -> Any:
+        try:
+            return self.forward(self.model, self.batch)
+        except Exception as error:
+            if type(error) not in REFUSALS:
+                raise
+            said = (str(error).strip().splitlines() or [""])[0]
+            raise BatchError(
+                f"batches: the model does not take batch {self.number}, {described(self.batch)}. "
+                f"It raised {type(error).__name__}: {said}. {_cure(self.batch)}"
+            ) from error
 
-    def of(self, layer: nn.Module | None) -> float | None:
-        """For the weight of this layer, in radians."""
-        weight = getattr(layer, "weight", None)
-        if weight is None or id(weight) not in self._group or id(weight) not in self._lengths:
-            return None
-        group, lengths = self._group[id(weight)], self._lengths[id(weight)]
-        step = sum(lengths) / len(lengths) / (1 - group.get("momentum", 0.0))
-        if "betas" in group:
-            step = weight.numel() ** 0.5
-        length = float(weight.detach().norm())
-        return float(group["lr"]) * step / length if length > 0 else float("inf")
+
+def described(batch: Any) -> str:
+    """Its tensors, by type and shape."""
+    if isinstance(batch, Tensor):
+        return f"a tensor of {str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}"
+    parts = [
+        f"{name.removeprefix('output')} {str(part.dtype).removeprefix('torch.')} {tuple(part.shape)}"
+        for name, part in named_tensors(batch).items()
+    ]
+    return f"{type(batch).__name__} of {', '.join(parts)}" if parts else f"{type(batch).__name__} without tensors"
+
+
+def _cure(batch: Any) -> str:
+    images = next(iter(tensors(batch[0] if isinstance(batch, (list, tuple)) and batch else batch)), None)
+    if images is not None and not images.is_floating_point():
+        return "Give images of floating point, as in training, or forward=, a function of model and batch."
+    return "Give batches as in training, or forward=, a function of model and batch."
+
+
+def _layers_before(trace: Trace) -> dict[nn.Module, nn.Module]:
+    """The convolution or linear layer that each norm follows, also where its weight is computed from others."""
+    made = {norm: trace.made_by(calls[0].input) for norm, calls in trace.calls.items() if calls}
+    return {norm: layer for norm, layer in made.items() if layer is not None} | trace.before
+
+
+def _compare(gaps: Ratio, output: Any, expected: Any) -> None:
+    """Of both outputs, the tensors that are in both and of one shape."""
+    one, other = named_tensors(output), named_tensors(expected)
+    for name in [name for name in one if name in other and one[name].shape == other[name].shape]:
+        if one[name].is_floating_point() and not one[name].is_nested and one[name].layout is torch.strided:
+            gaps.add(one[name].flatten()[None], other[name].flatten()[None])
 
 
 @contextmanager
@@ -130,10 +177,11 @@ def _hooked(watched: dict[nn.Module, Watched], training: bool) -> Iterator[None]
     handles = []
     for norm, seen in watched.items():
         seen.begin_pass()
-        if training:
-            handles.append(norm.register_forward_pre_hook(seen.begins_training, with_kwargs=True))
-        after = seen.trained if training else seen.evaluated
-        handles.append(norm.register_forward_hook(after, with_kwargs=True))
+        if seen.blind is not None:
+            continue
+        begins, ends = (seen.begins_training, seen.trained) if training else (seen.begins, seen.evaluated)
+        handles.append(norm.register_forward_pre_hook(begins, with_kwargs=True))
+        handles.append(norm.register_forward_hook(ends, with_kwargs=True))
     try:
         yield
     finally:
@@ -154,17 +202,23 @@ def _training(model: nn.Module, trained: list[nn.Module]) -> Iterator[None]:
             module.training = False
 
 
-def _flat(output: Any) -> Tensor:
-    """(1, values): all its floating-point values."""
-    leaves = [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf) and leaf.is_floating_point()]
-    return torch.cat([leaf.detach().double().flatten() for leaf in leaves] or [torch.zeros(0)])[None]
-
-
 def _images(batch: Any) -> int:
-    return next((len(leaf) for leaf in tree_leaves(batch) if torch.is_tensor(leaf) and leaf.dim() > 0), 0)
+    return next((len(part) for part in tensors(batch) if part.dim() > 0), 0)
 
 
-def _target(batch: Any) -> Any:
+def second_part(batch: Any) -> Any:
+    """The targets of a batch: its second part, or of a dict what a usual key holds.
+
+    Raises:
+        InputError: nothing says which part they are.
+    """
+    if isinstance(batch, Mapping):
+        named = [key for key in TARGET_KEYS if key in batch]
+        keys = ", ".join(map(repr, batch))
+        example = f"target=lambda batch: batch[{next(reversed(batch), 'label')!r}]"
+        accepted = f"a dict with one of {', '.join(TARGET_KEYS)}; or give {example}"
+        check(len(named) == 1, "batches", f"a dict with the keys {keys}", accepted)
+        return batch[named[0]]
     several = isinstance(batch, (list, tuple)) and len(batch) > 1
-    check(several, "batches", type(batch).__name__, "tuples of inputs and targets, for a loss")
+    check(several, "batches", type(batch).__name__, "tuples of inputs and targets, for a loss; or give target=")
     return list(batch)[1]

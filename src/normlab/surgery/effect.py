@@ -87,7 +87,7 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for module, name, buffer, value in kept:
-                if module._buffers.get(name) is not buffer:
+                if not isinstance(module, torch.jit.ScriptModule) and module._buffers.get(name) is not buffer:
                     module._buffers[name] = buffer
                 if not buffer.is_meta and not torch.equal(buffer, value):
                     buffer.copy_(value)

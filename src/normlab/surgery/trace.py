@@ -95,7 +95,7 @@ class Trace(TorchFunctionMode):
         self.outside: dict[nn.Module, list[str]] = {}
         self._owners: dict[int, list[nn.Module]] = {}  # of weights
         for module in self.names:
-            weight = module._parameters.get("weight")
+            weight = None if isinstance(module, torch.jit.ScriptModule) else module._parameters.get("weight")
             if weight is not None:
                 self._owners.setdefault(id(weight), []).append(module)
         self._parts = {
