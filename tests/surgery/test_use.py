@@ -585,6 +585,14 @@ def test_single_images_without_a_batch_are_no_batches():
     assert "without a dimension of batches" in row.note
 
 
+def test_a_shift_without_a_scale_is_not_lost():
+    model = settled(nn.Sequential(nn.BatchNorm2d(4)))
+    model[0].weight = None
+    (row,) = convert(model, "running").report.rows
+    assert row.became is None
+    assert "β without γ" in row.note
+
+
 def test_a_property_of_somebodys_class_is_not_run():
     class Odd(nn.BatchNorm2d):
         @property

@@ -177,6 +177,8 @@ def _why_not_tensors(module: nn.Module) -> str | None:
     extra = sorted(set(own) - PARTS - _of_its_class(module))
     if extra:
         return f"has parameters of its own: {', '.join(extra)}"
+    if own_tensor(module, "weight") is None and own_tensor(module, "bias") is not None:
+        return "has β without γ, which another norm cannot"
     sizes = {part.numel() for part in _per_channel(module)}
     return None if len(sizes) < 2 else f"its parts are of different sizes: {', '.join(map(str, sorted(sizes)))}"
 
