@@ -1,10 +1,12 @@
 """The compiled kernels equal the composed operators and the formula in float64, and step aside where they must."""
 
+import math
 import os
 import subprocess
 import sys
 from contextlib import nullcontext
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -298,3 +300,32 @@ def test_parameters_of_another_size_are_refused_and_not_read(norm):
     norm.weight = nn.Parameter(torch.ones(2))
     with pytest.raises(RuntimeError, match=r"size|elements"):
         norm(torch.randn(2, 3, 4, 4))
+
+
+MEMORY_OF_A_STEP = """
+import sys, torch
+from normlab.nn import build_norm
+torch.set_num_threads(1)
+name, shape = sys.argv[1], eval(sys.argv[2])
+address_space = lambda: 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line[:6] == "VmPeak")
+layer, x = build_norm(name, shape[1], max(len(shape) - 2, 1)), torch.zeros(shape, dtype=torch.bfloat16)
+grad = torch.zeros_like(x)
+few = (x[:, :, :1] if x.dim() > 2 else x[:4]).clone()
+layer(few.requires_grad_()).sum().backward()  # libraries come with the first step
+before = address_space()
+layer.eval()(x)
+layer.train()(x.requires_grad_()).backward(grad)
+print(address_space() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no such file")
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [*[(name, (1, 8, 128, 128, 64)) for name in ("batch", "running", "frozen")], ("rms", (1 << 16, 128))],
+)
+def test_a_step_takes_no_more_memory_than_a_few_times_its_images(name, shape):
+    """Not 24 bytes of address space for each value of an image, which ended in a MemoryError where there was plenty."""
+    arguments = sys.executable, "-c", MEMORY_OF_A_STEP, name, str(shape)
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 4 * 2 * math.prod(shape) + (8 << 20)

@@ -63,12 +63,12 @@ inline bool has_short_runs(const Shape& shape) {
 }
 inline Shape rows_of_columns(const Shape& shape) { return {1, shape.channels * shape.space, shape.images, true}; }
 
-// What belongs to channels, for each of their columns.
+// What belongs to channels, for each of their columns; for a tensor with short runs, which has few of them.
 class Columns {
  public:
   explicit Columns(const Shape& shape) : shape_(shape), columns_(shape.channels * shape.space) {
-    values_.reserve(kMost * columns_);  // what operator() returned stays where it is
     values_.clear();
+    if (has_short_runs(shape)) values_.reserve(kMost * columns_);  // what operator() returned stays where it is
   }
   const float* operator()(const float* of_channels) {
     for (int64_t c = 0; c < shape_.channels; ++c) values_.insert(values_.end(), shape_.space, of_channels[c]);

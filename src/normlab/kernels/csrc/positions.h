@@ -9,20 +9,27 @@
 
 namespace normlab {
 
+// How often `each_positions` calls: with the channels last for positions of several images at a time.
+inline int64_t position_segments(const Shape& shape) {
+  const int64_t parts = shape.last ? 1 : shape.images, positions = shape.values() / parts;
+  return parts * ((positions + kPositions - 1) / kPositions);
+}
+
 // Calls part(segment, position, offset, n) for n positions at a time, some in each thread.
 template <class Part>
-int64_t each_positions(const Shape& shape, Part part) {
+void each_positions(const Shape& shape, Part part) {
+  const int64_t segments = position_segments(shape);
   if (shape.last) {
-    const int64_t rows = shape.values(), segments = (rows + kPositions - 1) / kPositions;
+    const int64_t rows = shape.values();
     parallel_for(segments, shape.numel(), [&](int64_t begin, int64_t end) {
       for (int64_t segment = begin; segment < end; ++segment) {
         const int64_t first = segment * kPositions;
         part(segment, first, first * shape.channels, std::min(kPositions, rows - first));
       }
     });
-    return segments;
+    return;
   }
-  const int64_t per_image = (shape.space + kPositions - 1) / kPositions, segments = shape.images * per_image;
+  const int64_t per_image = segments / shape.images;
   parallel_for(segments, shape.numel(), [&](int64_t begin, int64_t end) {
     for (int64_t segment = begin; segment < end; ++segment) {
       const int64_t image = segment / per_image, first = segment % per_image * kPositions;
@@ -30,7 +37,6 @@ int64_t each_positions(const Shape& shape, Part part) {
       part(segment, image * shape.space + first, image * shape.channels * shape.space + first, n);
     }
   });
-  return segments;
 }
 
 // saved: means, then 1/√(var + eps), of each position.
@@ -54,9 +60,10 @@ void position_norm_backward(const Shape& shape, const PositionNorm& norm, const 
   const int64_t channels = shape.channels;
   const float *means = saved, *inverses = saved + shape.values();
   thread_local std::vector<float> sums;
-  sums.resize((shape.values() / kPositions + shape.images) * 2 * channels);
+  const int64_t segments = position_segments(shape);
+  sums.resize(segments * 2 * channels);
   float* to = sums.data();
-  const int64_t segments = each_positions(shape, [&](int64_t segment, int64_t at, int64_t offset, int64_t n) {
+  each_positions(shape, [&](int64_t segment, int64_t at, int64_t offset, int64_t n) {
     float* of = to + segment * 2 * channels;
     const float *mean = means + at, *inverse = inverses + at;
     if (shape.last) {
