@@ -396,6 +396,20 @@ def test_undo_after_fitting_is_bit_by_bit():
     assert all(torch.equal(part, state[name]) for name, part in model.state_dict().items())
 
 
+def test_a_fold_in_place_is_undone_bit_by_bit_with_all_modes():
+    model = settled(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()))
+    model.train()
+    model[2].eval()
+    state, modules = copy.deepcopy(model.state_dict()), list(model)
+    operation = fold(model, torch.randn(2, 3, 4, 4), inplace=True)
+    assert operation.model is model
+    assert isinstance(model[1], nn.Identity)
+    assert operation.undo() is model
+    assert list(model) == modules
+    assert [module.training for module in (model, *model)] == [True, True, True, False]
+    assert all(torch.equal(part, state[name]) for name, part in model.state_dict().items())
+
+
 def test_undo_in_the_wrong_order_is_refused():
     model = nn.Sequential(nn.BatchNorm2d(4))
     first = convert(model, "running", inplace=True)

@@ -87,11 +87,11 @@ class Operation:
         return self.report.__rich__()
 
     def _revert(self) -> None:
+        for restore in reversed(self._restore):  # modes too, which the norms that come back take over
+            restore()
         for found, new in self.replaced:
             found.module.training = new.training
             self.model = put(self.model, found, found.module)
-        for restore in reversed(self._restore):
-            restore()
         self.replaced, self._restore = [], []
 
     def _check_way_back(self, found: Found, new: nn.Module, trained: bool) -> None:
