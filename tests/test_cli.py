@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
-from normlab import cli
+from normlab import card, cli
 from normlab.data import DATASETS
 from normlab.kernels import native
 from normlab.models import MODELS
@@ -68,6 +69,102 @@ def test_train_leaves_a_record_three_pictures_and_a_model_to_diagnose(monkeypatc
     found = json.loads((folder / "diagnosis.json").read_text())["findings"]
     assert "batch too small" in [finding["fault"] for finding in found]
     assert (folder / "diagnosis.png").read_bytes().startswith(b"\x89PNG")
+
+
+OWN = """
+import torch
+from torch import nn
+
+def make(): return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+class Net(nn.Module):
+    def forward(self, x): return x + undefined
+
+batches = [torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))] * 2
+integers = [torch.ones(8, 3, 4, 4, dtype=torch.int64)]
+wrong = [torch.ones(8, 5, 4, 4)]
+numbers = [1]
+empty = []
+
+def ends():
+    yield from batches
+    raise OSError("no disk")
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    (tmp_path / "own.py").write_text(OWN)
+    yield tmp_path
+    sys.modules.pop("own", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["own.py:make"], "batches is missing: own.py:make, a model of your own, needs --batches"),
+        (["own.py:Net", "--batches", "own.py:batches"], "own.py, line 8: NameError: name 'undefined' is not defined."),
+        (["own.py:make", "--batches", "own.py:integers"], "Batch 1 was Tensor (8, 3, 4, 4) of int64."),
+        (["own.py:make", "--batches", "own.py:wrong"], "Batch 1 was Tensor (8, 5, 4, 4) of float32."),
+        (["own.py:make", "--batches", "own.py:numbers"], "Batch 1 was int."),
+        (["own.py:make", "--batches", "own.py:empty"], "batches=[] is not usable. Accepted: at least one batch."),
+        (["own.py:make", "--batches", "own.py:ends"], "own.py, line 18: OSError: no disk."),
+        (["own.py:make", "--batches", "own.py:batches", "--weights", "own.py"], "weights='own.py' is damaged"),
+        (["own.py:make", "--batches", "own.py:batches", "--batch-size", "2"], "batch_size=2 is not usable"),
+        (["runs/train", "--loss", "own.py:make"], "loss='own.py:make' is not usable. Accepted: that only with --batch"),
+    ],
+)
+def test_diagnose_tells_what_is_wrong_with_a_users_things_in_a_line(monkeypatch, capsys, own, options, said):
+    status, _, err = normlab(monkeypatch, capsys, "diagnose", *options)
+    assert status == 2
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert not (own / "runs").exists() or not list((own / "runs").rglob("*.json"))
+
+
+def test_diagnose_names_what_is_left_of_the_weights_and_norms_that_are_others(monkeypatch, capsys, own):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, eps=1e-3))
+    state = {f"module.{key}": part for key, part in model.state_dict().items()}
+    torch.save({"state_dict": {**state, "head": torch.ones(1)}, "normlab.card": card(model)}, own / "w.pt")
+    options = ["own.py:make", "--batches", "own.py:batches", "--weights", "w.pt"]
+    status, out, _ = normlab(monkeypatch, capsys, "diagnose", *options)
+    assert status in (0, 1)
+    assert "warning: weights='w.pt': left over, not in the model: head." in out
+    assert "warning: weights='w.pt': 1: eps was 0.001 when saved, is 1e-05 here" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["train", "--images", "100"], "this run is not kept"),
+        (["compare", "--images", "100"], "what is done is kept, run the same command to go on"),
+    ],
+)
+def test_ctrl_c_is_told_what_is_kept(monkeypatch, capsys, tmp_path, command, said):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Train, "run", interrupted)
+    monkeypatch.setattr(cli.Compare, "run", interrupted)
+    status, _, err = normlab(monkeypatch, capsys, *command, "--out", str(tmp_path / "out"))
+    assert status == 130
+    assert said in err
+
+
+def test_weights_of_another_run_than_the_last_are_refused(monkeypatch, capsys, tmp_path):
+    """Killed between record and weights, train leaves the weights of the run before."""
+    options = ["train", "--norm", "batch", "--batch-size", "50", "--images", "200", "--out", str(tmp_path)]
+    assert normlab(monkeypatch, capsys, *options)[0] == 0
+    before = (tmp_path / "model.safetensors").read_bytes()
+    assert normlab(monkeypatch, capsys, *options, "--seed", "1")[0] == 0
+    (tmp_path / "model.safetensors").write_bytes(before)
+    status, _, err = normlab(monkeypatch, capsys, "diagnose", str(tmp_path), "--out", str(tmp_path / "diagnosis"))
+    assert status == 2
+    assert "run of the weights" in err
+    assert "train again" in err
 
 
 def test_train_that_diverges_says_where_and_is_no_crash(monkeypatch, capsys, tmp_path):

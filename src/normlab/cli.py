@@ -5,14 +5,19 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
-from .errors import InputError
+from .errors import InputError, check
+
+if TYPE_CHECKING:
+    from .study.subject import Subject
+
+GOES_ON = "what is done is kept, run the same command to go on"
 
 # torch takes more than a second to import: the commands import what they need, so that --help answers at once.
 
@@ -20,6 +25,8 @@ from .errors import InputError
 @dataclass
 class Train:
     """Train one network and show how it goes."""
+
+    kept: ClassVar[str] = "this run is not kept: its record, pictures and weights are written when it ends"
 
     norm: str = "running"
     """Registered name of the norm (normlab list)."""
@@ -52,8 +59,9 @@ class Train:
         from .study.compare import check_trial, check_writable
         from .study.plan import Trial
         from .study.store import RunStore
-        from .study.subject import save_weights
+        from .study.subject import WEIGHTS
         from .study.trial import build_learner, run_learner
+        from .study.weights import save_weights
         from .training import ShowProgress
 
         trial = Trial.from_dict(vars(self))
@@ -68,7 +76,7 @@ class Train:
         save(plot_training(recorder.losses, recorder.lrs[-1]), self.out / "training.png")
         save(plot_activations(stats), self.out / "activations.png")
         save(plot_histograms(stats), self.out / "histograms.png")
-        save_weights(learner.model, self.out)
+        save_weights(learner.model, self.out / WEIGHTS, trial.key)
         if record["status"] == "diverged":
             console.print(f"diverged at step {record['diverged_at_step']}", style="bold yellow")
         names = "runs.jsonl", "training.png", "activations.png", "histograms.png", "model.safetensors"
@@ -100,26 +108,39 @@ class Diagnose:
     def run(self, console: Console) -> int:
         from .health import diagnose
         from .study.compare import check_writable
-        from .study.subject import of_run, of_user
+        from .study.named import told
+        from .study.subject import Remembered
 
+        subject = self._subject()
         check_writable(self.out)
-        if self.batches is None:
-            subject = of_run(Path(self.model), self.batch_size, self.data_dir)
-        else:
-            subject = of_user(self.model, self.batches, self.weights, self.loss)
-        found = diagnose(
-            subject.model, subject.batches, loss=subject.loss, optimizer=subject.optimizer, limit=self.limit
-        )
+        for note in subject.notes:
+            console.print(f"warning: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        batches = Remembered(subject.batches)
+        with told(f"model={self.model!r} failed on batches={self.batches!r}", lambda: f" {batches.last}"):
+            found = diagnose(subject.model, batches, loss=subject.loss, optimizer=subject.optimizer, limit=self.limit)
         console.print(found, highlight=False, soft_wrap=True)
         found.save(self.out / "diagnosis.json")
         found.save(self.out / "diagnosis.png")
         _say_where(console, self.out, "diagnosis.json", "diagnosis.png")
         return 0 if found.healthy else 1
 
+    def _subject(self) -> "Subject":
+        from .study.subject import of_run, of_user
+
+        if self.batches is not None:
+            check(self.batch_size is None, "batch_size", self.batch_size, "none, with batches of your own")
+            return of_user(self.model, self.batches, self.weights, self.loss)
+        for name in ("weights", "loss"):
+            given = getattr(self, name)
+            check(given is None, name, str(given), "that only with --batches, for a model of your own")
+        return of_run(Path(self.model), self.batch_size, self.data_dir)
+
 
 @dataclass
 class Compare:
     """Compare norms at several batch sizes: a table, a picture and a page."""
+
+    kept: ClassVar[str] = GOES_ON
 
     norms: list[str] = field(default_factory=lambda: ["none", "batch", "group", "layer", "instance", "running"])
     """Registered names of the norms (normlab list)."""
@@ -162,6 +183,8 @@ class Compare:
 @dataclass
 class Reproduce:
     """Make the lesson's recorded runs again and show them beside the recorded figures."""
+
+    kept: ClassVar[str] = GOES_ON
 
     rows: list[str] = field(default_factory=list)
     """Which of R1 to R12; all of them by default."""
@@ -247,7 +270,8 @@ def main() -> None:
         Console(stderr=True).print(f"normlab: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        Console(stderr=True).print("normlab: interrupted; what is done is kept, run the same command to go on.")
+        kept = getattr(command, "kept", "nothing was written")
+        Console(stderr=True).print(f"normlab: interrupted; {kept}.", highlight=False, markup=False, soft_wrap=True)
         sys.exit(130)
 
 

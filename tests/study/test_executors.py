@@ -14,7 +14,7 @@ from rich.console import Console
 
 from normlab.errors import InputError
 from normlab.study.compare import make_job
-from normlab.study.executors import Job, run_jobs
+from normlab.study.executors import Job, run_jobs, threads_of_each
 from normlab.study.plan import Trial
 from normlab.study.store import RunStore
 
@@ -124,3 +124,25 @@ def _alive(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+@pytest.mark.parametrize(
+    ("asked", "workers", "threads"),
+    [
+        (None, 1, 8),
+        (None, 4, 2),
+        (None, 99, 1),
+        ("1", 1, 1),
+        ("3", 1, 3),
+        ("3", 4, 2),
+        ("4,2", 1, 4),
+        ("", 2, 4),
+        ("x", 2, 4),
+    ],
+)
+def test_a_process_has_its_share_of_the_cores_but_no_more_threads_than_asked_for(monkeypatch, asked, workers, threads):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert threads_of_each(workers) == threads

@@ -1,13 +1,14 @@
 """A model of the user's own, by name, and what is said of names and files that are no good."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from normlab.errors import InputError
-from normlab.study.subject import of_run, of_user
+from normlab.study.subject import Remembered, of_run, of_user
 
 NETS = """
 from torch import nn, randn
@@ -21,6 +22,15 @@ loss = nn.MSELoss()
 
 def more():
     yield from batches
+
+def dicts():
+    yield from ({"image": batch, "label": batch} for batch in batches)
+
+def broken():
+    raise KeyError("gone")
+    yield
+
+number = 5
 """
 
 
@@ -78,6 +88,32 @@ def test_files_that_are_no_weights_are_named(here, suffix):
 def test_names_of_no_model_are_named(name, message):
     with pytest.raises(InputError, match=message):
         of_user(name, "nets:batches", None, None)
+
+
+def test_dict_batches_are_pairs_and_the_last_batch_is_known():
+    batches = Remembered(of_user("nets:make", "nets:dicts", None, None).batches)
+    assert batches.last == "There was no batch."
+    ((image, label),) = batches
+    assert image.shape == label.shape == (2, 3, 4, 4)
+    assert batches.last.startswith("Batch 1 was dict of 'image': Tensor (2, 3, 4, 4) of float32")
+
+
+@pytest.mark.parametrize(
+    ("batches", "loss", "message"),
+    [
+        ("nets:number", None, r"batches='nets:number'.*Accepted: module:name of the thing itself"),
+        ("nets:batches", "nets:number", r"loss='nets:number'.*function of output and target"),
+    ],
+)
+def test_what_is_no_iterable_or_no_function_is_named(batches, loss, message):
+    with pytest.raises(InputError, match=message):
+        of_user("nets:make", batches, None, loss)
+
+
+@pytest.mark.parametrize("name", ["nets.py:make", "nets:make"])
+def test_a_model_without_batches_is_not_blamed(name):
+    with pytest.raises(InputError, match=f"batches is missing: {name}, a model of your own, needs --batches"):
+        of_run(Path(name), None, None)
 
 
 def test_a_folder_without_a_run_is_named(here):

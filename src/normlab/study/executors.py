@@ -49,6 +49,8 @@ class Job:
 def run_jobs(jobs: Sequence[Job], store: RunStore, workers: int, console: Console) -> None:
     """Run the jobs that `store` does not hold yet in `workers` processes, adding each record as it ends.
 
+    Each process uses its share of the cores, but no more threads than the variable OMP_NUM_THREADS says.
+
     An error in a job becomes a record of the status `failed`. Ctrl-C ends the runs that are on the way, which are
     lost, and comes through as KeyboardInterrupt; what has ended is kept.
 
@@ -61,7 +63,7 @@ def run_jobs(jobs: Sequence[Job], store: RunStore, workers: int, console: Consol
         return
     context = multiprocessing.get_context("spawn")
     told, stop = context.Queue(), context.Event()
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = threads_of_each(workers)
     with (
         _display(jobs, console) as display,
         _single_threaded_start(threads),
@@ -84,6 +86,13 @@ def run_jobs(jobs: Sequence[Job], store: RunStore, workers: int, console: Consol
             for future in pending:
                 future.cancel()
             raise
+
+
+def threads_of_each(workers: int) -> int:
+    """The cores divided among so many processes; no more than the variable OMP_NUM_THREADS says, if it is set."""
+    share = max(1, (os.cpu_count() or 1) // workers)
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # further ones are of nested regions
+    return min(share, int(asked)) if asked.isdecimal() and int(asked) else share
 
 
 class _Tell(Callback):
