@@ -223,9 +223,12 @@ def test_a_residual_is_added_before_the_activation():
     for norm in (BatchNorm2d, RunningBatchNorm2d):
         layer = with_drawn_parameters(norm(5, activation="relu"))
         x, residual, grad = torch.randn(3, 3, 5, 4, 4)
-        expected = gradients(deepcopy(layer).double(), grad.double(), x.double(), residual.double())
+        wide = deepcopy(layer).double()
+        expected = gradients(lambda x, r, norm=wide: norm(x, residual=r), grad.double(), x.double(), residual.double())
         with triton_kernels():
-            found = gradients(layer.to(DEVICE), *(part.to(DEVICE) for part in (grad, x, residual)))
+            layer.to(DEVICE)
+            both = lambda x, r, norm=layer: norm(x, residual=r)  # noqa: E731
+            found = gradients(both, *(part.to(DEVICE) for part in (grad, x, residual)))
         assert_close([part.cpu() for part in found], expected, 1e-5)
 
 

@@ -34,6 +34,11 @@ def path(request):
         native.kernels.use_instructions(SETS[-1])
 
 
+def of_both(layer):
+    """The layer as a function of input and residual."""
+    return lambda x, residual: layer(x, residual=residual)
+
+
 def apart(layer, x, residual, grad):
     """The output and the gradients of x, residual and parameters, by the norm, a sum and an activation."""
     norm = deepcopy(layer)
@@ -46,13 +51,14 @@ def off_the_kink(layer, x, residual, distance):
     """The residual, changed where the sum is so near 0 that rounding decides on which side it is."""
     norm = deepcopy(layer)
     norm.activation = None
-    near = norm(x, residual).detach().abs() < distance
+    near = norm(x, residual=residual).detach().abs() < distance
     return residual + near.to(x.dtype) * 2 * distance
 
 
 def together(layer, x, residual, grad):
     layer = deepcopy(layer)
-    return [*gradients(layer, grad, x, residual), *(p.grad for p in layer.parameters()), *layer.state_dict().values()]
+    found = gradients(of_both(layer), grad, x, residual)
+    return [*found, *(p.grad for p in layer.parameters()), *layer.state_dict().values()]
 
 
 @pytest.mark.usefixtures("path")
@@ -99,7 +105,7 @@ def test_a_residual_of_another_type_is_added_by_torch():
     layer, x = BatchNorm2d(4, activation="relu"), torch.randn(3, 4, 5, 5)
     residual = torch.randn(3, 4, 5, 5, dtype=torch.float64)
     expected = torch.relu(deepcopy(layer).train()._composed(x) + residual)
-    assert torch.equal(layer(x, residual), expected)
+    assert torch.equal(layer(x, residual=residual), expected)
 
 
 @pytest.mark.parametrize("norm", [BatchNorm2d, RunningBatchNorm2d])
@@ -109,7 +115,7 @@ def test_compiled(norm):
     layer = with_drawn_parameters(norm(16, activation="leaky_relu"))
     compiled = torch.compile(deepcopy(layer), fullgraph=True, backend="aot_eager")
     x, residual, grad = torch.randn(3, 4, 16, 40, 40)
-    assert_close(gradients(compiled, grad, x, residual), gradients(layer, grad, x, residual), 1e-4)
+    assert_close(gradients(of_both(compiled), grad, x, residual), gradients(of_both(layer), grad, x, residual), 1e-4)
 
 
 def test_the_gradient_has_a_gradient():
@@ -120,7 +126,7 @@ def test_the_gradient_has_a_gradient():
     for switch in (composed, nullcontext):
         with switch():
             inputs = [part.clone().requires_grad_() for part in (x, residual)]
-            first = torch.autograd.grad(layer(*inputs).pow(3).sum(), inputs, create_graph=True)
+            first = torch.autograd.grad(layer(inputs[0], residual=inputs[1]).pow(3).sum(), inputs, create_graph=True)
             found.append(torch.autograd.grad(sum((part * v).sum() for part in first), [*inputs, layer.weight]))
     assert_close(*map(list, found), 1e-4)
 
@@ -128,4 +134,4 @@ def test_the_gradient_has_a_gradient():
 @pytest.mark.parametrize("norm", [BatchNorm2d, RunningBatchNorm2d])
 def test_another_shape_is_refused(norm):
     with pytest.raises(InputError, match=r"residual.shape=\(3, 4, 1, 1\).*\(3, 4, 5, 5\)"):
-        norm(4)(torch.randn(3, 4, 5, 5), torch.randn(3, 4, 1, 1))
+        norm(4)(torch.randn(3, 4, 5, 5), residual=torch.randn(3, 4, 1, 1))

@@ -93,7 +93,7 @@ class Residual(nn.Module):
             z = self.conv6(x)
             assert z.dim() == 4
             x = self.norm6(z)
-        return self.norm7(self.conv7(x), x), y
+        return self.norm7(self.conv7(x), residual=x), y
 
 
 def test_what_follows_what_is_seen_and_not_guessed():

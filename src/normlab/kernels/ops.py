@@ -1,5 +1,6 @@
 """Operators whose gradient is written out, so that a training step costs less than through autograd."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _traced = torch._C._get_tracing_state
 _transforms = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 # The learning rate is the geometric mean of what this many steps, about, show it to be.
 STEPS_REMEMBERED = 100
@@ -101,6 +103,7 @@ def normalize_with_share(
     mean_share: Tensor,
     var_share: Tensor,
     eps: float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """γ (x − mean) / √(var + eps) + β, where this batch's share of `mean` and `var` carries the gradient.
 
@@ -117,39 +120,64 @@ def normalize_with_share(
         mean_share: between 0 and 1, 0-d or (C,).
         var_share: likewise.
         eps: added to the variance.
+        mask: (N, 1, *space), True where a value is in `mean` and `var`; None for all.
     """
-    return _NormalizeWithShare.apply(x, mean, var, weight, bias, mean_share, var_share, eps)
+    return _NormalizeWithShare.apply(x, mean, var, weight, bias, mean_share, var_share, eps, mask)
 
 
 class _NormalizeWithShare(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(x, mean, var, weight, bias, mean_share, var_share, eps):  # types: normalize_with_share
+    def forward(x, mean, var, weight, bias, mean_share, var_share, eps, mask):  # types: normalize_with_share
         return _scale_and_shift(x, mean, (var + eps).rsqrt_(), weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, mean, var, weight, _, mean_share, var_share, ctx.eps = inputs
-        ctx.save_for_backward(x, mean, var, weight, mean_share, var_share)
+        x, mean, var, weight, _, mean_share, var_share, ctx.eps, mask = inputs
+        ctx.save_for_backward(x, mean, var, weight, mean_share, var_share, mask)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor):
-        x, mean, var, weight, mean_share, var_share = ctx.saved_tensors
+        x, mean, var, weight, mean_share, var_share, mask = ctx.saved_tensors
         inverse = (var + ctx.eps).rsqrt_()
         along = (-1, *[1] * (x.dim() - 2))
         dims = (0, *range(2, x.dim()))
         grad = grads[0].to(mean.dtype)
         x_hat = (x - mean.view(along)).mul_(inverse.view(along))
-        sum_grad = grad.sum(dims)
-        sum_grad_x_hat = (grad * x_hat).sum(dims)
+        sums = all_sums = torch.stack([grad.sum(dims), (grad * x_hat).sum(dims)])
+        if mask is not None:
+            counted = _counted(grad, mask)
+            sums = torch.stack([counted.sum(dims), (counted * x_hat).sum(dims)])
         scale = inverse if weight is None else inverse * weight
         # scale·grad − (scale/n)(mean_share Σg + x̂ var_share Σ g x̂), in place from x̂ on
-        part = scale * (x.shape[1] / x.numel())
-        grad_x = x_hat.mul_((part * var_share).mul_(sum_grad_x_hat).view(along))
-        grad_x.add_((part * mean_share).mul_(sum_grad).view(along)).neg_().addcmul_(grad, scale.view(along))
-        grad_weight = sum_grad_x_hat if ctx.needs_input_grad[3] else None
-        grad_bias = sum_grad if ctx.needs_input_grad[4] else None
-        return grad_x.to(x.dtype), None, None, grad_weight, grad_bias, None, None, None
+        part = scale * _one_of(x, mask)
+        grad_x = x_hat.mul_((part * var_share).mul_(sums[1]).view(along))
+        grad_x = _counted(grad_x.add_((part * mean_share).mul_(sums[0]).view(along)), mask).neg_()
+        grad_x.addcmul_(grad, scale.view(along))
+        grad_weight = all_sums[1] if ctx.needs_input_grad[3] else None
+        grad_bias = all_sums[0] if ctx.needs_input_grad[4] else None
+        return grad_x.to(x.dtype), None, None, grad_weight, grad_bias, None, None, None, None
+
+
+def _counted(values: Tensor, mask: Tensor | None) -> Tensor:
+    """`values` where the mask is True, else 0."""
+    return values if mask is None else torch.where(mask, values, 0)
+
+
+def _one_of(x: Tensor, mask: Tensor | None) -> float | Tensor:
+    """One over the number of values of a channel."""
+    return x.shape[1] / x.numel() if mask is None else 1 / mask.sum().clamp(min=1)
+
+
+def write(kept: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Write `values` into tensors from within a backward pass, that of a transform of `torch.func` too."""
+    if torch.compiler.is_compiling() or any(map(_is_wrapped, kept)):
+        for part, value in zip(kept, values, strict=True):
+            part.unsqueeze(0).copy_(value)  # see `normlab.nn.base.remember`
+    else:  # these were there before the transform, which refuses to copy_ into them
+        torch._foreach_copy_(list(kept), list(values))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def normalize_with_memory(
@@ -162,6 +190,7 @@ def normalize_with_memory(
     memory: GradientMemory,
     step_bound: float | None,
     eps: float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """γ (x − mean) / √(var + eps) + β, whose backward pass remembers the batches before.
 
@@ -203,26 +232,29 @@ def normalize_with_memory(
         memory: changed in place by each backward pass, but not by a gradient that is infinite or NaN.
         step_bound: a share of the size of (γ, β), or None for no bound.
         eps: added to the variance.
+        mask: (N, 1, *space), True where a value is in `mean` and `var`, and counts above; None for all.
     """
-    return _NormalizeWithMemory.apply(x, mean, var, weight, bias, rate, *memory, step_bound, eps)
+    return _NormalizeWithMemory.apply(x, mean, var, weight, bias, rate, mask, *memory, step_bound, eps)
 
 
 class _NormalizeWithMemory(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(x, mean, var, weight, bias, rate, average, latest, parameters, push, measured, step_bound, eps):
+    def forward(x, mean, var, weight, bias, rate, mask, average, latest, parameters, push, measured, step_bound, eps):
         return _scale_and_shift(x, mean, (var + eps).rsqrt_(), weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, mean, var, weight, bias, rate, *memory, ctx.step_bound, ctx.eps = inputs
-        ctx.save_for_backward(x, mean, var, weight, bias, rate)
+        x, mean, var, weight, bias, rate, mask, *memory, ctx.step_bound, ctx.eps = inputs
+        ctx.save_for_backward(x, mean, var, weight, bias, rate, mask)
         # Not saved: it may change before this backward pass, by that of another batch.
         ctx.memory = GradientMemory(*memory)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor):
-        x, mean, var, weight, bias, rate = ctx.saved_tensors
+        x, mean, var, weight, bias, rate, mask = ctx.saved_tensors
         memory: GradientMemory = ctx.memory
         along = (-1, *[1] * (x.dim() - 2))
         dims = (0, *range(2, x.dim()))
@@ -237,33 +269,37 @@ class _NormalizeWithMemory(torch.autograd.Function):
             step = _Step.between(memory, parameters)
             log_lr, steps = step.enter(log_lr, steps)
             last_rate, step_length = step.weigh(last_rate, step_length)
-            squared_length = torch.lerp(squared_length, _squared_length(x_hat, parameters), rate)
+            squared_length = torch.lerp(squared_length, _squared_length(x_hat, parameters, mask), rate)
             push = push * step.waits
             if ctx.step_bound is not None:
                 lr = log_lr.exp()
                 size = parameters.norm().clamp(min=x.shape[1] ** 0.5)
-                excess = grad.flatten(1).norm(dim=1) * (lr / (size * ctx.step_bound))
+                excess = _counted(grad, mask).flatten(1).norm(dim=1) * (lr / (size * ctx.step_bound))
                 grad = grad / excess.clamp(min=1).view(-1, *[1] * (x.dim() - 1))
                 tiny = torch.finfo(lr.dtype).tiny
                 overshoot = 1 - len(x) / (lr * squared_length).clamp(min=tiny)
                 pull = (excess > 1).to(lr.dtype).mean() * overshoot.clamp(min=0) * PULL / lr.clamp(min=tiny)
-        sums = torch.stack([(grad * x_hat).sum(dims), grad.sum(dims)])
-        latest = sums * (x.shape[1] / x.numel())
+        sums = counted_sums = torch.stack([(grad * x_hat).sum(dims), grad.sum(dims)])
+        if mask is not None:
+            counted = _counted(grad, mask)
+            counted_sums = torch.stack([(counted * x_hat).sum(dims), counted.sum(dims)])
+        latest = counted_sums * _one_of(x, mask)
         average = torch.lerp(average, memory.latest, last_rate)
-        square = x_hat.square().mean(dims)
+        square = x_hat.square()
+        square = square.mean(dims) if mask is None else _counted(square, mask).sum(dims) * _one_of(x, mask)
         own = torch.stack([latest[0] / (rate * square).clamp(min=1), latest[1]])
         subtracted = torch.lerp(average, own, rate)
         given = torch.add(sums * parameter_share(len(x)), parameters * pull)
         measured = torch.stack([log_lr, steps, squared_length, step_length, rate.to(log_lr.dtype)])
-        finite = sums.isfinite().all()
-        for kept, new in zip(memory, (average, latest, parameters, push + given, measured), strict=True):
-            kept.copy_(torch.where(finite, new, kept))
+        usable = sums.isfinite().all() if mask is None else sums.isfinite().all() & mask.any()
+        new = average, latest, parameters, push + given, measured
+        write(memory, [torch.where(usable, value, kept) for kept, value in zip(memory, new, strict=True)])
         scale = inverse if weight is None else inverse * weight
-        grad_x = x_hat.mul_((scale * subtracted[0]).view(along)).add_((scale * subtracted[1]).view(along)).neg_()
-        grad_x.addcmul_(grad, scale.view(along))
+        grad_x = x_hat.mul_((scale * subtracted[0]).view(along)).add_((scale * subtracted[1]).view(along))
+        grad_x = _counted(grad_x, mask).neg_().addcmul_(grad, scale.view(along))
         grad_weight = given[0] if ctx.needs_input_grad[3] else None
         grad_bias = given[1] if ctx.needs_input_grad[4] else None
-        return grad_x.to(x.dtype), None, None, grad_weight, grad_bias, *[None] * 8
+        return grad_x.to(x.dtype), None, None, grad_weight, grad_bias, *[None] * 9
 
 
 class _Step(NamedTuple):
@@ -295,9 +331,12 @@ class _Step(NamedTuple):
         return rate * torch.where(self.along, self.length / new, 1), new
 
 
-def _squared_length(x_hat: Tensor, parameters: Tensor) -> Tensor:
+def _squared_length(x_hat: Tensor, parameters: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over images of the squared length of the output's mean over space."""
-    pooled = x_hat.flatten(2).mean(2) if x_hat.dim() > 2 else x_hat
+    if mask is not None and x_hat.dim() > 2:
+        pooled = _counted(x_hat, mask).flatten(2).sum(2) / mask.flatten(2).sum(2).clamp(min=1)
+    else:
+        pooled = x_hat.flatten(2).mean(2) if x_hat.dim() > 2 else x_hat
     return torch.addcmul(parameters[1], pooled, parameters[0]).square_().sum(1).mean()
 
 

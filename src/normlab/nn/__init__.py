@@ -1,6 +1,6 @@
 """The layers: norms for (N, C, *space) tensors, and `build_norm` to make one by its registered name."""
 
-from .batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .batch import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .convolution import (
     CenteredConv1d,
     CenteredConv2d,
@@ -29,6 +29,9 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",

@@ -1,6 +1,7 @@
 """Activations that a norm can be one with: its kernels apply them while they write."""
 
 from torch import Tensor
+from torch.nn.functional import leaky_relu, relu
 
 from ..errors import check
 from ..kernels import ops
@@ -18,6 +19,13 @@ def check_activation(name: str | None) -> str | None:
 def activate(y: Tensor, name: str | None, residual: Tensor | None = None) -> Tensor:
     """The activation of `y`, or of the sum with `residual`, as operators of their own."""
     return ops.activate(y if residual is None else y + residual, SLOPES[name])
+
+
+def scripted_activation(y: Tensor, name: str | None) -> Tensor:
+    """`activate`, in what TorchScript knows."""
+    if name is None:
+        return y
+    return relu(y) if name == "relu" else leaky_relu(y, 0.01)
 
 
 def check_residual(x: Tensor, residual: Tensor) -> None:

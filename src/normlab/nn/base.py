@@ -8,8 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..errors import check
+from ..errors import InputError, check
 from ..kernels import dispatch, operators
+from .call import call, for_script
+
+# Of `torch.jit.trace`, to which a comparison of sizes would be a constant.
+_traced = torch._C._get_tracing_state
+
+
+def is_tracing() -> bool:
+    """Whether `torch.jit.trace` looks on."""
+    return _traced() is not None
 
 
 def remember(*updates: tuple[Tensor, Tensor]) -> None:
@@ -71,9 +80,33 @@ class OnKernels(nn.Module):
     To look at each of these takes longer than the kernels do on a small tensor. Theirs on a CPU look again, and raise.
     """
 
+    __jit_ignored_attributes__ = ("_known",)  # TorchScript has no type for them
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     _known: tuple[Tensor | None, ...] | None = None  # γ, β and buffers that were looked at, on a CPU
+
+    @for_script
+    def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """The norm of `input`, (N, C, *space).
+
+        Args:
+            input: as the class says.
+            mask: (N, *space), bool, where the values are that count: statistics are theirs alone. None for all.
+
+        Raises:
+            InputError: the input or the mask is of another shape.
+        """
+        return call(self, input, mask)
+
+    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """What `forward` computes, of a plain tensor; with `mask`, (N, 1, *space), if there is one."""
+        raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> "OnKernels":
+        kind = type(self).__name__
+        if not hasattr(self, "_scripted"):
+            raise InputError(f"{kind} has no form for torch.jit.script. Use torch.jit.trace or torch.export.")
+        return self
 
     def _taken(self, x: Tensor, residual: Tensor | None = None) -> tuple[Any, ...] | None:
         """γ, β and the buffers, in the order of their making, if the kernels can be used for these inputs; or None."""
@@ -100,6 +133,39 @@ class OnKernels(nn.Module):
 class PreciseStatistics(OnKernels):
     """A module whose buffers stay in float32 at least, also when it is cast to half precision."""
 
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    track_running_stats: bool
+    momentum: float | None
+
+    def _keep(self, *updates: tuple[Tensor, Tensor]) -> None:
+        """Write statistics, see `remember`, unless `track_running_stats` is off, as it may be for a while."""
+        if self.track_running_stats:
+            remember(*updates)
+
+    def _kept_already(self) -> bool:
+        """Whether this pass is a checkpoint's second one, so that the statistics have its batch in them."""
+        return self.track_running_stats and recomputing()
+
+    def _share(self) -> float | Tensor:
+        """The weight of a new batch in averages: `momentum`, or for None that which makes them means of all batches."""
+        if self.momentum is None and self.num_batches_tracked is not None:
+            return (self.num_batches_tracked + 1).reciprocal()
+        return 0.0 if self.momentum is None else self.momentum
+
+    def _average(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        """Move the running statistics towards `mean` and the unbiased variance of `count` values a channel, 0-d."""
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        unbiased = var * (count / (count - 1).clamp(min=1))
+        share = self._share()
+        self._keep(
+            (self.running_mean, self.running_mean + share * (count > 0) * (mean - self.running_mean)),
+            (self.running_var, self.running_var + share * (count > 1) * (unbiased - self.running_var)),
+            (self.num_batches_tracked, self.num_batches_tracked + (count > 0)),
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PreciseStatistics":
         statistics = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
@@ -114,15 +180,19 @@ class RunningStatistics(PreciseStatistics, _NormBase):
     """A norm of (N, C, *space) with buffers `running_mean`, `running_var` and `num_batches_tracked`, as in torch.
 
     It checks the shape of its input, and keeps the statistics in float32 at least, also when the module is cast to
-    half precision.
+    half precision. Its attributes are torch's: with `track_running_stats` switched off a batch in training changes no
+    statistics, and the output is that of training all the same.
 
     Args:
         num_features: C.
         eps: added to the variance.
-        momentum: weight of a new batch in the running statistics, above 0, to 1.
+        momentum: weight of a new batch in the running statistics, above 0, to 1; or None, where it `averages`, for
+            the mean of all batches.
         affine: learn γ and β.
+        track_running_stats: keep statistics. Without, evaluation is as training; most norms need theirs.
         device: of parameters and statistics.
         dtype: of the parameters.
+        bias: learn β.
 
     Raises:
         InputError: an argument or the shape of an input is out of range.
@@ -131,26 +201,41 @@ class RunningStatistics(PreciseStatistics, _NormBase):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    momentum: float  # torch's base class would also admit None
     accepted_dims: tuple[int, ...] = (4,)
+    averages = False  # whether `momentum` is what it is in torch's batch norm
+    needs_statistics = True
 
     def __init__(
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         affine: bool = True,
+        track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ):
         check(num_features >= 1, "num_features", num_features, "a whole number from 1")
-        check(0 < momentum <= 1, "momentum", momentum, "a number above 0, to 1")
-        super().__init__(num_features, eps, momentum, affine, True, device)
+        if not (momentum is None and self.averages):
+            usable = momentum is not None and 0 < momentum <= 1
+            check(usable, "momentum", momentum, "a number above 0, to 1")
+        if self.needs_statistics:
+            tracks = "True: this norm needs its statistics. Switch it off for a while later, by the attribute"
+            check(track_running_stats, "track_running_stats", track_running_stats, tracks)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, bias=bias)
         if dtype is not None:
             self.to(dtype)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() not in self.accepted_dims or input.shape[1] != self.num_features:
+        if input.dim() not in self.accepted_dims or not (is_tracing() or input.shape[1] == self.num_features):
             dims = " or ".join(map(str, self.accepted_dims))
             accepted = f"{dims} dimensions, the second of {self.num_features} channels"
             check(False, "x.shape", tuple(input.shape), accepted)
+
+    def _scripted(self, input: Tensor) -> Tensor:
+        if self.training:
+            raise RuntimeError("This norm is scripted for evaluation: call eval() before.")
+        mean, var = self.running_mean, self.running_var
+        return nn.functional.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)

@@ -4,20 +4,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from ..errors import InputError
 from ..kernels import fused, operators
 from ..kernels.ops import CHANNELS_LAST
 from . import functional as F
-from .activation import SLOPES, activate, check_activation, check_residual, described
-from .base import PreciseStatistics, recomputing, remember
+from .activation import SLOPES, activate, check_activation, check_residual, described, scripted_activation
+from .base import PreciseStatistics, is_tracing, recomputing
+from .call import call, for_script
 
 
-class _Batch(PreciseStatistics, _BatchNorm):
+class _Batch(PreciseStatistics, _NormBase):
     """A torch batch norm that writes its statistics by the rules of all norms here, see `remember`."""
 
     activation: str | None
     accepted_dims: tuple[int, ...] = ()  # of a tensor, beyond those of the class
+    of_torch: type[_BatchNorm]
+    averages = True
 
     def __init__(
         self,
@@ -29,17 +33,29 @@ class _Batch(PreciseStatistics, _BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         activation: str | None = None,
     ):
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if activation is not None and isinstance(self, _BatchNorm):  # torch's tools would replace it, and lose that
+            kind = type(self).__name__
+            raise InputError(f"{kind}: a class with an activation is derived from BatchNormAct1d, 2d or 3d.")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.activation = check_activation(activation)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    @for_script
+    def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """The norm of `input`, and its activation of the sum with `residual`; see `OnKernels.forward`."""
+        return call(self, input, mask, residual)
+
+    def _normalize(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(x)
         if residual is not None:
             check_residual(x, residual)
         own = self.training or self.running_mean is None  # statistics of this batch
-        if x.numel() > x.size(1) == self.num_features and operators.preferred(x, own):  # several values a channel
+        if mask is not None and own:
+            return activate(self._masked(x, mask), self.activation, residual)
+        # Several values a channel
+        if not is_tracing() and x.numel() > x.size(1) == self.num_features and operators.preferred(x, own):
             taken = self._taken(x, residual)
             if taken is not None:
                 return self._fast(x, taken, own, residual)
@@ -47,14 +63,29 @@ class _Batch(PreciseStatistics, _BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self.accepted_dims:
-            super()._check_input_dim(input)
+            self.of_torch._check_input_dim(self, input)  # pyright: ignore[reportArgumentType]
+
+    def _scripted(self, input: Tensor) -> Tensor:
+        mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        momentum, activation = self.momentum, self.activation
+        share = 0.0 if momentum is None else momentum
+        if self.training and not self.track_running_stats:
+            mean, var = None, None
+        elif self.training and batches is not None:
+            batches.add_(1)
+            if momentum is None:
+                share = 1.0 / float(batches)
+        own = self.training or mean is None
+        y = nn.functional.batch_norm(input, mean, var, self.weight, self.bias, own, share, self.eps)
+        return scripted_activation(y, activation)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + described(self.activation)
 
     def _composed(self, x: Tensor) -> Tensor:
         """The norm in torch's operators."""
-        if torch.is_grad_enabled() and x.dim() > 3 and not torch.compiler.is_compiling() and 1 in x.shape:
+        plainly = not torch.compiler.is_compiling() and not is_tracing()
+        if torch.is_grad_enabled() and x.dim() > 3 and plainly and 1 in x.shape:
             # Where a size is 1 strides can mean either memory format, of which torch's backward pass mistakes one for
             # the other: its gradient is wrong.
             layout = CHANNELS_LAST[x.dim()]
@@ -64,17 +95,19 @@ class _Batch(PreciseStatistics, _BatchNorm):
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight, bias = (None if part is None else part.to(dtype) for part in (self.weight, self.bias))
         mean, var = self.running_mean, self.running_var
-        if x.numel() == 0 or not (self.training or mean is None):  # an empty batch has no statistics of its own
+        if not (self.training or mean is None) or x.numel() == 0:  # an empty batch has no statistics of its own
             mean = x.new_zeros(self.num_features, dtype=dtype) if mean is None else mean
             var = x.new_ones(self.num_features, dtype=dtype) if var is None else var
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if torch.is_grad_enabled() and plainly:
                 mean, var = mean.clone(), var.clone()  # a buffer written meanwhile would end the backward pass
             return nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
         if x.numel() == x.shape[1] == self.num_features:
             # torch raises here, because the unbiased variance would be 0/0: of the variance one value says nothing.
             self._remember(x.detach().flatten(), var)
             return F.batch_norm(x, weight, bias, self.eps)
-        if mean is None:  # ONNX, given the two below, would take them for running statistics
+        if (
+            mean is None or not self.track_running_stats
+        ):  # ONNX, given the two below, would take them for running statistics
             return nn.functional.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
         batch_mean, batch_var = x.new_zeros(2, self.num_features, dtype=dtype)
         y = nn.functional.batch_norm(x, batch_mean, batch_var, weight, bias, True, 1.0, self.eps)
@@ -87,23 +120,62 @@ class _Batch(PreciseStatistics, _BatchNorm):
         slope = SLOPES[self.activation]
         if not own:
             return fused.frozen_norm(x, mean, var, weight, bias, self.eps, slope, residual)
-        keeps = self.training and mean is not None and not recomputing()
+        keeps = self.training and mean is not None and self.track_running_stats and not recomputing()
         entered = fused.BatchStatistics._make(taken[2:5]) if keeps else None
         return fused.batch_norm(x, weight, bias, entered, self.momentum, self.eps, slope, residual)
 
     def _remember(self, mean: Tensor, var: Tensor | None) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None or var is None:
             return
-        batches = self.num_batches_tracked + 1
-        share = batches.reciprocal() if self.momentum is None else self.momentum
-        remember(
+        share = self._share()
+        self._keep(
             (self.running_mean, torch.lerp(self.running_mean, mean.to(self.running_mean.dtype), share)),
             (self.running_var, torch.lerp(self.running_var, var.to(self.running_var.dtype), share)),
-            (self.num_batches_tracked, batches),
+            (self.num_batches_tracked, self.num_batches_tracked + 1),
         )
 
+    def _masked(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The norm with the statistics of the values where `mask` is True."""
+        mean, var, count = F.masked_moments(x, mask)
+        self._average(mean.detach().flatten(), var.detach().flatten(), count)
+        mean, var = F.unless_empty(count, (mean, var), (self.running_mean, self.running_var))
+        return F.normalize(x, mean, var, self.weight, self.bias, self.eps)
 
-class BatchNorm2d(_Batch, nn.BatchNorm2d):
+
+class BatchNormAct2d(_Batch):
+    """Batch norm of (N, C, H, W) with an activation, in one: what `BatchNorm2d(…, activation="relu")` makes.
+
+    It is no `torch.nn.BatchNorm2d`: torch's tools that put another layer in the place of each, such as
+    `SyncBatchNorm.convert_sync_batchnorm`, would drop the activation.
+    """
+
+    of_torch = nn.BatchNorm2d
+
+
+class BatchNormAct1d(_Batch):
+    """Batch norm of (N, C) or (N, C, L) with an activation; see `BatchNormAct2d`."""
+
+    of_torch = nn.BatchNorm1d
+
+
+class BatchNormAct3d(_Batch):
+    """Batch norm of (N, C, D, H, W) with an activation; see `BatchNormAct2d`."""
+
+    of_torch = nn.BatchNorm3d
+
+
+class _OfTorch:
+    """Of a layer that is of torch's class too: with an activation it is made a `with_activation`, which is not."""
+
+    with_activation: type[_Batch]
+
+    def __new__(cls, *arguments: Any, activation: str | None = None, **options: Any) -> Any:
+        if activation is not None and "with_activation" in cls.__dict__:
+            return cls.with_activation(*arguments, activation=activation, **options)
+        return super().__new__(cls)
+
+
+class BatchNorm2d(_Batch, _OfTorch, nn.BatchNorm2d):
     """Batch norm of (N, C, H, W): y = γ (x − μ) / √(σ² + eps) + β, per channel.
 
     In training μ and σ² are the mean and the biased variance over batch and space, and the gradient flows through
@@ -114,17 +186,25 @@ class BatchNorm2d(_Batch, nn.BatchNorm2d):
     an empty batch and the second forward pass of an activation checkpoint that is not compiled. Cast to half precision
     the layer keeps its statistics in float32. `momentum=None` compiles without a break.
 
-    With `activation="relu"` or `"leaky_relu"` (of slope .01) the layer is that activation too: the same values and
-    gradients as with one after it, in less time, and without a tensor between the two. `layer(x, residual)`, with a
-    tensor like `x`, adds it before the activation: the end of a residual block.
+    With `activation="relu"` or `"leaky_relu"` (of slope 0.01) the layer is that activation too: the same values and
+    gradients as with one after it, in less time, and without a tensor between the two. It is then a `BatchNormAct2d`,
+    and not of torch's class. `layer(x, residual=r)`, with a tensor like `x`, adds it before the activation: the end of
+    a residual block. `layer(x, mask=m)`, with m bool, (N, H, W), takes the statistics of the values where m is True,
+    and normalises all by them.
 
     Source: Ioffe and Szegedy 2015, "Batch Normalization".
     """
 
+    of_torch, with_activation = nn.BatchNorm2d, BatchNormAct2d
 
-class BatchNorm1d(_Batch, nn.BatchNorm1d):
+
+class BatchNorm1d(_Batch, _OfTorch, nn.BatchNorm1d):
     """Batch norm of (N, C) or (N, C, L); see `BatchNorm2d`."""
 
+    of_torch, with_activation = nn.BatchNorm1d, BatchNormAct1d
 
-class BatchNorm3d(_Batch, nn.BatchNorm3d):
+
+class BatchNorm3d(_Batch, _OfTorch, nn.BatchNorm3d):
     """Batch norm of (N, C, D, H, W); see `BatchNorm2d`."""
+
+    of_torch, with_activation = nn.BatchNorm3d, BatchNormAct3d

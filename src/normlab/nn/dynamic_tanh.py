@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .per_image import PerImageNorm, check_channels, in_float32, scale_shift
+from .per_image import PerImageNorm, in_float32, scale_shift
 
 
 class DynamicTanh(PerImageNorm):
@@ -18,6 +18,7 @@ class DynamicTanh(PerImageNorm):
         affine: learn γ and β; α is learned in any case.
         device: of the parameters.
         dtype: of the parameters.
+        bias: learn β.
 
     Raises:
         InputError: an argument or the shape of an input is out of range.
@@ -32,12 +33,20 @@ class DynamicTanh(PerImageNorm):
         affine: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ):
-        super().__init__(num_features, affine, device, dtype)
+        super().__init__(num_features, affine, device, dtype, bias=bias)
+        self.initial_alpha = alpha
         self.alpha = nn.Parameter(torch.full((1,), float(alpha), device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_channels(x, self.num_features)
+    def reset_parameters(self) -> None:
+        """Set α, γ and β to what they were at first."""
+        super().reset_parameters()
+        nn.init.constant_(self.alpha, self.initial_alpha)
+
+    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        self._check_input_dim(x)
         return scale_shift(torch.tanh(self.alpha * in_float32(x)), self.weight, self.bias).to(x.dtype)
 
 
@@ -54,6 +63,7 @@ class DynamicErf(PerImageNorm):
         affine: learn γ and β; α and s are learned in any case.
         device: of the parameters.
         dtype: of the parameters.
+        bias: learn β.
 
     Raises:
         InputError: an argument or the shape of an input is out of range.
@@ -69,12 +79,22 @@ class DynamicErf(PerImageNorm):
         affine: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ):
-        super().__init__(num_features, affine, device, dtype)
+        super().__init__(num_features, affine, device, dtype, bias=bias)
+        self.initial_alpha = alpha
         self.alpha = nn.Parameter(torch.full((1,), float(alpha), device=device, dtype=dtype))
+        self.initial_shift = shift
         self.shift = nn.Parameter(torch.full((1,), float(shift), device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_channels(x, self.num_features)
+    def reset_parameters(self) -> None:
+        """Set α, s, γ and β to what they were at first."""
+        super().reset_parameters()
+        nn.init.constant_(self.alpha, self.initial_alpha)
+        nn.init.constant_(self.shift, self.initial_shift)
+
+    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        self._check_input_dim(x)
         bounded = torch.erf(self.alpha * in_float32(x) + self.shift)
         return scale_shift(bounded, self.weight, self.bias).to(x.dtype)

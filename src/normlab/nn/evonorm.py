@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from .base import RunningStatistics, remember
+from . import functional as F
+from .base import RunningStatistics
 from .functional import moments, per_channel
-from .per_image import PerImageNorm, check_channels, check_groups, in_float32, instance_moments, scale_shift
+from .per_image import PerImageNorm, check_groups, in_float32, instance_moments, scale_shift
 
 
 class EvoNormS0(PerImageNorm):
@@ -17,11 +18,12 @@ class EvoNormS0(PerImageNorm):
 
     Args:
         num_features: C.
-        num_groups: a divisor of C; the paper has 32.
+        num_groups: a divisor of C; by default eight, or as many as divide C. The paper has 32.
         eps: added to the variance.
         affine: learn γ and β; v is learned in any case.
         device: of the parameters.
         dtype: of the parameters.
+        bias: learn β.
 
     Raises:
         InputError: an argument or the shape of an input is out of range.
@@ -32,19 +34,26 @@ class EvoNormS0(PerImageNorm):
     def __init__(
         self,
         num_features: int,
-        num_groups: int = 8,
+        num_groups: int | None = None,
         eps: float = 1e-5,
         affine: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ):
-        super().__init__(num_features, affine, device, dtype)
+        super().__init__(num_features, affine, device, dtype, bias=bias)
         self.num_groups, self.eps = check_groups(num_groups, num_features), eps
         self.v = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_channels(x, self.num_features)
-        return evonorm_s0(x, self.v, self.num_groups, self.weight, self.bias, self.eps)
+    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        self._check_input_dim(x)
+        return evonorm_s0(x, self.v, self.num_groups, self.weight, self.bias, self.eps, mask)
+
+    def reset_parameters(self) -> None:
+        """Set v and γ to 1, β to 0."""
+        super().reset_parameters()
+        nn.init.ones_(self.v)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_groups={self.num_groups}, eps={self.eps}"
@@ -66,8 +75,10 @@ class EvoNorm2dB0(RunningStatistics):
         eps: added to the variances.
         momentum: weight of a new batch in the running variance, above 0, to 1.
         affine: learn γ and β; v is learned in any case.
+        track_running_stats: keep statistics; without, evaluation is as training.
         device: of parameters and statistics.
         dtype: of the parameters.
+        bias: learn β.
 
     Raises:
         InputError: an argument or the shape of an input is out of range.
@@ -75,23 +86,29 @@ class EvoNorm2dB0(RunningStatistics):
     Source: Liu, Brock, Simonyan and Le 2020, "Evolving Normalization-Activation Layers", EvoNorm-B0.
     """
 
+    averages, needs_statistics = True, False
+
     def __init__(
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         affine: bool = True,
+        track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ):
-        super().__init__(num_features, eps, momentum, affine, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.register_buffer("running_mean", None)
         self.v = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
 
     def reset_running_stats(self) -> None:
         """Forget every batch: variance 1, count 0."""
-        self.running_var.fill_(1)
-        self.num_batches_tracked.zero_()
+        if self.running_var is not None:
+            self.running_var.fill_(1)
+            self.num_batches_tracked.zero_()
 
     def reset_parameters(self) -> None:
         """Forget every batch, and set v and γ to 1, β to 0."""
@@ -99,18 +116,24 @@ class EvoNorm2dB0(RunningStatistics):
         if "v" in self._parameters:  # torch's constructor resets once before it is there
             nn.init.ones_(self.v)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
         self._check_input_dim(x)
-        if not self.training or x.numel() == 0:
-            return evonorm_b0(x, self.v, self.running_var, self.weight, self.bias, self.eps)
-        _, var = moments(x, (0, *range(2, x.dim())))
-        self._remember(var.detach().flatten(), x.numel() // self.num_features)
-        return evonorm_b0(x, self.v, var.flatten(), self.weight, self.bias, self.eps)
+        kept = self.running_var
+        if x.numel() == 0 or not (self.training or kept is None):
+            var = x.new_ones(()) if kept is None else kept
+            return evonorm_b0(x, self.v, var, self.weight, self.bias, self.eps, mask)
+        _, var, count = F.batch_moments(x, mask)
+        if self.training and kept is not None:
+            self._remember(var.detach().flatten(), count)
+        if mask is not None:
+            var = F.unless_empty(count, (var, var), (None, kept))[1]
+        return evonorm_b0(x, self.v, var.flatten(), self.weight, self.bias, self.eps, mask)
 
-    def _remember(self, var: Tensor, n: int) -> None:
+    def _remember(self, var: Tensor, n: int | Tensor) -> None:
         kept, batches = self.running_var, self.num_batches_tracked
-        new = kept if n == 1 else (1 - self.momentum) * kept + self.momentum * n / (n - 1) * var
-        remember((kept, new), (batches, batches + 1))
+        share = self._share() * (n > 1)  # one value says nothing of the variance
+        new = (1 - share) * kept + share * n / F.at_least_one(n - 1) * var
+        self._keep((kept, new), (batches, batches + (n > 0)))
 
 
 class EvoNorm1dB0(EvoNorm2dB0):
@@ -132,6 +155,7 @@ def evonorm_s0(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """γ x sigmoid(v x) / √(σ² + eps) + β, σ² per image and group of channels, in the dtype of `x`.
 
@@ -142,9 +166,15 @@ def evonorm_s0(
         weight: γ, (C,) or None for 1.
         bias: β, (C,) or None for 0.
         eps: added to the variance.
+        mask: (N, 1, *space), True where a value is in σ²; None for all.
     """
     grouped = x.unflatten(1, (num_groups, -1))
-    _, var = moments(grouped, tuple(range(2, grouped.dim())))
+    dims = tuple(range(2, grouped.dim()))
+    if mask is None:
+        _, var = moments(grouped, dims)
+    else:
+        mean, var, count = F.masked_moments(grouped, mask.unsqueeze(1), dims)
+        _, var = F.unless_empty(count, (mean, var))
     var = var.squeeze(2).repeat_interleave(x.shape[1] // num_groups, 1)
     wide = in_float32(x)
     return scale_shift(wide * (wide * per_channel(v, x)).sigmoid() * (var + eps).rsqrt(), weight, bias).to(x.dtype)
@@ -157,6 +187,7 @@ def evonorm_b0(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """γ x / max(√(σ_B² + eps), v x + √(σ_I² + eps)) + β, σ_I² per channel of each image, in the dtype of `x`.
 
@@ -167,8 +198,9 @@ def evonorm_b0(
         weight: γ, (C,) or None for 1.
         bias: β, (C,) or None for 0.
         eps: added to the variances.
+        mask: (N, 1, *space), True where a value is in σ_I²; None for all.
     """
-    _, instance_var = instance_moments(x)
+    _, instance_var = instance_moments(x, mask)
     wide = in_float32(x)
     of_image = wide * per_channel(v, x) + (instance_var + eps).sqrt()
     of_batch = per_channel((batch_var + eps).sqrt(), x)

@@ -31,6 +31,10 @@ class ThresholdedLinearUnit(nn.Module):
         self.num_features = num_features
         self.tau = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
 
+    def reset_parameters(self) -> None:
+        """Set τ to 0."""
+        nn.init.zeros_(self.tau)
+
     def forward(self, y: Tensor) -> Tensor:
         check_channels(y, self.num_features)
         return torch.maximum(y, per_channel(self.tau, y).to(y.dtype))
@@ -55,6 +59,7 @@ class FilterResponseNorm(PerImageNorm):
         learn_eps: learn ε, for maps of one or few values.
         device: of the parameters.
         dtype: of the parameters.
+        bias: learn β.
 
     Raises:
         InputError: an argument or the shape of an input is out of range.
@@ -70,26 +75,39 @@ class FilterResponseNorm(PerImageNorm):
         learn_eps: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ):
-        super().__init__(num_features, affine, device, dtype)
+        super().__init__(num_features, affine, device, dtype, bias=bias)
         self.eps = eps
         self.learned_eps = (
             nn.Parameter(torch.full((1,), LEARNED_EPS, device=device, dtype=dtype)) if learn_eps else None
         )
         self.activation = ThresholdedLinearUnit(num_features, device, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_channels(x, self.num_features)
+    def reset_parameters(self) -> None:
+        """Set γ, β, τ and e to what they were at first."""
+        super().reset_parameters()
+        self.activation.reset_parameters()
+        if self.learned_eps is not None:
+            nn.init.constant_(self.learned_eps, LEARNED_EPS)
+
+    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        self._check_input_dim(x)
         # In float32, where eps is not lost beside |e|.
         eps = self.eps if self.learned_eps is None else in_float32(self.learned_eps).abs() + self.eps
-        return self.activation(filter_response_norm(x, self.weight, self.bias, eps))
+        return self.activation(filter_response_norm(x, self.weight, self.bias, eps, mask))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, eps={self.eps}, learn_eps={self.learned_eps is not None}"
 
 
 def filter_response_norm(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float | Tensor = 1e-6
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | Tensor = 1e-6,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """γ x / √(ν² + ε) + β, with ν² the mean of x² over space, per channel of each image, in the dtype of `x`.
 
@@ -98,8 +116,12 @@ def filter_response_norm(
         weight: γ, (C,) or None for 1.
         bias: β, (C,) or None for 0.
         eps: ε, a number or a tensor of one.
+        mask: (N, 1, *space), True where a value is in ν²; None for all.
     """
     wide = in_float32(x)
     square, space = wide * wide, tuple(range(2, x.dim()))
-    mean_square = square.mean(space, keepdim=True) if space else square
+    if mask is not None and space:
+        mean_square = torch.where(mask, square, 0).sum(space, keepdim=True) / mask.sum(space, keepdim=True).clamp(min=1)
+    else:
+        mean_square = square.mean(space, keepdim=True) if space else square
     return scale_shift(wide * (mean_square + eps).rsqrt(), weight, bias).to(x.dtype)

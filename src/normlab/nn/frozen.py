@@ -1,7 +1,7 @@
 """Frozen batch norm: constant statistics, in training as in evaluation."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels import fused, operators
 from . import functional as F
@@ -19,8 +19,10 @@ class FrozenBatchNorm2d(RunningStatistics):
         num_features: C.
         eps: added to the variance.
         affine: learn γ and β.
+        track_running_stats: True; see `RunningStatistics`.
         device: of parameters and statistics.
         dtype: of the parameters.
+        bias: learn β.
 
     Raises:
         InputError: an argument or the shape of an input is out of range.
@@ -34,12 +36,15 @@ class FrozenBatchNorm2d(RunningStatistics):
         num_features: int,
         eps: float = 1e-5,
         affine: bool = True,
+        track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ):
-        super().__init__(num_features, eps, affine=affine, device=device, dtype=dtype)
+        super().__init__(num_features, eps, 0.1, affine, track_running_stats, device, dtype, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
         self._check_input_dim(x)
         mean, var = self.running_mean, self.running_var
         taken = self._taken(x) if operators.preferred(x, reduces=False) else None
@@ -47,6 +52,10 @@ class FrozenBatchNorm2d(RunningStatistics):
             weight, bias = taken[:2]
             return fused.frozen_norm(x, mean, var, weight, bias, self.eps, slope=1.0)
         return F.normalize(x, F.per_channel(mean, x), F.per_channel(var, x), self.weight, self.bias, self.eps)
+
+    def _scripted(self, input: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        return nn.functional.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, affine={self.affine}"

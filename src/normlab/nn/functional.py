@@ -6,7 +6,7 @@ computed in two passes (mean first, then the mean squared distance from it), in 
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,57 @@ def moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     mean = x.mean(dims, keepdim=True)
     distance = x - mean
     return mean, (distance * distance).mean(dims, keepdim=True)
+
+
+def masked_moments(x: Tensor, mask: Tensor, dims: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """`moments` of the values where `mask` is True, and how many they are; all 0 where there is none.
+
+    Args:
+        x: (N, C, *space).
+        mask: of a shape that broadcasts to that of `x`; (N, 1, *space).
+        dims: which become 1; by default all but the channels, for which the number of values is one, 0-d.
+    """
+    channels = dims is None
+    dims = _all_but_channel(x) if dims is None else dims
+    x = x if x.dtype == torch.float64 else x.float()
+    values = mask if channels else mask.expand(x.shape)
+    found = values.sum(dims, keepdim=True).to(x.dtype)
+    n = found.clamp(min=1)
+    mean = torch.where(mask, x, 0).sum(dims, keepdim=True) / n
+    distance = torch.where(mask, x - mean, 0)
+    return mean, (distance * distance).sum(dims, keepdim=True) / n, found.view(()) if channels else found
+
+
+def batch_moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Any]:
+    """Mean and biased variance of each channel, (1, C, 1, …), and of how many values: those where `mask` is True."""
+    if mask is not None:
+        return masked_moments(x, mask)
+    return *moments(x, _all_but_channel(x)), x.numel() // x.shape[1]
+
+
+def at_least_one(n: Any) -> Any:
+    """A number of values, or 1 if there is none."""
+    return n.clamp(min=1) if isinstance(n, Tensor) else max(n, 1)
+
+
+def unless_none(kept: tuple[Tensor | None, Tensor | None], x: Tensor) -> tuple[Tensor, Tensor]:
+    """A mean and variance as they broadcast against `x`; 0 and 1 for None."""
+    mean, var = (
+        x.new_full((), start, dtype=torch.float32) if part is None else per_channel(part, x)
+        for part, start in zip(kept, (0.0, 1.0), strict=True)
+    )
+    return mean, var
+
+
+def unless_empty(
+    count: Tensor, found: tuple[Tensor, Tensor], kept: tuple[Tensor | None, Tensor | None] = (None, None)
+) -> tuple[Tensor, Tensor]:
+    """The mean and variance `found`; where there was no value those that are `kept`, or 0 and 1."""
+    mean, var = (
+        start if part is None else part.detach().clone().view(like.shape)
+        for start, part, like in zip((0.0, 1.0), kept, found, strict=True)
+    )
+    return torch.where(count > 0, found[0], mean), torch.where(count > 0, found[1], var)
 
 
 def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -62,16 +113,27 @@ def batch_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 
 
 def group_norm(
-    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Group norm: per image and group of channels, over the group's channels and space.
+    """Group norm: per image and group of channels, over the group's channels and space where `mask` is True.
+
+    An image of which nothing counts is only scaled and shifted.
 
     One group is layer norm over channels and space; as many groups as channels is instance norm.
 
     Source: Wu and He 2018, "Group Normalization", equation 7.
     """
     grouped = x.reshape(x.shape[0], num_groups, -1)
-    mean, var = moments(grouped, (2,))
+    if mask is None:
+        mean, var = moments(grouped, (2,))
+    else:
+        mean, var, count = masked_moments(grouped, mask.expand(x.shape).reshape(grouped.shape), (2,))
+        mean, var = unless_empty(count, (mean, var))
     x_hat = normalize(grouped, mean, var, None, None, eps).reshape(x.shape)
     if weight is not None:
         x_hat = x_hat * per_channel(weight, x)
@@ -86,7 +148,9 @@ def lesson_alpha(batch_size: int, momentum: float) -> float:
     return 1 - (1 - momentum) / math.sqrt(max(batch_size - 1, 1))
 
 
-def update_running(x: Tensor, state: RunningState, alpha: float) -> tuple[RunningState, Tensor]:
+def update_running(
+    x: Tensor, state: RunningState, alpha: float, mask: Tensor | None = None
+) -> tuple[RunningState, Tensor]:
     """The running statistics after this batch; the gradient flows through the batch's own share, not through `state`.
 
     With batch mean m, batch variance v and n values a channel:
@@ -101,15 +165,21 @@ def update_running(x: Tensor, state: RunningState, alpha: float) -> tuple[Runnin
         x: (N, C, *space).
         state: before the batch; not changed.
         alpha: α, the weight of a new batch, 0 to 1 (above 0 for an empty state); see `lesson_alpha`.
+        mask: (N, 1, *space), True where a value counts; None for all. Without one the state stays.
 
     Returns:
         the new state, attached to the graph (detach it before keeping it), and the share w, 0-d.
     """
     mean, var, total = state.mean.detach(), state.var.detach(), state.total.detach()
-    batch_mean, batch_var = (part.view(-1) for part in moments(x, _all_but_channel(x)))
-    n = x.numel() // x.shape[1]
+    if mask is None:
+        batch_mean, batch_var = (part.view(-1) for part in moments(x, _all_but_channel(x)))
+        n = x.numel() // x.shape[1]
+    else:
+        batch_mean, batch_var, n = masked_moments(x, mask)
+        batch_mean, batch_var = (part.view(-1) for part in unless_empty(n, (batch_mean, batch_var), (mean, var)))
     kept = total * (1 - alpha)
     total = kept + alpha * n
+    total = total if mask is None else total.clamp(min=torch.finfo(total.dtype).tiny)
     share = alpha * n / total
     distance = batch_mean - mean
     # kept / total rather than 1 − share: from an empty state it is 0 to the last digit, however far the mean jumps.

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ..errors import check
-from .base import RunningStatistics, remember
-from .functional import moments, normalize, per_channel
+from . import functional as F
+from .base import RunningStatistics
 
 
 class GhostBatchNorm2d(RunningStatistics):
@@ -26,9 +26,11 @@ class GhostBatchNorm2d(RunningStatistics):
         eps: added to the variance.
         momentum: weight of a new virtual batch in the running statistics, above 0, to 1.
         affine: learn γ and β.
+        track_running_stats: keep statistics; without, evaluation is as training.
         device: of parameters and statistics.
         dtype: of the parameters.
         virtual_batch_size: images in a virtual batch.
+        bias: learn β.
 
     Raises:
         InputError: an argument or the shape of an input is out of range.
@@ -37,39 +39,49 @@ class GhostBatchNorm2d(RunningStatistics):
     too take in the virtual batches one after another, but σ_B in the place of σ_B².
     """
 
+    averages, needs_statistics = True, False
+
     def __init__(
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         affine: bool = True,
+        track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         virtual_batch_size: int = 32,
+        *,
+        bias: bool = True,
     ):
         check(virtual_batch_size >= 1, "virtual_batch_size", virtual_batch_size, "a whole number from 1")
-        super().__init__(num_features, eps, momentum, affine, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.virtual_batch_size = virtual_batch_size
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
         self._check_input_dim(x)
-        if not self.training or x.numel() == 0:
-            mean, var = per_channel(self.running_mean, x), per_channel(self.running_var, x)
-            return normalize(x, mean, var, self.weight, self.bias, self.eps)
-        y, statistics = ghost_batch_norm(x, self.virtual_batch_size, self.weight, self.bias, self.eps)
-        self._remember(statistics, x)
+        kept = self.running_mean, self.running_var
+        if x.numel() == 0 or not (self.training or self.running_mean is None):
+            mean, var = F.unless_none(kept, x)
+            return F.normalize(x, mean, var, self.weight, self.bias, self.eps)
+        y, statistics = ghost_batch_norm(x, self.virtual_batch_size, self.weight, self.bias, self.eps, mask, kept)
+        if self.running_mean is not None:
+            self._remember(statistics)
         return y
 
     @torch.no_grad()
-    def _remember(self, statistics: list[tuple[Tensor, Tensor]], x: Tensor) -> None:
-        mean, var, momentum = self.running_mean, self.running_var, self.momentum
-        for part, (part_mean, part_var) in zip(x.split(self.virtual_batch_size), statistics, strict=True):
-            mean = (1 - momentum) * mean + momentum * part_mean
-            n = part.numel() // self.num_features
-            if n > 1:  # one value says nothing of the variance
-                var = (1 - momentum) * var + momentum * n / (n - 1) * part_var
-        batches = self.num_batches_tracked
-        remember((self.running_mean, mean), (self.running_var, var), (batches, batches + 1))
+    def _remember(self, statistics: list[tuple[Tensor, Tensor, int | Tensor]]) -> None:
+        mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        entered = False
+        for part, (part_mean, part_var, n) in enumerate(statistics):
+            share = self.momentum
+            if share is None:  # as if each part had been a batch
+                share = (batches * len(statistics) + part + 1).reciprocal()
+            of_mean, of_var = share * (n > 0), share * (n > 1)  # one value says nothing of the variance
+            mean = (1 - of_mean) * mean + of_mean * part_mean
+            var = (1 - of_var) * var + of_var * n / F.at_least_one(n - 1) * part_var
+            entered = entered | (n > 0)
+        self._keep((self.running_mean, mean), (self.running_var, var), (batches, batches + entered))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, virtual_batch_size={self.virtual_batch_size}"
@@ -93,13 +105,28 @@ def ghost_batch_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    mask: Tensor | None = None,
+    kept: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, list[tuple[Tensor, Tensor, int | Tensor]]]:
     """Batch norm of each virtual batch: `virtual_batch_size` images of `x` in order, the last one what is left.
 
+    Args:
+        x: (N, C, *space).
+        virtual_batch_size: images.
+        weight: γ, (C,) or None for 1.
+        bias: β, (C,) or None for 0.
+        eps: added to the variance.
+        mask: (N, 1, *space), True where a value counts; None for all.
+        kept: mean and variance for a virtual batch in which none counts; None for 0 and 1.
+
     Returns:
-        y and, per virtual batch, the mean and the biased variance, (C,) each.
+        y and, per virtual batch, the mean and the biased variance, (C,) each, and the values a channel.
     """
-    parts, dims = x.split(virtual_batch_size), (0, *range(2, x.dim()))
-    statistics = [moments(part, dims) for part in parts]
-    normalized = [normalize(part, *stat, weight, bias, eps) for part, stat in zip(parts, statistics, strict=True)]
-    return torch.cat(normalized), [(mean.flatten(), var.flatten()) for mean, var in statistics]
+    parts = x.split(virtual_batch_size)
+    masks = [None] * len(parts) if mask is None else mask.split(virtual_batch_size)
+    statistics = [F.batch_moments(part, over) for part, over in zip(parts, masks, strict=True)]
+    normalized = []
+    for part, (mean, var, count) in zip(parts, statistics, strict=True):
+        mean, var = (mean, var) if mask is None else F.unless_empty(count, (mean, var), kept)
+        normalized.append(F.normalize(part, mean, var, weight, bias, eps))
+    return torch.cat(normalized), [(mean.flatten(), var.flatten(), count) for mean, var, count in statistics]

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from ..kernels import dispatch, fused, operators, ops
-from .activation import SLOPES, activate, check_activation, described
-from .functional import moments, normalize
-from .per_image import PerImageNorm, check_channels, check_groups, in_float32, scale_shift
+from .activation import SLOPES, activate, check_activation, described, scripted_activation
+from .base import is_tracing
+from .functional import group_norm, moments, normalize
+from .per_image import PerImageNorm, check_groups, in_float32, scale_shift
 
 # Where torch's operator is behind the compiled kernel (`benchmarks/norms.py`): from so many values of a tensor, and of
 # a channel of one image.
@@ -24,11 +25,12 @@ class GroupNorm(PerImageNorm):
 
     Args:
         num_features: C.
-        num_groups: a divisor of C.
+        num_groups: a divisor of C; by default eight, or as many as divide C.
         eps: added to the variance.
         affine: learn γ and β.
         device: of the parameters.
         dtype: of the parameters.
+        bias: learn β.
         activation: see `BatchNorm2d`.
 
     Raises:
@@ -40,26 +42,34 @@ class GroupNorm(PerImageNorm):
     def __init__(
         self,
         num_features: int,
-        num_groups: int = 8,
+        num_groups: int | None = None,
         eps: float = 1e-5,
         affine: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         activation: str | None = None,
     ):
-        super().__init__(num_features, affine, device, dtype)
+        super().__init__(num_features, affine, device, dtype, bias=bias)
         self.num_groups, self.eps = check_groups(num_groups, num_features), eps
         self.activation = check_activation(activation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_channels(x, self.num_features)
-        if x.numel() == x.shape[0] * self.num_groups:
+    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        self._check_input_dim(x)
+        if mask is not None:
+            y = group_norm(x, self.num_groups, self.weight, self.bias, self.eps, mask)
+            return activate(y, self.activation)
+        if not is_tracing() and x.numel() == x.shape[0] * self.num_groups:
             x = x - x.detach()  # groups of one value: the operator would leave x − μ a rounding error, times 1/√eps
         elif self._prefers_kernel(x) and self._taken(x):
             slope = SLOPES[self.activation]
             return fused.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, slope)
         return activate(ops.group_norm(x, self.num_groups, self.weight, self.bias, self.eps), self.activation)
+
+    def _scripted(self, input: Tensor) -> Tensor:
+        y = torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        return scripted_activation(y, self.activation)
 
     def _prefers_kernel(self, x: Tensor) -> bool:
         """Whether the kernel is the faster: on a CPU torch's is quick too, but for the channels last in memory."""
@@ -88,9 +98,10 @@ class LayerNorm(GroupNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         activation: str | None = None,
     ):
-        super().__init__(num_features, 1, eps, affine, device, dtype, activation=activation)
+        super().__init__(num_features, 1, eps, affine, device, dtype, bias=bias, activation=activation)
 
 
 class InstanceNorm(GroupNorm):
@@ -110,9 +121,10 @@ class InstanceNorm(GroupNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         activation: str | None = None,
     ):
-        super().__init__(num_features, num_features, eps, affine, device, dtype, activation=activation)
+        super().__init__(num_features, num_features, eps, affine, device, dtype, bias=bias, activation=activation)
 
 
 class ChannelLayerNorm(PerImageNorm):
@@ -127,6 +139,7 @@ class ChannelLayerNorm(PerImageNorm):
         affine: learn γ and β.
         device: of the parameters.
         dtype: of the parameters.
+        bias: learn β.
 
     Raises:
         InputError: `num_features` is less than 1, or the input is not (N, C, *space).
@@ -142,12 +155,14 @@ class ChannelLayerNorm(PerImageNorm):
         affine: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ):
-        super().__init__(num_features, affine, device, dtype)
+        super().__init__(num_features, affine, device, dtype, bias=bias)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_channels(x, self.num_features)
+    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        self._check_input_dim(x)
         if not torch.compiler.is_compiling() and dispatch.takes(x, self.weight, self.bias):
             return fused.position_norm(x, self.weight, self.bias, True, self.eps)
         mean, var = moments(x, (1,))
@@ -184,12 +199,11 @@ class RMSNorm(PerImageNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(num_features, affine, device, dtype)
+        super().__init__(num_features, affine, device, dtype, bias=False)
         self.eps = eps
-        self.bias = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_channels(x, self.num_features)
+    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        self._check_input_dim(x)
         if not torch.compiler.is_compiling() and dispatch.takes(x, self.weight, None):
             return fused.position_norm(x, self.weight, None, False, self.eps)
         wide = in_float32(x)

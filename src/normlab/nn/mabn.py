@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..errors import check
+from ..kernels.ops import write
 from . import functional as F
-from .base import RunningStatistics, recomputing, remember, settle
+from .base import RunningStatistics, recomputing, settle
 from .per_image import in_float32, scale_shift
 
 
@@ -37,8 +38,10 @@ class MovingAverageBatchNorm2d(RunningStatistics):
         eps: added to the second moments.
         momentum: weight of a new batch in the statistics of evaluation, above 0, to 1.
         affine: learn γ and β.
+        track_running_stats: True; see `RunningStatistics`.
         device: of parameters and statistics.
         dtype: of the parameters.
+        bias: learn β.
         buffer_size: batches in the simple averages; the authors take 32 images in all.
         warmup_iters: batches before the simple averages are used, at least `buffer_size`.
         correction_iters: batches before r may leave 1.
@@ -61,15 +64,17 @@ class MovingAverageBatchNorm2d(RunningStatistics):
         eps: float = 1e-5,
         momentum: float = 0.02,
         affine: bool = True,
+        track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         buffer_size: int = 16,
         warmup_iters: int = 100,
         correction_iters: int = 1000,
         max_correction: float = 5.0,
     ):
-        super().__init__(num_features, eps, momentum, affine, device)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, bias=bias)
         check(buffer_size >= 1, "buffer_size", buffer_size, "a whole number from 1")
         check(warmup_iters >= buffer_size, "warmup_iters", warmup_iters, f"a whole number from {buffer_size=}")
         check(correction_iters >= 0, "correction_iters", correction_iters, "a whole number from 0")
@@ -90,15 +95,18 @@ class MovingAverageBatchNorm2d(RunningStatistics):
             self.recent_products.zero_()
             self.num_gradients_tracked.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
         self._check_input_dim(x)
         if not self.training or x.numel() == 0:  # an empty batch has nothing to add
             mean, var = (F.per_channel(statistic, x) for statistic in (self.running_mean, self.running_var))
             return F.normalize(x, mean, var, self.weight, self.bias, self.eps)
         if self._scales is None or not recomputing():
-            self._scales = self._track(x.detach())
-        averages = (self.recent_products, self.num_gradients_tracked, self.warmup_iters)
-        y = _Divide.apply(x, *(F.per_channel(scale, x) for scale in self._scales), *averages)
+            self._scales = self._track(x.detach(), mask)
+        averages = self.recent_products, self.num_gradients_tracked
+        if not self.track_running_stats:
+            averages = tuple(part.clone() for part in averages)
+        scales = (F.per_channel(scale, x) for scale in self._scales)
+        y = _Divide.apply(x, *scales, mask, *averages, self.warmup_iters)
         return scale_shift(y, self.weight, self.bias).to(x.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -116,19 +124,25 @@ class MovingAverageBatchNorm2d(RunningStatistics):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_scales": None}  # a copy has no pass to run again
 
-    def _track(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _track(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
         """1/χ and r of this batch, which enters the statistics."""
-        moment = in_float32(x).square().mean(_all_but_channel(x)).to(self.running_var.dtype)
+        moment = _mean(in_float32(x).square(), mask).to(self.running_var.dtype)
+        counts: bool | Tensor = True
+        if mask is not None:
+            counts = mask.any()
+            moment = torch.where(counts, moment, self.running_var)
         recent = torch.cat([self.recent_moments[1:], moment[None]])
         batches = self.num_batches_tracked
         used = torch.where(batches < self.warmup_iters, moment, recent.mean(0))
         r = ((used + self.eps) / (self.running_var + self.eps)).sqrt()
         r = r.clamp(1 / self.max_correction, self.max_correction)
         r = torch.where(batches < self.correction_iters, torch.ones_like(r), r)
-        remember(
+        if mask is not None:
+            recent = torch.where(counts, recent, self.recent_moments)
+        self._keep(
             (self.recent_moments, recent),
-            (self.running_var, torch.lerp(self.running_var, used, self.momentum)),
-            (self.num_batches_tracked, batches + 1),
+            (self.running_var, torch.lerp(self.running_var, used, self.momentum * counts)),
+            (self.num_batches_tracked, batches + counts),
         )
         return settle((used + self.eps).rsqrt(), r)
 
@@ -148,33 +162,41 @@ class MovingAverageBatchNorm3d(MovingAverageBatchNorm2d):
 class _Divide(torch.autograd.Function):
     """r x / χ, with the gradient of `MovingAverageBatchNorm2d`, whose averages the backward pass keeps."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(x, inverse, r, recent_products, num_gradients_tracked, warmup_iters):
+    def forward(x, inverse, r, mask, recent_products, num_gradients_tracked, warmup_iters):
         return x * (inverse * r)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, inverse, r, *averages = inputs
-        ctx.save_for_backward(x, inverse, r)
+        x, inverse, r, mask, *averages = inputs
+        ctx.save_for_backward(x, inverse, r, mask)
         # Not saved for backward: another backward pass may write them before this one.
         ctx.averages = averages
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor):
-        x, inverse, r = ctx.saved_tensors
+        x, inverse, r, mask = ctx.saved_tensors
         recent_products, num_gradients_tracked, warmup_iters = ctx.averages
         grad = grads[0] * r
         z = x * inverse
-        product = (grad * z).mean(_all_but_channel(x)).to(recent_products.dtype)
+        product = _mean(grad * z, mask).to(recent_products.dtype)
         recent = torch.cat([recent_products[1:], product[None]])
         used = torch.where(num_gradients_tracked < warmup_iters, product, recent.mean(0))
-        finite = product.isfinite().all()
-        values = [torch.where(finite, recent, recent_products), num_gradients_tracked + finite]
-        # torch.func, which refuses copy_ here, takes this.
-        torch._foreach_copy_([recent_products, num_gradients_tracked], values)  # pyright: ignore[reportPrivateImportUsage]
-        grad_x = (grad - z * F.per_channel(used, x)) * inverse
-        return grad_x.to(x.dtype), None, None, None, None, None
+        usable = product.isfinite().all() if mask is None else product.isfinite().all() & mask.any()
+        values = [torch.where(usable, recent, recent_products), num_gradients_tracked + usable]
+        write([recent_products, num_gradients_tracked], values)
+        along = z * F.per_channel(used, x)
+        grad_x = (grad - (along if mask is None else torch.where(mask, along, 0))) * inverse
+        return grad_x.to(x.dtype), None, None, None, None, None, None
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of each channel, (C,), over the values where `mask` is True."""
+    dims = _all_but_channel(values)
+    return values.mean(dims) if mask is None else torch.where(mask, values, 0).sum(dims) / mask.sum().clamp(min=1)
 
 
 def _all_but_channel(x: Tensor) -> tuple[int, ...]:

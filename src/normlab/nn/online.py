@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..errors import check
+from ..kernels.ops import write
 from . import functional as F
-from .base import RunningStatistics, recomputing, remember, settle
+from .base import RunningStatistics, recomputing, settle
 from .per_image import in_float32, scale_shift
 
 GUARDS = ("scale", "clamp", "none")
@@ -40,8 +41,10 @@ class OnlineNorm2d(RunningStatistics):
         eps: added to the variance.
         momentum: weight of a new image (not batch) in the running statistics, 1 − α, above 0, to 1.
         affine: learn γ and β.
+        track_running_stats: True; see `RunningStatistics`.
         device: of parameters and statistics.
         dtype: of the parameters.
+        bias: learn β.
         backward_momentum: likewise in the backward pass, 1 − α_b.
         guard: "scale", "clamp" or "none".
 
@@ -61,13 +64,15 @@ class OnlineNorm2d(RunningStatistics):
         eps: float = 1e-5,
         momentum: float = 0.001,
         affine: bool = True,
+        track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         backward_momentum: float = 0.01,
         guard: str = "scale",
     ):
-        super().__init__(num_features, eps, momentum, affine, device)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, bias=bias)
         check(0 < backward_momentum <= 1, "backward_momentum", backward_momentum, "a number above 0, to 1")
         check(guard in GUARDS, "guard", guard, ", ".join(GUARDS))
         self.backward_momentum, self.guard = backward_momentum, guard
@@ -84,41 +89,58 @@ class OnlineNorm2d(RunningStatistics):
             self.error_product.zero_()
             self.error_mean.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
         self._check_input_dim(x)
         if not self.training or x.numel() == 0:  # an empty batch has nothing to add
             mean, var = (F.per_channel(statistic, x) for statistic in (self.running_mean, self.running_var))
             y = F.normalize(in_float32(x), mean, var, self.weight, self.bias, self.eps)
         else:
             flat = x.reshape(*x.shape[:2], -1)
+            over = None if mask is None else mask.reshape(x.shape[0], 1, -1)
             if self._statistics is None or not recomputing():
-                self._statistics = self._track(flat.detach())
-            errors = (self.error_product, self.error_mean, self.backward_momentum)
-            y = _NormalizeInTurn.apply(flat, *self._statistics, *errors).reshape(x.shape)
-            y = scale_shift(y, self.weight, self.bias)
-        return self._guarded(y).to(x.dtype)
+                self._statistics = self._track(flat.detach(), over)
+            errors = self.error_product, self.error_mean
+            if not self.track_running_stats:
+                errors = tuple(part.clone() for part in errors)
+            y = _NormalizeInTurn.apply(flat, *self._statistics, over, *errors, self.backward_momentum)
+            y = scale_shift(y.reshape(x.shape), self.weight, self.bias)
+        return self._guarded(y, mask).to(x.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_statistics": None}  # a copy has no pass to run again
 
-    def _track(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _track(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
         """μ and 1/σ before each image, (N, C, 1), of `x`, (N, C, L), whose images enter the statistics."""
-        mean, var = (part[..., 0].to(self.running_mean.dtype) for part in F.moments(x, (2,)))
-        keep = 1 - self.momentum
-        decay = torch.full_like(mean, keep)
-        means = _recur(decay, self.momentum * mean, self.running_mean)
+        counts: bool | Tensor = True
+        if mask is None:
+            moments = F.moments(x, (2,))
+            share: float | Tensor = self.momentum
+        else:
+            *moments, count = F.masked_moments(x, mask, (2,))
+            counts = mask.any()
+            share = self.momentum * (count[..., 0] > 0)  # an image of which nothing counts changes nothing
+        mean, var = (part[..., 0].to(self.running_mean.dtype) for part in moments)
+        keep = 1 - share
+        decay = torch.full_like(mean, 1) * keep
+        means = _recur(decay, share * mean, self.running_mean)
         distance = mean - means[:-1]
-        variances = _recur(decay, self.momentum * (var + keep * distance.square()), self.running_var)
-        remember(
+        variances = _recur(decay, share * (var + keep * distance.square()), self.running_var)
+        self._keep(
             (self.running_mean, means[-1]),
             (self.running_var, variances[-1]),
-            (self.num_batches_tracked, self.num_batches_tracked + 1),
+            (self.num_batches_tracked, self.num_batches_tracked + counts),
         )
         return settle(means[:-1, :, None], (variances[:-1, :, None] + self.eps).rsqrt())
 
-    def _guarded(self, y: Tensor) -> Tensor:
+    def _guarded(self, y: Tensor, mask: Tensor | None) -> Tensor:
         if self.guard == "scale":
-            return y * (y.square().mean(tuple(range(1, y.dim())), keepdim=True) + self.eps).rsqrt()
+            square, dims = y.square(), tuple(range(1, y.dim()))
+            if mask is None:
+                mean_square = square.mean(dims, keepdim=True)
+            else:
+                counts = mask.expand(y.shape).sum(dims, keepdim=True)
+                mean_square = torch.where(mask, square, 0).sum(dims, keepdim=True) / counts.clamp(min=1) + (counts == 0)
+            return y * (mean_square + self.eps).rsqrt()
         return y.clamp(-CLAMP, CLAMP) if self.guard == "clamp" else y
 
 
@@ -150,31 +172,44 @@ def _recur(decay: Tensor, values: Tensor, start: Tensor) -> Tensor:
 class _NormalizeInTurn(torch.autograd.Function):
     """(x − μ) / σ of (N, C, L), with the gradient of `OnlineNorm2d`, whose errors the backward pass keeps."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(x, mean, inverse, error_product, error_mean, rate):
+    def forward(x, mean, inverse, mask, error_product, error_mean, rate):
         return (x - mean) * inverse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, mean, inverse, *errors = inputs
-        ctx.save_for_backward(x, mean, inverse)
+        x, mean, inverse, mask, *errors = inputs
+        ctx.save_for_backward(x, mean, inverse, mask)
         # Not saved for backward: another backward pass may write them before this one.
         ctx.errors = errors
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor):
-        x, mean, inverse = ctx.saved_tensors
+        x, mean, inverse, mask = ctx.saved_tensors
         error_product, error_mean, rate = ctx.errors
         y = (x - mean) * inverse
         # e_t = (1 − (1−α_b) mean(y²)) e_{t−1} + mean(g y), which is the docstring's with g' written out
-        products = _recur(1 - rate * y.square().mean(2), (grads[0] * y).mean(2), error_product)
-        grad = (grads[0] - rate * products[:-1, :, None] * y) * inverse
-        means = _recur(torch.full_like(products[1:], 1 - rate), grad.mean(2), error_mean)
+        products = _recur(1 - rate * _mean(y.square(), mask), _mean(grads[0] * y, mask), error_product)
+        grad = (grads[0] - _counted(rate * products[:-1, :, None] * y, mask)) * inverse
+        decay = torch.full_like(products[1:], 1 - rate)
+        if mask is not None:
+            decay = torch.where(mask.any(2), decay, 1)
+        means = _recur(decay, _mean(grad, mask), error_mean)
         errors = torch.stack([error_product, error_mean])
         new = torch.stack([products[-1], means[-1]])
         new = torch.where(new.isfinite().all(), new, errors)
-        # torch.func, which refuses copy_ here, takes this.
-        torch._foreach_copy_([error_product, error_mean], new.unbind())  # pyright: ignore[reportPrivateImportUsage]
-        grad_x = grad - rate * means[:-1, :, None]
-        return grad_x.to(x.dtype), None, None, None, None, None
+        write([error_product, error_mean], new.unbind())
+        grad_x = grad - _counted((rate * means[:-1, :, None]).expand(x.shape), mask)
+        return grad_x.to(x.dtype), None, None, None, None, None, None
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the last dimension of the values where `mask` is True; 0 where there is none."""
+    return values.mean(2) if mask is None else _counted(values, mask).sum(2) / mask.sum(2).clamp(min=1)
+
+
+def _counted(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values if mask is None else torch.where(mask, values, 0)

@@ -1,11 +1,13 @@
 """What the norms of each image by itself share: γ and β, the check of the input, statistics over space."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from ..errors import check
-from .base import OnKernels
-from .functional import moments, per_channel
+from .base import OnKernels, is_tracing
+from .functional import masked_moments, moments, per_channel, unless_empty
 
 
 class PerImageNorm(OnKernels):
@@ -16,6 +18,7 @@ class PerImageNorm(OnKernels):
         affine: learn γ and β.
         device: of the parameters.
         dtype: of the parameters.
+        bias: learn β.
 
     Raises:
         InputError: an argument or the shape of an input is out of range.
@@ -27,19 +30,43 @@ class PerImageNorm(OnKernels):
         affine: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ):
         super().__init__()
         check(num_features >= 1, "num_features", num_features, "a whole number from 1")
         self.num_features, self.affine = num_features, affine
         self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype)) if affine else None
+        learns = affine and bias
+        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype)) if learns else None
+
+    def reset_parameters(self) -> None:
+        """Set γ to 1 and β to 0."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        check_channels(input, self.num_features)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, affine={self.affine}"
 
 
-def check_groups(num_groups: int, num_features: int) -> int:
-    """`num_groups`, or an InputError with the numbers of groups that the channels can have."""
+# Groups unless told otherwise: the largest power of two up to this that divides the channels.
+GROUPS = 8
+
+
+def check_groups(num_groups: int | None, num_features: int, fewest: int = 1) -> int:
+    """`num_groups`, or an InputError with the numbers of groups that the channels can have.
+
+    For None eight, or as many as divide the channels, of `fewest` channels each at least.
+    """
+    if num_groups is None:
+        num_groups = math.gcd(num_features, GROUPS)
+        while num_groups > 1 and num_features // num_groups < fewest:
+            num_groups //= 2
     if num_groups < 1 or num_features % num_groups:
         divisors = ", ".join(str(n) for n in range(1, num_features + 1) if num_features % n == 0)
         check(False, "num_groups", num_groups, f"a divisor of num_features={num_features}: {divisors}")
@@ -48,7 +75,7 @@ def check_groups(num_groups: int, num_features: int) -> int:
 
 def check_channels(x: Tensor, num_features: int) -> None:
     """Raise an InputError unless `x` is (N, C, *space) with C = `num_features`."""
-    if x.dim() < 2 or x.shape[1] != num_features:
+    if x.dim() < 2 or not (is_tracing() or x.shape[1] == num_features):
         check(False, "x.shape", tuple(x.shape), f"2 dimensions or more, the second of {num_features} channels")
 
 
@@ -64,12 +91,17 @@ def scale_shift(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Te
     return x_hat if bias is None else x_hat + per_channel(bias, x_hat)
 
 
-def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def instance_moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over space of each channel of each image, (N, C, 1, …), in float32 or float64.
 
-    Without space, (N, C), the mean is the value itself and the variance 0.
+    They are those of the values where `mask`, (N, 1, *space), is True; 0 and 1 for an image in which none is. Without
+    space, (N, C), the mean is the value itself and the variance 0.
     """
     if x.dim() == 2:
         mean = in_float32(x)
         return mean, torch.zeros_like(mean)
-    return moments(x, tuple(range(2, x.dim())))
+    space = tuple(range(2, x.dim()))
+    if mask is None:
+        return moments(x, space)
+    mean, var, count = masked_moments(x, mask, space)
+    return unless_empty(count, (mean, var))

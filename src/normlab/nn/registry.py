@@ -1,11 +1,11 @@
 """Norms by name: what the command line, the studies and the models build their layers from."""
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import check, unknown
 from .batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -25,6 +25,7 @@ from .ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from .group import ChannelLayerNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from .mabn import MovingAverageBatchNorm1d, MovingAverageBatchNorm2d, MovingAverageBatchNorm3d
 from .online import OnlineNorm1d, OnlineNorm2d, OnlineNorm3d
+from .per_image import check_groups
 from .renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .running import RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
 from .running_lesson import LessonRunningNorm1d, LessonRunningNorm2d, LessonRunningNorm3d
@@ -42,19 +43,20 @@ class Norm(NamedTuple):
         summary: what it is, in a line.
         activates: whether it is the activation too, so that a net puts it in the place of both.
         convs: `convs[d - 1]` builds the convolution that goes before it, as torch's of d space dimensions.
-        averages: whether its `momentum` is what torch's batch norm has: the weight of a new batch in the running
-            statistics, or None for the mean of all batches.
     """
 
     layers: tuple[Callable[..., nn.Module], ...]
     summary: str
     activates: bool = False
     convs: tuple[Callable[..., nn.Module], ...] = CONVS
-    averages: bool = False
+
+    @property
+    def averages(self) -> bool:
+        """Whether its `momentum` is torch's: the weight of a new batch in the statistics, None for the mean of all."""
+        layer = self.layers[0]
+        return getattr(layer, "averages", isinstance(layer, type) and issubclass(layer, _BatchNorm))
 
 
-# Groups unless told otherwise: the largest power of two up to this that divides the channels.
-GROUPS = 8
 # The channels of a group, at least, where an input may have no space: of one value is left β, of two a sign.
 FEWEST = 4
 
@@ -68,11 +70,7 @@ def _in_groups(
     **named: Any,
 ) -> nn.Module:
     """In `num_groups`; by default in eight or as many as divide the channels, of `fewest` channels at least."""
-    if num_groups is None:
-        num_groups = math.gcd(num_features, GROUPS)
-        while num_groups > 1 and num_features // num_groups < fewest:
-            num_groups //= 2
-    return layer(num_features, num_groups, *options, **named)
+    return layer(num_features, check_groups(num_groups, num_features, fewest), *options, **named)
 
 
 def _for_dims(layer: Callable[..., nn.Module]) -> tuple[Callable[..., nn.Module], ...]:
@@ -106,19 +104,16 @@ NORMS: dict[str, Norm] = {
     "renorm": Norm(
         (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d),
         "batch renorm: batch norm, corrected towards its running statistics",
-        averages=True,
     ),
     # over this batch
-    "batch": Norm((BatchNorm1d, BatchNorm2d, BatchNorm3d), "batch norm: each channel over this batch", averages=True),
+    "batch": Norm((BatchNorm1d, BatchNorm2d, BatchNorm3d), "batch norm: each channel over this batch"),
     "sync": Norm(
         (SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d),
         "sync batch norm: each channel over this batch of every process",
-        averages=True,
     ),
     "ghost": Norm(
         (GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d),
         "ghost batch norm: batch norm of each virtual batch of 32 images",
-        averages=True,
     ),
     "frozen": Norm(
         (FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d),
@@ -127,13 +122,11 @@ NORMS: dict[str, Norm] = {
     "switchable": Norm(
         (SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d),
         "switchable norm: a learned mixture of instance, layer and batch norm",
-        averages=True,
     ),
     "evonorm_b0": Norm(
         (EvoNorm1dB0, EvoNorm2dB0, EvoNorm3dB0),
         "EvoNorm-B0: over the batch's or image's deviation; the activation too",
         activates=True,
-        averages=True,
     ),
     # each image by itself
     "group": Norm(_group_norms, "group norm: each image by itself, in 8 groups of channels"),
@@ -168,7 +161,6 @@ def register(
     summary: str = "",
     activates: bool = False,
     convs: Sequence[Callable[..., nn.Module]] = CONVS,
-    averages: bool = False,
 ) -> None:
     """Add a norm under a new name: one builder for any number of space dimensions, or three for 1, 2 and 3.
 
@@ -178,7 +170,6 @@ def register(
         summary: see `Norm`.
         activates: see `Norm`.
         convs: see `Norm`; torch's by default.
-        averages: see `Norm`.
 
     Raises:
         InputError: the name is taken, or the number of builders is neither 1 nor 3, or that of convolutions not 3.
@@ -186,7 +177,7 @@ def register(
     check(name not in NORMS, "name", name, "a name that is not taken yet")
     check(len(layers) in (1, 3), "layers", layers, "one builder, or three: for 1, 2 and 3 space dimensions")
     check(len(convs) == 3, "convs", convs, "three convolutions: for 1, 2 and 3 space dimensions")
-    NORMS[name] = Norm(layers if len(layers) == 3 else layers * 3, summary, activates, tuple(convs), averages)
+    NORMS[name] = Norm(layers if len(layers) == 3 else layers * 3, summary, activates, tuple(convs))
 
 
 def build_norm(name: str, num_features: int, dims: int = 2, **options: Any) -> nn.Module:

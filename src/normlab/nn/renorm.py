@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import check
 from ..kernels import dispatch, fused
 from . import functional as F
-from .base import RunningStatistics, recomputing, remember, settle
+from .base import RunningStatistics, recomputing, settle
 from .per_image import in_float32
 
 
@@ -34,8 +34,10 @@ class BatchRenorm2d(RunningStatistics):
         eps: added to the variances.
         momentum: weight of a new batch in the running statistics, above 0, to 1; the paper's is 0.01.
         affine: learn γ and β.
+        track_running_stats: True; see `RunningStatistics`.
         device: of parameters and statistics.
         dtype: of the parameters.
+        bias: learn β.
         r_max: the limit of r in the end, from 1.
         d_max: the limit of d in the end, from 0.
         r_ramp: the batches at which the limit of r starts to widen and is wide; the paper's by default.
@@ -47,21 +49,25 @@ class BatchRenorm2d(RunningStatistics):
     Source: Ioffe 2017, "Batch Renormalization", algorithm 1 and section 4.
     """
 
+    averages = True
+
     def __init__(
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         affine: bool = True,
+        track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         r_max: float = 3.0,
         d_max: float = 5.0,
         r_ramp: tuple[int, int] = (5000, 40000),
         d_ramp: tuple[int, int] = (5000, 25000),
     ):
-        super().__init__(num_features, eps, momentum, affine, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         check(r_max >= 1, "r_max", r_max, "a number from 1")
         check(d_max >= 0, "d_max", d_max, "a number from 0")
         for name, ramp in (("r_ramp", r_ramp), ("d_ramp", d_ramp)):
@@ -69,30 +75,39 @@ class BatchRenorm2d(RunningStatistics):
         self.r_max, self.d_max, self.r_ramp, self.d_ramp = r_max, d_max, r_ramp, d_ramp
         self._correction: tuple[Tensor, ...] | None = None  # the last r and d, for a checkpoint's second run
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
         self._check_input_dim(x)
         if not self.training or x.numel() == 0:  # an empty batch has nothing to add
             mean, var = (F.per_channel(statistic, x) for statistic in (self.running_mean, self.running_var))
             return F.normalize(x, mean, var, self.weight, self.bias, self.eps)
-        if not torch.compiler.is_compiling() and self._taken(x):
+        if mask is None and not torch.compiler.is_compiling() and self._taken(x):
             mean, var = dispatch.channel_moments(x)
-            return fused.batch_norm_of(x, mean, var, *self._corrected(x, mean, var), self.eps)
+            return fused.batch_norm_of(
+                x, mean, var, *self._corrected(mean, var, x.numel() // self.num_features), self.eps
+            )
         values = in_float32(x)  # once, so that its gradients add up before rounding
-        mean, var = F.moments(values, (0, *range(2, x.dim())))
-        weight, bias = self._corrected(x, mean.detach().flatten(), var.detach().flatten())
+        count: int | Tensor = x.numel() // self.num_features
+        if mask is None:
+            mean, var = F.moments(values, (0, *range(2, x.dim())))
+        else:
+            mean, var, count = F.masked_moments(values, mask)
+            mean, var = F.unless_empty(count, (mean, var), (self.running_mean, self.running_var))
+        weight, bias = self._corrected(mean.detach().flatten(), var.detach().flatten(), count)
         return F.normalize(values, mean, var, weight, bias, self.eps).to(x.dtype)
 
-    def _corrected(self, x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def _corrected(self, mean: Tensor, var: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor | None]:
         """What takes the place of γ and β for a batch of this mean and variance, which enters the running ones."""
         if self._correction is None or not recomputing():
-            self._correction = self._correct(mean, var, x.numel() // self.num_features)
+            self._correction = self._correct(mean, var, count)
         r, d = self._correction
-        return (r, d) if self.weight is None or self.bias is None else (r * self.weight, d * self.weight + self.bias)
+        if self.weight is None:
+            return r, d
+        return r * self.weight, d * self.weight if self.bias is None else d * self.weight + self.bias
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_correction": None}  # a copy has no pass to run again
 
-    def _correct(self, batch_mean: Tensor, batch_var: Tensor, n: int) -> tuple[Tensor, ...]:
+    def _correct(self, batch_mean: Tensor, batch_var: Tensor, n: int | Tensor) -> tuple[Tensor, ...]:
         """The r and d of a batch of `n` values a channel, which enters the running statistics."""
         std, batch_std = ((var + self.eps).sqrt() for var in (self.running_var, batch_var))
         distance = batch_mean - self.running_mean
@@ -100,11 +115,12 @@ class BatchRenorm2d(RunningStatistics):
         d_limit = self.d_max * self._ramped(*self.d_ramp)
         r = (batch_std / std).clamp(1 / r_limit, r_limit)
         d = (distance / std).clamp(-d_limit, d_limit)
-        new_std = torch.lerp(std, batch_std.to(std.dtype), self.momentum) if n > 1 else std
-        remember(
-            (self.running_mean, self.running_mean + self.momentum * distance),
+        share = self._share()
+        new_std = torch.lerp(std, batch_std.to(std.dtype), share * (n > 1))
+        self._keep(
+            (self.running_mean, self.running_mean + share * distance),
             (self.running_var, (new_std.square() - self.eps).clamp(min=0)),
-            (self.num_batches_tracked, self.num_batches_tracked + 1),
+            (self.num_batches_tracked, self.num_batches_tracked + (n > 0)),
         )
         return settle(r, d)
 

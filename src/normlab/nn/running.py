@@ -1,5 +1,6 @@
 """Running batch norm: trains at batch one and two, with the statistics that evaluation will use."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from ..errors import check
 from ..kernels import fused, operators
 from ..kernels.ops import GradientMemory, normalize_with_memory
 from . import functional as F
-from .activation import SLOPES, activate, check_activation, check_residual, described
-from .base import RunningStatistics, is_fresh, recomputing, remember, settle
+from .activation import SLOPES, activate, check_activation, check_residual, described, scripted_activation
+from .base import RunningStatistics, is_fresh, settle
+from .call import call, for_script
 
 # The share of a batch in the statistics after those of another layer were loaded, which had time to settle.
 SETTLED_SHARE = 0.01
@@ -74,8 +76,10 @@ class RunningBatchNorm2d(RunningStatistics):
         eps: added to the variance.
         momentum: how fast w and r adapt; above 0, below 1.
         affine: learn γ and β.
+        track_running_stats: True; see `RunningStatistics`.
         device: of parameters and statistics.
         dtype: of the parameters.
+        bias: learn β.
         step_bound: as above; if None, or without γ and β, there is neither bound nor pull.
         activation: see `BatchNorm2d`.
 
@@ -102,16 +106,18 @@ class RunningBatchNorm2d(RunningStatistics):
         eps: float = 1e-5,
         momentum: float = 0.1,
         affine: bool = True,
+        track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         step_bound: float | None = 0.006,
         activation: str | None = None,
     ):
-        check(0 < momentum < 1, "momentum", momentum, "a number above 0, below 1")
+        check(momentum is not None and 0 < momentum < 1, "momentum", momentum, "a number above 0, below 1")
         bounded = step_bound is None or step_bound > 0
         check(bounded, "step_bound", step_bound, "a number above 0, or None for no bound")
-        super().__init__(num_features, eps, momentum, affine, device)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, bias=bias)
         self.step_bound, self.activation = step_bound, check_activation(activation)
         self.register_buffer("share", torch.ones((), device=device))
         self.register_buffer("innovation", torch.zeros(num_features, device=device))
@@ -130,7 +136,12 @@ class RunningBatchNorm2d(RunningStatistics):
             for name in ("innovation", *MEMORY):
                 getattr(self, name).zero_()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    @for_script
+    def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """The norm of `input`, and its activation of the sum with `residual`; see `OnKernels.forward`."""
+        return call(self, input, mask, residual)
+
+    def _normalize(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(x)
         if residual is not None:
             check_residual(x, residual)
@@ -143,33 +154,45 @@ class RunningBatchNorm2d(RunningStatistics):
                 return fused.frozen_norm(x, mean, var, weight, bias, self.eps, slope, residual)
             mean, var = (F.per_channel(part, x) for part in (mean, var))
             return activate(F.normalize(x, mean, var, self.weight, self.bias, self.eps), self.activation, residual)
-        if taken is not None:
+        if taken is not None and mask is None:
             return self._fast(x, taken, slope, residual)
         with torch.no_grad():
-            mean, var, rate = settle(*self._updated(x))
-        memory = GradientMemory(*(getattr(self, name) for name in MEMORY))
-        y = normalize_with_memory(x, mean, var, self.weight, self.bias, rate, memory, self.step_bound, self.eps)
+            mean, var, rate = settle(*self._updated(x, mask))
+        memory = GradientMemory._make(self._own(getattr(self, name) for name in MEMORY))
+        y = normalize_with_memory(x, mean, var, self.weight, self.bias, rate, memory, self.step_bound, self.eps, mask)
         return activate(y, self.activation, residual)
+
+    def _own(self, buffers: Iterable[Tensor]) -> list[Tensor]:
+        """Buffers to be written, or copies while nothing is to be tracked."""
+        return list(buffers) if self.track_running_stats else [buffer.clone() for buffer in buffers]
+
+    def _scripted(self, input: Tensor) -> Tensor:
+        if self.training:
+            raise RuntimeError("This norm is scripted for evaluation: call eval() before.")
+        mean, var = self.running_mean, self.running_var
+        y = torch.nn.functional.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        return scripted_activation(y, self.activation)
 
     def _fast(self, x: Tensor, taken: tuple[Any, ...], slope: float, residual: Tensor | None) -> Tensor:
         """The norm in training, by the kernels."""
         weight, bias = taken[:2]
-        statistics, memory = fused.RunningStatistics._make(taken[2:8]), GradientMemory._make(taken[8:13])
+        buffers = self._own(taken[2:13])
+        statistics, memory = fused.RunningStatistics._make(buffers[:6]), GradientMemory._make(buffers[6:])
         least = LEAST_SHARE * self.momentum, LEAST_GRADIENT_SHARE * self.momentum
-        numbers = fused.RunningNumbers(self.momentum, self.eps, *least, TOLERATED_DRIFT, recomputing())
+        numbers = fused.RunningNumbers(self.momentum, self.eps, *least, TOLERATED_DRIFT, self._kept_already())
         return fused.running_norm(x, weight, bias, statistics, memory, numbers, self.step_bound, slope, residual)
 
     def extra_repr(self) -> str:
         options = f"eps={self.eps}, momentum={self.momentum}, affine={self.affine}, step_bound={self.step_bound}"
         return f"{self.num_features}, {options}" + described(self.activation)
 
-    def _updated(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _updated(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and variance with this batch in them, which are kept, and its share in A and B."""
-        if recomputing():  # they are in already
+        if self._kept_already():
             rate = self._first_batches(self.num_batches_tracked, self.gradient_share)
             return self.running_mean, self.running_var, rate
-        batches = self.num_batches_tracked + 1
-        batch_var, batch_mean = torch.var_mean(x.to(self.running_mean.dtype), (0, *range(2, x.dim())), correction=0)
+        batch_mean, batch_var, counts = self._moments(x.to(self.running_mean.dtype), mask)
+        batches = self.num_batches_tracked + counts
         scale = (self.running_var + self.eps).rsqrt()
         innovation = (batch_mean - self.running_mean) * scale
         push = (self.gradient_average[1] - self.gradient_latest[1]) * scale.square()
@@ -180,13 +203,24 @@ class RunningBatchNorm2d(RunningStatistics):
         gradient_share = F.adapted_share(self.gradient_share, innovation, push, gain, TOLERATED_DRIFT / len(x))
         gradient_share = gradient_share.clamp(LEAST_GRADIENT_SHARE * self.momentum, 1)
         mean, var = F.take_in(batch_mean, batch_var, self.running_mean, self.running_var, share)
+        if mask is not None:
+            innovation = torch.where(counts > 0, innovation, self.innovation)
         new = (mean, var, batches, share, innovation, gradient_share)
-        remember(*zip((getattr(self, name) for name in STATISTICS), new, strict=True))
+        self._keep(*zip((getattr(self, name) for name in STATISTICS), new, strict=True))
         return mean, var, self._first_batches(batches, gradient_share)
+
+    def _moments(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, int | Tensor]:
+        """Mean and biased variance of the batch, and 1; of one without a value that counts the running ones, and 0."""
+        if mask is None:
+            var, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
+            return mean, var, 1
+        mean, var, count = F.masked_moments(x, mask)
+        mean, var = F.unless_empty(count, (mean, var), (self.running_mean, self.running_var))
+        return mean.flatten(), var.flatten(), (count > 0).long()
 
     def _first_batches(self, batches: Tensor, rate: float | Tensor) -> Tensor:
         """max(rate, 1/t): what makes a moving average the mean of the first batches."""
-        return batches.to(self.running_mean.dtype).reciprocal().clamp(min=rate)
+        return batches.clamp(min=1).to(self.running_mean.dtype).reciprocal().clamp(min=rate)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if prefix + "running_mean" in state_dict:  # what a batch norm's state has not

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..kernels.ops import normalize_with_share
 from . import functional as F
-from .base import RunningStatistics, is_fresh, recomputing, remember, settle
+from .base import RunningStatistics, is_fresh, settle
 
 # The lesson's guard of the first steps: until so many images were seen, no variance counts as less than MIN_VAR.
 FEW_SAMPLES = 20
@@ -43,8 +43,10 @@ class LessonRunningNorm2d(RunningStatistics):
         eps: added to the variance.
         momentum: weight of a new batch of one or two images, above 0, to 1.
         affine: learn γ and β.
+        track_running_stats: True; see `RunningStatistics`.
         device: of parameters and statistics.
         dtype: of the parameters.
+        bias: learn β.
 
     Raises:
         InputError: an argument or the shape of an input is out of range.
@@ -61,10 +63,13 @@ class LessonRunningNorm2d(RunningStatistics):
         eps: float = 1e-5,
         momentum: float = 0.1,
         affine: bool = True,
+        track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ):
-        super().__init__(num_features, eps, momentum, affine, device)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, bias=bias)
         self.register_buffer("count", torch.zeros((), device=device))
         self.register_buffer("num_samples_tracked", torch.zeros((), dtype=torch.long, device=device))
         if dtype is not None:
@@ -77,36 +82,40 @@ class LessonRunningNorm2d(RunningStatistics):
             self.count.zero_()
             self.num_samples_tracked.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
         self._check_input_dim(x)
         if not self.training or x.numel() == 0:  # an empty batch has nothing to add
             return F.normalize_running(x, self._state(), self.weight, self.bias, self.eps, self._min_var())
         with torch.no_grad():
-            state, share = self._updated(x)
-            var = state.var.maximum(self._min_var())
+            state, share, images = self._updated(x, mask)
+            var = state.var.maximum(self._min_var(images))
             var_share = share * (var == state.var)  # a variance held at its minimum is a constant
             mean, var, share, var_share = settle(state.mean, var, share, var_share)
-        return normalize_with_share(x, mean, var, self.weight, self.bias, share, var_share, self.eps)
+        return normalize_with_share(x, mean, var, self.weight, self.bias, share, var_share, self.eps, mask)
 
-    def _updated(self, x: Tensor) -> tuple[F.RunningState, Tensor]:
-        """The statistics with this batch in them, which are kept, and its share."""
+    def _updated(self, x: Tensor, mask: Tensor | None) -> tuple[F.RunningState, Tensor, Tensor]:
+        """The statistics with this batch in them, which are kept, its share, and the images seen."""
         alpha = F.lesson_alpha(x.shape[0], self.momentum)
-        values = x.numel() // x.shape[1]
-        if recomputing():  # they are in already
-            return self._state(), alpha * values / self.count
-        count = torch.where(self.count < 0, float(values), self.count)
-        state, share = F.update_running(x, F.RunningState(self.running_mean, self.running_var, count), alpha)
-        remember(
+        values = x.numel() // x.shape[1] if mask is None else mask.sum()
+        if self._kept_already():
+            return self._state(), alpha * values / self.count, self.num_samples_tracked
+        count = torch.where(self.count < 0, 1.0 * values, self.count)
+        before = F.RunningState(self.running_mean, self.running_var, count)
+        state, share = F.update_running(x, before, alpha, mask)
+        counts = 1 if mask is None else (values > 0).long()
+        images = self.num_samples_tracked + counts * x.shape[0]
+        self._keep(
             (self.running_mean, state.mean),
             (self.running_var, state.var),
-            (self.count, state.total),
-            (self.num_batches_tracked, self.num_batches_tracked + 1),
-            (self.num_samples_tracked, self.num_samples_tracked + x.shape[0]),
+            (self.count, state.total if mask is None else torch.where(values > 0, state.total, self.count)),
+            (self.num_batches_tracked, self.num_batches_tracked + counts),
+            (self.num_samples_tracked, images),
         )
-        return state, share
+        return state, share, images
 
-    def _min_var(self) -> Tensor:
-        return (self.num_samples_tracked < FEW_SAMPLES).to(self.running_var.dtype) * MIN_VAR
+    def _min_var(self, images: Tensor | None = None) -> Tensor:
+        images = self.num_samples_tracked if images is None else images
+        return (images < FEW_SAMPLES).to(self.running_var.dtype) * MIN_VAR
 
     def _state(self) -> F.RunningState:
         return F.RunningState(self.running_mean, self.running_var, self.count)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import RunningStatistics, remember
-from .functional import moments, normalize, per_channel
+from . import functional as F
+from .base import RunningStatistics
+from .functional import moments, normalize
 from .per_image import instance_moments
 
 Moments = tuple[Tensor, Tensor]
@@ -31,8 +32,10 @@ class SwitchableNorm2d(RunningStatistics):
         eps: added to the variance.
         momentum: weight of a new batch in the running statistics, above 0, to 1.
         affine: learn γ and β; the mixture is learned in any case.
+        track_running_stats: keep statistics; without, evaluation is as training.
         device: of parameters and statistics.
         dtype: of the parameters.
+        bias: learn β.
 
     Raises:
         InputError: an argument or the shape of an input is out of range.
@@ -41,16 +44,21 @@ class SwitchableNorm2d(RunningStatistics):
     equations 3 to 5.
     """
 
+    averages, needs_statistics = True, False
+
     def __init__(
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         affine: bool = True,
+        track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ):
-        super().__init__(num_features, eps, momentum, affine, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.mean_weight = nn.Parameter(torch.ones(3, device=device, dtype=dtype))
         self.var_weight = nn.Parameter(torch.ones(3, device=device, dtype=dtype))
 
@@ -61,25 +69,32 @@ class SwitchableNorm2d(RunningStatistics):
             nn.init.ones_(self.mean_weight)
             nn.init.ones_(self.var_weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
         self._check_input_dim(x)
         mixture = (self.mean_weight, self.var_weight, self.weight, self.bias, self.eps)
-        if not self.training or x.numel() == 0:
+        kept = self.running_mean, self.running_var
+        if x.numel() == 0 or not (self.training or self.running_mean is None):
             # Copies, because the gradient of the mixture needs them as they are now.
-            mean, var = self.running_mean.clone(), self.running_var.clone()
-            return switchable_norm(x, *mixture, batch=(per_channel(mean, x), per_channel(var, x)))[0]
-        y, batch = switchable_norm(x, *mixture)
-        self._remember(*batch, x.numel() // self.num_features)
+            mean, var = (part.clone() for part in F.unless_none(kept, x))
+            return switchable_norm(x, *mixture, batch=(mean, var), mask=mask)[0]
+        if mask is None:
+            y, batch = switchable_norm(x, *mixture)
+            count: int | Tensor = x.numel() // self.num_features
+        else:
+            mean, var, count = F.masked_moments(x, mask)
+            batch = mean, var
+            y, _ = switchable_norm(x, *mixture, batch=F.unless_empty(count, batch, kept), mask=mask)
+        if self.training and self.running_mean is not None:
+            self._remember(*batch, count)
         return y
 
     @torch.no_grad()
-    def _remember(self, mean: Tensor, var: Tensor, n: int) -> None:
-        momentum, batches = self.momentum, self.num_batches_tracked
-        new_mean = (1 - momentum) * self.running_mean + momentum * mean.flatten()
-        new_var = self.running_var
-        if n > 1:
-            new_var = (1 - momentum) * new_var + momentum * n / (n - 1) * var.flatten()
-        remember((self.running_mean, new_mean), (self.running_var, new_var), (batches, batches + 1))
+    def _remember(self, mean: Tensor, var: Tensor, n: int | Tensor) -> None:
+        share, batches = self._share(), self.num_batches_tracked
+        of_mean, of_var = share * (n > 0), share * (n > 1)  # one value says nothing of the variance
+        new_mean = (1 - of_mean) * self.running_mean + of_mean * mean.flatten()
+        new_var = (1 - of_var) * self.running_var + of_var * n / F.at_least_one(n - 1) * var.flatten()
+        self._keep((self.running_mean, new_mean), (self.running_var, new_var), (batches, batches + (n > 0)))
 
 
 class SwitchableNorm1d(SwitchableNorm2d):
@@ -105,6 +120,7 @@ def switchable_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     batch: Moments | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Moments]:
     """γ (x − Σₖ wₖ μₖ) / √(Σₖ w'ₖ σₖ² + eps) + β, in the dtype of `x`; see `SwitchableNorm2d`.
 
@@ -116,11 +132,12 @@ def switchable_norm(
         bias: β, (C,) or None for 0.
         eps: added to the variance.
         batch: mean and variance of the batch part, which broadcast against `x`, or None for those of `x`.
+        mask: (N, 1, *space), True where a value is in the instance and layer parts; None for all.
 
     Returns:
         y, and the mean and the biased variance of the batch part.
     """
-    instance = instance_moments(x)
+    instance = instance_moments(x, mask)
     batch = _pooled(*instance, dim=0) if batch is None else batch
     parts = (_pooled(*instance, dim=1), batch) if x.dim() == 2 else (instance, _pooled(*instance, dim=1), batch)
     mean = _mixed(mean_weight, [mean for mean, _ in parts])

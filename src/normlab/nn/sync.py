@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels import dispatch, fused
 from . import functional as F
-from .base import RunningStatistics, remember
+from .base import RunningStatistics
 
 
 class SyncBatchNorm2d(RunningStatistics):
@@ -37,9 +37,11 @@ class SyncBatchNorm2d(RunningStatistics):
         eps: added to the variance.
         momentum: weight of a new batch in the running statistics, above 0, to 1.
         affine: learn γ and β.
+        track_running_stats: keep statistics; without, evaluation is as training.
+        process_group: the ranks to share statistics with; None for all there are.
         device: of parameters and statistics.
         dtype: of the parameters.
-        process_group: the ranks to share statistics with; None for all there are.
+        bias: learn β.
 
     Raises:
         InputError: an argument or the shape of an input is out of range.
@@ -49,44 +51,44 @@ class SyncBatchNorm2d(RunningStatistics):
     Formulae and a Pairwise Algorithm for Computing Sample Variances".
     """
 
+    averages, needs_statistics = True, False
+
     def __init__(
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        process_group: dist.ProcessGroup | None = None,
+        *,
+        bias: bool = True,
     ):
-        super().__init__(num_features, eps, momentum, affine, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.process_group = process_group
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
         self._check_input_dim(x)
-        taken = None if torch.compiler.is_compiling() else self._taken(x)
-        if not self.training:
-            mean, var = self.running_mean, self.running_var
+        taken = None if torch.compiler.is_compiling() or mask is not None else self._taken(x)
+        mean, var = self.running_mean, self.running_var
+        if not self.training and mean is None:  # of this rank alone, as in torch
+            mean, var, _ = _moments(x, mask)
+        elif not self.training:
             if taken is not None:
                 return fused.frozen_norm(x, mean, var, *taken[:2], eps=self.eps, slope=1.0)
         elif taken is not None:
             moments = _gathered(*dispatch.channel_moments(x), x.numel() // x.shape[1], self.process_group)
-            self._remember(*moments)
+            self._average(*moments)
             total = partial(_summed, group=self.process_group)
             return fused.batch_norm_over_ranks(x, moments, *taken[:2], eps=self.eps, total=total)
         else:
-            mean, var, count = moments_over_ranks(x, self.process_group)
-            self._remember(mean.detach(), var.detach(), count)
+            mean, var, count = moments_over_ranks(x, self.process_group, mask)
+            self._average(mean.detach(), var.detach(), count)
+            if mask is not None:
+                mean, var = F.unless_empty(count, (mean, var), (self.running_mean, self.running_var))
         return F.normalize(x, F.per_channel(mean, x), F.per_channel(var, x), self.weight, self.bias, self.eps)
-
-    def _remember(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        unbiased = var * (count / (count - 1).clamp(min=1))
-        mean_share, var_share = self.momentum * (count > 0), self.momentum * (count > 1)
-        remember(
-            (self.running_mean, self.running_mean + mean_share * (mean - self.running_mean)),
-            (self.running_var, self.running_var + var_share * (unbiased - self.running_var)),
-            (self.num_batches_tracked, self.num_batches_tracked + (count > 0)),
-        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SyncBatchNorm2d":
         memo[id(self.process_group)] = self.process_group  # ranks are shared, and cannot be copied
@@ -107,7 +109,9 @@ class SyncBatchNorm3d(SyncBatchNorm2d):
     accepted_dims = (5,)
 
 
-def moments_over_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def moments_over_ranks(
+    x: Tensor, group: dist.ProcessGroup | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance per channel over `x` of every rank, (C,) each, and the number of values, 0-d.
 
     The gradient of a rank's `x` is that of the sum of what all ranks compute from these moments. Every rank has to call
@@ -118,8 +122,9 @@ def moments_over_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> tup
     Args:
         x: (N, C, *space), N may differ from rank to rank and be 0.
         group: the ranks; None for all. Without a process group, or of one rank, nothing is exchanged.
+        mask: (N, 1, *space), True where a value counts; None for all.
     """
-    return _MomentsOverRanks.apply(x, group) if _are_several(group) else _moments(x)
+    return _MomentsOverRanks.apply(x, group, mask) if _are_several(group) else _moments(x, mask)
 
 
 def _are_several(group: dist.ProcessGroup | None) -> bool:
@@ -152,26 +157,30 @@ def _summed(gradients: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 class _MomentsOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-        return _gathered(*_moments(x), group)
+    def forward(x: Tensor, group: dist.ProcessGroup | None, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return _gathered(*_moments(x, mask), group)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, ctx.group = inputs
+        x, ctx.group, mask = inputs
         mean, _, count = output
-        ctx.save_for_backward(x, mean, count)
+        ctx.save_for_backward(x, mean, count, mask)
         ctx.mark_non_differentiable(count)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor):
-        x, mean, count = ctx.saved_tensors
+        x, mean, count, mask = ctx.saved_tensors
         both = _summed(torch.stack([grads[0], grads[1]]), ctx.group)
-        grad_mean, grad_var = (F.per_channel(grad / count, x) for grad in both)
-        return (grad_mean + 2 * grad_var * (x - F.per_channel(mean, x))).to(x.dtype), None
+        grad_mean, grad_var = (F.per_channel(grad / count.clamp(min=1), x) for grad in both)
+        grad = grad_mean + 2 * grad_var * (x - F.per_channel(mean, x))
+        return (grad if mask is None else torch.where(mask, grad, 0)).to(x.dtype), None, None
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    if mask is not None:
+        mean, var, count = F.masked_moments(x, mask)
+        return mean.flatten(), var.flatten(), count
     mean, var = (part.flatten() for part in F.moments(x, (0, *range(2, x.dim()))))
     if x.numel() == 0:  # 0/0 so far
         mean, var = torch.zeros_like(mean), torch.zeros_like(var)

@@ -114,7 +114,8 @@ def _made(old: nn.Module, to: str, seen: Seen, space: int, options: dict[str, An
     has, momentum = torch_momentum(old)
     if NORMS[to].averages and has and (momentum or to == "batch"):  # None is the mean of all batches
         options.setdefault("momentum", momentum)
-    if "track_running_stats" in accepted and isinstance(old, _BatchNorm):
+    needs = getattr(NORMS[to].layers[space - 1], "needs_statistics", False)
+    if "track_running_stats" in accepted and isinstance(old, _BatchNorm) and not needs:
         options.setdefault("track_running_stats", old.running_mean is not None)
     return build_norm(to, channels(old), space, **options)
 
@@ -192,7 +193,10 @@ def _hand_over_statistics(old: nn.Module, new: nn.Module) -> None:
         if "running_mean" in there:
             there = {name: value.reshape(own[name].shape) if name in PARTS else value for name, value in there.items()}
             new.load_state_dict(there, strict=False)
-    if isinstance(getattr(old, "track_running_stats", None), bool) and "running_mean" in new._buffers:
+    switched = (
+        isinstance(getattr(old, "track_running_stats", None), bool) and old._buffers.get("running_mean") is not None
+    )
+    if switched and new._buffers.get("running_mean") is not None:
         new.__dict__["track_running_stats"] = old.track_running_stats
 
 

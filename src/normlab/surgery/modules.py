@@ -32,7 +32,8 @@ _NAMED_SO = re.compile(r"Norm(?![a-z])|norm$")  # not NormalSampler
 def classes(name: str) -> set[type[nn.Module]]:
     """Those of a registered norm, for any number of space dimensions; none if it is built by a function."""
     layers = (layer.args[0] if isinstance(layer, partial) and layer.args else layer for layer in NORMS[name].layers)
-    return {layer for layer in layers if isinstance(layer, type) and layer is not nn.Identity}
+    found = {layer for layer in layers if isinstance(layer, type) and layer is not nn.Identity}
+    return found | {layer.with_activation for layer in found if hasattr(layer, "with_activation")}
 
 
 def registered_name(module: nn.Module) -> str | None:

@@ -1,0 +1,83 @@
+"""A call of a norm with whatever may stand for a tensor: subclasses, and what tracers hand in."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from ..errors import InputError
+
+PLAIN = (Tensor, nn.Parameter)
+Forward = TypeVar("Forward", bound=Callable[..., Tensor])
+
+
+def call(norm: Any, input: Tensor, mask: Tensor | None, *residual: Tensor | None) -> Tensor:
+    """The norm's `_normalize`, of plain tensors; the output is of the class that torch's own norms would give.
+
+    A proxy of `torch.fx` becomes a call of the whole layer, as for the layers in `torch.nn`.
+    """
+    if mask is None and type(input) in PLAIN and (not residual or residual[0] is None or type(residual[0]) in PLAIN):
+        return norm._normalize(input, None, *residual)
+    if isinstance(input, fx.Proxy):
+        return _node(norm, input, mask, *residual)
+    if has_torch_function((input, *residual)):
+        return handle_torch_function(_Plain(norm), (input, *residual), input, mask, *residual)
+    return _Plain(norm)(input, mask, *residual)
+
+
+class _Plain:
+    """A norm as one of torch's functions, on what is in memory of its arguments' classes."""
+
+    def __init__(self, norm: Any):
+        self.norm = norm
+        self.__name__ = type(norm).__name__
+
+    def __call__(self, input: Tensor, mask: Tensor | None, *residual: Tensor | None) -> Tensor:
+        x = plain(input)
+        over = None if mask is None else checked_mask(plain(mask), x)
+        return self.norm._normalize(x, over, *(None if part is None else plain(part) for part in residual))
+
+
+def plain(x: Tensor) -> Tensor:
+    """`x` without its class, unless that says what operators do on memory, as `DTensor` does."""
+    kind = type(x)
+    on_memory = kind.__torch_dispatch__ is Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
+    return x.as_subclass(Tensor) if kind not in PLAIN and on_memory else x
+
+
+def checked_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask of (N, *space) for the input `x`, as (N, 1, *space).
+
+    Raises:
+        InputError: it is not bool, or of another shape.
+    """
+    expected = (x.shape[0], *x.shape[2:])
+    if mask.dtype is not torch.bool or tuple(mask.shape) != expected:
+        given = f"{mask.dtype} of {tuple(mask.shape)}"
+        raise InputError(f"mask: expected torch.bool of {expected}, (N, *space) of the input, got {given}.")
+    return mask.unsqueeze(1)
+
+
+def _node(norm: nn.Module, input: fx.Proxy, mask: Any, *residual: Any) -> Any:
+    """A call of the layer in the graph that is being traced."""
+    named = {"mask": mask, "residual": residual[0] if residual else None}
+    named = {name: value for name, value in named.items() if value is not None}
+    target = input.tracer.path_of_module(norm)  # pyright: ignore[reportAttributeAccessIssue]
+    return input.tracer.create_proxy("call_module", target, (input,), named)
+
+
+def for_script(forward: Forward) -> Forward:
+    """Has TorchScript compile the norm's `_scripted`: it knows no keyword-only arguments.
+
+    TorchScript takes the source of the function that is wrapped, everyone else the function.
+    """
+    forward.__signature__ = inspect.signature(forward)  # pyright: ignore[reportFunctionMemberAccess]
+    forward.__wrapped__ = _in_script  # pyright: ignore[reportFunctionMemberAccess]
+    return forward
+
+
+def _in_script(self, input: Tensor) -> Tensor:
+    return self._scripted(input)
