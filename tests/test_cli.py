@@ -107,9 +107,9 @@ def own(tmp_path, monkeypatch):
     [
         (["own.py:make"], "batches is missing: own.py:make, a model of your own, needs --batches"),
         (["own.py:Net", "--batches", "own.py:batches"], "own.py, line 8: NameError: name 'undefined' is not defined."),
-        (["own.py:make", "--batches", "own.py:integers"], "Batch 1 was Tensor (8, 3, 4, 4) of int64."),
-        (["own.py:make", "--batches", "own.py:wrong"], "Batch 1 was Tensor (8, 5, 4, 4) of float32."),
-        (["own.py:make", "--batches", "own.py:numbers"], "Batch 1 was int."),
+        (["own.py:make", "--batches", "own.py:integers"], "batch 1, a tensor of int64 (8, 3, 4, 4)"),
+        (["own.py:make", "--batches", "own.py:wrong"], "batch 1, a tensor of float32 (8, 5, 4, 4)"),
+        (["own.py:make", "--batches", "own.py:numbers"], "batch 1, int without tensors"),
         (["own.py:make", "--batches", "own.py:empty"], "batches=[] is not usable. Accepted: at least one batch."),
         (["own.py:make", "--batches", "own.py:ends"], "own.py, line 18: OSError: no disk."),
         (["own.py:make", "--batches", "own.py:batches", "--weights", "own.py"], "weights='own.py' is damaged"),

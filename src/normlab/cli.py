@@ -109,15 +109,15 @@ class Diagnose:
         from .health import diagnose
         from .study.compare import check_writable
         from .study.named import told
-        from .study.subject import Remembered
 
         subject = self._subject()
         check_writable(self.out)
         for note in subject.notes:
             console.print(f"warning: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-        batches = Remembered(subject.batches)
-        with told(f"model={self.model!r} failed on batches={self.batches!r}", lambda: f" {batches.last}"):
-            found = diagnose(subject.model, batches, loss=subject.loss, optimizer=subject.optimizer, limit=self.limit)
+        with told(f"model={self.model!r} failed on batches={self.batches!r}"):
+            found = diagnose(
+                subject.model, subject.batches, loss=subject.loss, optimizer=subject.optimizer, limit=self.limit
+            )
         console.print(found, highlight=False, soft_wrap=True)
         found.save(self.out / "diagnosis.json")
         found.save(self.out / "diagnosis.png")

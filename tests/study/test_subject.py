@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from normlab.errors import InputError
-from normlab.study.subject import Remembered, of_run, of_user
+from normlab.study.subject import of_run, of_user
 
 NETS = """
 from torch import nn, randn
@@ -22,13 +22,6 @@ loss = nn.MSELoss()
 
 def more():
     yield from batches
-
-def dicts():
-    yield from ({"image": batch, "label": batch} for batch in batches)
-
-def broken():
-    raise KeyError("gone")
-    yield
 
 number = 5
 """
@@ -88,14 +81,6 @@ def test_files_that_are_no_weights_are_named(here, suffix):
 def test_names_of_no_model_are_named(name, message):
     with pytest.raises(InputError, match=message):
         of_user(name, "nets:batches", None, None)
-
-
-def test_dict_batches_are_pairs_and_the_last_batch_is_known():
-    batches = Remembered(of_user("nets:make", "nets:dicts", None, None).batches)
-    assert batches.last == "There was no batch."
-    ((image, label),) = batches
-    assert image.shape == label.shape == (2, 3, 4, 4)
-    assert batches.last.startswith("Batch 1 was dict of 'image': Tensor (2, 3, 4, 4) of float32")
 
 
 @pytest.mark.parametrize(

@@ -134,3 +134,16 @@ def test_a_compiled_model_is_looked_at_without_compiling():
     assert counter.frame_count == 0
     assert compiled(batches[0]).shape == (8, 4, 5, 5)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("key", ["image", "x"])
+def test_batches_of_dicts_with_a_usual_key_measure_what_is_under_it(key):
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    x = torch.randn(6, 3, 4, 4) * 2 + 1
+    recalibrate(model, [{key: x, "label": torch.zeros(6)}])
+    assert torch.allclose(model[0].running_mean, x.mean((0, 2, 3)), atol=1e-5)
+
+
+def test_batches_of_dicts_without_a_usual_key_are_told_how_to_go_on():
+    with pytest.raises(InputError, match=r"got a dict with the keys 'volume'.*forward=lambda model, batch"):
+        recalibrate(nn.Sequential(nn.BatchNorm2d(3)), [{"volume": torch.randn(6, 3, 4, 4)}])

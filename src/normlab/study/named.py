@@ -7,7 +7,7 @@ import site
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -48,12 +48,8 @@ def make_named(argument: str, name: str, make: Any) -> Any:
 
 
 @contextmanager
-def told(what: str, more: Callable[[], str] = str) -> Iterator[None]:
+def told(what: str) -> Iterator[None]:
     """Inside, an error of the user's code becomes an InputError: what failed, their file and line, their message.
-
-    Args:
-        what: failed, in words.
-        more: gives what to add, once it failed.
 
     Raises:
         InputError: the code inside failed, or ended the process.
@@ -65,7 +61,7 @@ def told(what: str, more: Callable[[], str] = str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         kind = "" if isinstance(error, ImportError | FileNotFoundError) else f"{type(error).__name__}: "
         message = f"{kind}{error}".strip().partition("\n")[0].removesuffix(".")
-        raise InputError(f"{what}: {_where(error)}{message}.{more()}") from error
+        raise InputError(f"{what}: {_where(error)}{message}.") from error
 
 
 def _where(error: BaseException) -> str:

@@ -1,6 +1,6 @@
 """A model to look at, and batches for it: what a run left in its folder, or the user's own, by name."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, check
-from ..training.batches import split_batch
 from .named import find_named, make_named
 from .plan import Trial
 from .store import RunStore
@@ -79,25 +78,6 @@ def of_user(model: str, batches: str, weights: Path | None, loss: str | None) ->
     return Subject(net, found, None if loss is None else _function("loss", loss), None, notes)
 
 
-class Remembered:
-    """Batches, of dicts the two parts, that know the last one they gave.
-
-    Attributes:
-        last: in words, for errors.
-    """
-
-    def __init__(self, batches: Iterable[Any]):
-        self._batches, self.last = batches, "There was no batch."
-
-    def __iter__(self) -> Iterator[Any]:
-        for number, batch in enumerate(self._batches, 1):
-            self.last = f"Batch {number} was {_described(batch)}."
-            yield split_batch(batch) if isinstance(batch, Mapping) else batch
-
-    def __repr__(self) -> str:
-        return repr(self._batches)
-
-
 def _function(argument: str, name: str) -> Any:
     found = find_named(argument, name)
     check(callable(found), argument, name, "module:name of a function of output and target")
@@ -108,13 +88,3 @@ def _is_a_name(name: str) -> bool:
     """Whether it looks like `module:name`, and is no folder."""
     module, colon, attribute = name.rpartition(":")
     return bool(colon and module and attribute.isidentifier()) and not Path(name).exists()
-
-
-def _described(batch: Any) -> str:
-    if isinstance(batch, Tensor):
-        return f"{type(batch).__name__} {tuple(batch.shape)} of {str(batch.dtype).removeprefix('torch.')}"
-    if isinstance(batch, tuple | list):
-        return f"{type(batch).__name__} of {', '.join(map(_described, batch[:3])) or 'nothing'}"
-    if isinstance(batch, dict):
-        return f"dict of {', '.join(f'{key!r}: {_described(part)}' for key, part in list(batch.items())[:3])}"
-    return type(batch).__name__

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, check
+from ..training.batches import INPUT_KEYS
 from .outputs import comparable, ratio
 from .trace import input_of
 
@@ -21,10 +22,15 @@ Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 def first_input(model: nn.Module, batch: Any) -> Any:
     """The model's output for a batch, or for the first part of one of several parts: inputs and targets.
 
+    Of a dict it is what a usual key holds, such as `image`, as the learner has it.
+
     Raises:
         InputError: the batch is a dict, of which nothing says what the model is to be given.
     """
     if isinstance(batch, Mapping):
+        usual = [key for key in INPUT_KEYS if key in batch]
+        if len(usual) == 1:
+            return model(batch[usual[0]])
         keys = ", ".join(map(repr, batch))
         raise InputError(
             f"batches: expected tensors or tuples, got a dict with the keys {keys}. Say what the model is given: "
