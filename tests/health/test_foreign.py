@@ -243,8 +243,9 @@ def test_outputs_that_cannot_be_compared_are_not(outputs):
 def test_dict_batches_are_asked_for_forward():
     model, image = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), torch.randn(8, 3)
     batches = [{"image": image, "label": torch.randint(0, 2, (8,))} for _ in range(3)]
-    with pytest.raises(InputError, match=r"dict with the keys 'image', 'label'.*forward=lambda model, batch"):
-        normlab.diagnose(model, batches)
+    with pytest.raises(InputError, match=r"dict with the keys 'volume', 'label'.*forward=lambda model, batch"):
+        normlab.diagnose(model, [{"volume": image, "label": batch["label"]} for batch in batches])
+    assert normlab.diagnose(model, batches).output.images == 24, "what the learner takes"
     found = normlab.diagnose(model, batches, forward=lambda model, batch: model(batch["image"]), loss=F.cross_entropy)
     losses = [F.cross_entropy(copy.deepcopy(model).eval()(image), batch["label"]).item() for batch in batches]
     assert found.output.evaluation_loss == pytest.approx(sum(losses) / 3)

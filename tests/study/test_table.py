@@ -63,3 +63,12 @@ def test_names_are_not_read_as_markup():
 def test_terminal_has_nothing_to_report():
     with pytest.raises(InputError, match="nothing to report"):
         terminal_table([])
+
+
+def test_names_are_whole_in_80_columns():
+    names = "running", "running_lesson", "evonorm_s0", "evonorm_b0"
+    records = [record(0.9, norm=name, batch_size=size) for name in names for size in (1, 2, 4, 8, 16, 32, 64, 128)]
+    text = plain(text_of(terminal_table(records), width=80))
+    assert "…" not in text
+    column = "".join(line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│"))
+    assert column == "".join(sorted(names))

@@ -98,12 +98,14 @@ class Diagnosis:
         from rich.text import Text
 
         shown = {name: column for name, column in COLUMNS.items() if any(_known(layer, name) for layer in self.layers)}
-        table = Table("norm", "class", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
+        for heading in ("norm", "class"):
+            table.add_column(heading, overflow="fold")  # cut off, many names would read alike
         for heading, _ in shown.values():
             table.add_column(heading, justify="right")
         for layer in self.layers:
             cells = (format(getattr(layer, n), f) if _known(layer, n) else "" for n, (_, f) in shown.items())
-            table.add_row(layer.name or "(the model)", layer.kind, *cells)
+            table.add_row(*map(Text, (layer.name or "(the model)", layer.kind, *cells)))
         return Group(table, Text(), *map(Text, self.lines()))
 
     def lines(self) -> list[str]:

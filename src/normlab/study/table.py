@@ -23,9 +23,9 @@ def terminal_table(records: Iterable[Record]) -> Table:
     }
     table = Table(caption=conditions_of(groups), caption_justify="left")
     for name in names:
-        table.add_column(title_of(name))
+        table.add_column(title_of(name), overflow="fold")  # cut off, many names would read alike
     for size in leaders:
-        table.add_column(f"batch {size}", justify="right")
+        table.add_column(f"batch {size}", justify="right", overflow="fold")
     rows: dict[tuple, dict[int, Group]] = {}
     for group in groups:
         rows.setdefault(tuple(group.settings[name] for name in names), {})[group.settings["batch_size"]] = group

@@ -68,14 +68,18 @@ class Report:
     def __rich__(self) -> Any:
         from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table("module", "was", "became", "note", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
+        for heading in ("module", "was", "became", "note"):
+            table.add_column(heading, overflow="fold")  # cut off, many names would read alike
         measured = any(row.change is not None for row in self.rows)
         if measured:
             table.add_column("change", justify="right")
         for row in self.rows:
             change = [] if not measured else ["" if row.change is None else f"{row.change:.3g}"]
-            table.add_row(row.name or "(the model)", row.was, row.became or "–", row.note, *change)
+            cells = row.name or "(the model)", row.was, row.became or "–", row.note, *change
+            table.add_row(*map(Text, cells))  # no markup
         summary = f"{len(self.touched)} changed, {len(self.skipped)} left" + (
             "" if self.change is None else f"; the model's output changes by {self.change:.3g}"
         )
