@@ -53,6 +53,8 @@ CASES = {
     "one image a rank": Case([(1, 1, 1)] * 3),
     "1×1 maps": Case([(1, 1, 0), (1, 2, 1)], space=(1, 1)),
     "one value in all": Case([(2, 1, 1), (0, 1, 0)], space=(1, 1)),
+    "one value in all, bfloat16": Case([(0, 1, 0), (1, 0, 0)], space=(1, 1), dtype=torch.bfloat16),
+    "few values, bfloat16": Case([(1, 1, 0), (1, 0, 1)], space=(1, 1), dtype=torch.bfloat16),
     "empty on all ranks": Case([(2, 2, 2), (0, 0, 0), (1, 3, 1)]),
     "permuted": Case(layout="permuted"),
     "channels last": Case(layout="channels last"),
@@ -306,3 +308,12 @@ def test_arguments_out_of_range(options):
 
 if __name__ == "__main__":
     work(int(sys.argv[1]), Path(sys.argv[2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_value_a_channel_has_no_gradient(dtype):
+    """In half precision too: what cancels is multiplied by 1/√eps before it does, and would be 1.4 if rounded then."""
+    layer, x = SyncBatchNorm2d(8), (30 * torch.randn(1, 8, 1, 1)).to(dtype).requires_grad_()
+    layer(x).backward(torch.randn(1, 8, 1, 1).to(dtype))
+    assert x.grad is not None
+    assert x.grad.abs().max() < 1e-4

@@ -243,13 +243,16 @@ class _NormOverRanks(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor):
         x, weight, bias, saved, var, count = ctx.saved_tensors
         eps, total = ctx.numbers
-        of_x, of_weight, of_bias = _BATCH_BACKWARD(grads[0], x, weight, bias, saved, 1.0, 0.0)
+        # In float32: rounded to half precision, parts that cancel where a channel has few values would not.
+        grad, wide = grads[0].float(), x.float()
+        of_x, of_weight, of_bias = _BATCH_BACKWARD(grad, wide, weight, bias, saved, 1.0, 0.0)
         if ctx.needs_input_grad[0]:  # else the parts that are empty do not take part in `total` either
             mean, inverse = saved
             scale = inverse if weight is None else inverse * weight
             of_mean, of_var = total(torch.stack([-scale * of_bias, -0.5 * scale * inverse * of_weight])) / count
             # of_x + of_mean + 2 of_var (x − mean), in the form of a norm of x
-            of_x, _ = _FROZEN_FORWARD(x, 2 * of_var / inverse, of_mean, of_x, mean, var, 1.0, eps)
+            of_x, _ = _FROZEN_FORWARD(wide, 2 * of_var / inverse, of_mean, of_x, mean, var, 1.0, eps)
+            of_x = of_x.to(x.dtype)
         of_x, of_weight, of_bias = _wanted((of_x, of_weight, of_bias), weight, bias)
         return of_x, None, of_weight, of_bias, None, None
 

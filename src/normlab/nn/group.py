@@ -68,7 +68,8 @@ class GroupNorm(PerImageNorm):
         return activate(ops.group_norm(x, self.num_groups, self.weight, self.bias, self.eps), self.activation)
 
     def _scripted(self, input: Tensor) -> Tensor:
-        y = torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        flat = input.flatten(2) if input.dim() > 2 else input  # see `ops.group_norm`
+        y = torch.group_norm(flat, self.num_groups, self.weight, self.bias, self.eps).view(input.shape)
         return scripted_activation(y, self.activation)
 
     def _prefers_kernel(self, x: Tensor) -> bool:

@@ -81,6 +81,8 @@ class SyncBatchNorm2d(RunningStatistics):
         elif taken is not None:
             moments = _gathered(*dispatch.channel_moments(x), x.numel() // x.shape[1], self.process_group)
             self._average(*moments)
+            if not _are_several(self.process_group):
+                return fused.batch_norm_of(x, *moments[:2], *taken[:2], eps=self.eps)
             total = partial(_summed, group=self.process_group)
             return fused.batch_norm_over_ranks(x, moments, *taken[:2], eps=self.eps, total=total)
         else:
