@@ -599,6 +599,18 @@ def test_single_images_without_a_batch_are_no_batches():
     assert "without a dimension of batches" in row.note
 
 
+@pytest.mark.parametrize("to", ["running", "batch", "sync", "frozen", "renorm", "group", "instance", "ghost", "torch"])
+def test_a_norm_without_a_shift_gets_none(to):
+    model = settled(nn.Sequential(nn.Conv2d(3, 8, 1), nn.SyncBatchNorm(8) if to == "torch" else nn.BatchNorm2d(8)))
+    model[1].bias = None
+    new = convert(model, to, dims=2).model
+    assert new[1].bias is None
+    assert set(new.state_dict()) - {"1.share", "1.innovation"} <= {
+        *model.state_dict(), *(name for name in new.state_dict() if "gradient" in name)
+    }  # fmt: skip
+    assert unfreeze(freeze(model).model).model.state_dict().keys() == model.state_dict().keys()
+
+
 def test_a_shift_without_a_scale_is_not_lost():
     model = settled(nn.Sequential(nn.BatchNorm2d(4)))
     model[0].weight = None

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def _made(old: nn.Module, to: str, seen: Seen, space: int, options: dict[str, An
     """The layer as its constructor makes it."""
     if to == TORCH:
         return _made_of_torch(old, space, options)
-    accepted = inspect.signature(NORMS[to].layers[space - 1]).parameters
+    accepted = _accepted(NORMS[to].layers[space - 1])
     weight, bias = getattr(old, "weight", None), getattr(old, "bias", None)
     if to in GROUPED and "num_groups" in accepted:
         options.setdefault("num_groups", groups_for(old, seen))
@@ -118,6 +119,12 @@ def _made(old: nn.Module, to: str, seen: Seen, space: int, options: dict[str, An
     if "track_running_stats" in accepted and isinstance(old, _BatchNorm) and not needs:
         options.setdefault("track_running_stats", old.running_mean is not None)
     return build_norm(to, channels(old), space, **options)
+
+
+def _accepted(layer: Any) -> dict[str, inspect.Parameter]:
+    """What a builder takes: of a function around a class, what the class takes too."""
+    inner = layer.args[0] if isinstance(layer, partial) and layer.args else layer
+    return {**inspect.signature(inner).parameters, **inspect.signature(layer).parameters}
 
 
 def _made_of_torch(old: nn.Module, space: int, options: dict[str, Any]) -> nn.Module:
