@@ -54,6 +54,7 @@ class MovingAverageBatchNorm2d(RunningStatistics):
     section 4; warm-up and constants from the authors' code, megvii-model/MABN.
     """
 
+    momentum: float
     recent_moments: Tensor
     recent_products: Tensor
     num_gradients_tracked: Tensor
@@ -127,7 +128,7 @@ class MovingAverageBatchNorm2d(RunningStatistics):
     def _track(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
         """1/χ and r of this batch, which enters the statistics."""
         moment = _mean(in_float32(x).square(), mask).to(self.running_var.dtype)
-        counts: bool | Tensor = True
+        counts: Any = True
         if mask is not None:
             counts = mask.any()
             moment = torch.where(counts, moment, self.running_var)

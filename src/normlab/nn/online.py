@@ -55,6 +55,7 @@ class OnlineNorm2d(RunningStatistics):
     from the authors' code, Cerebras/online-normalization.
     """
 
+    momentum: float
     error_product: Tensor
     error_mean: Tensor
 
@@ -111,7 +112,7 @@ class OnlineNorm2d(RunningStatistics):
 
     def _track(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
         """μ and 1/σ before each image, (N, C, 1), of `x`, (N, C, L), whose images enter the statistics."""
-        counts: bool | Tensor = True
+        counts: Any = True
         if mask is None:
             moments = F.moments(x, (2,))
             share: float | Tensor = self.momentum

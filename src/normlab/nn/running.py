@@ -91,6 +91,7 @@ class RunningBatchNorm2d(RunningStatistics):
     Backward Propagation of Batch Normalization".
     """
 
+    momentum: float
     share: Tensor
     innovation: Tensor
     gradient_share: Tensor
@@ -203,10 +204,14 @@ class RunningBatchNorm2d(RunningStatistics):
         gradient_share = F.adapted_share(self.gradient_share, innovation, push, gain, TOLERATED_DRIFT / len(x))
         gradient_share = gradient_share.clamp(LEAST_GRADIENT_SHARE * self.momentum, 1)
         mean, var = F.take_in(batch_mean, batch_var, self.running_mean, self.running_var, share)
-        if mask is not None:
-            innovation = torch.where(counts > 0, innovation, self.innovation)
-        new = (mean, var, batches, share, innovation, gradient_share)
-        self._keep(*zip((getattr(self, name) for name in STATISTICS), new, strict=True))
+        new, kept = (
+            (mean, var, batches, share, innovation, gradient_share),
+            [getattr(self, name) for name in STATISTICS],
+        )
+        if isinstance(counts, Tensor):
+            entered = counts > 0
+            new = tuple(torch.where(entered, value, before) for value, before in zip(new, kept, strict=True))
+        self._keep(*zip(kept, new, strict=True))
         return mean, var, self._first_batches(batches, gradient_share)
 
     def _moments(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, int | Tensor]:

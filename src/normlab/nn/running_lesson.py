@@ -54,6 +54,7 @@ class LessonRunningNorm2d(RunningStatistics):
     Source: fastai course v3 part 2, lesson 10; here in the form that neither cancels nor overflows.
     """
 
+    momentum: float
     count: Tensor
     num_samples_tracked: Tensor
 
@@ -96,7 +97,7 @@ class LessonRunningNorm2d(RunningStatistics):
     def _updated(self, x: Tensor, mask: Tensor | None) -> tuple[F.RunningState, Tensor, Tensor]:
         """The statistics with this batch in them, which are kept, its share, and the images seen."""
         alpha = F.lesson_alpha(x.shape[0], self.momentum)
-        values = x.numel() // x.shape[1] if mask is None else mask.sum()
+        values: Any = x.numel() // x.shape[1] if mask is None else mask.sum()
         if self._kept_already():
             return self._state(), alpha * values / self.count, self.num_samples_tracked
         count = torch.where(self.count < 0, 1.0 * values, self.count)
