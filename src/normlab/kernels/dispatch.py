@@ -16,7 +16,7 @@ ON_GPU = os.environ.get(native.SWITCH, "on") != "off" and find_spec("triton") is
 PATH_ON_GPU = "Triton kernels" if ON_GPU else f"composed operators (no module triton, or {native.SWITCH}=off)"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STATISTICS = (torch.float32, torch.int64)
-_CLASSES = (Tensor, torch.nn.Parameter)  # subclasses may be anything
+_CLASSES = (Tensor, torch.nn.Parameter)  # other subclasses may be anything
 # Whether torch is about to do something else with an operation: by attribute each takes as long as a kernel's part.
 _num_modes, _traced = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 _transforms = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
@@ -52,7 +52,19 @@ def in_memory(x: Tensor) -> bool:
 
 
 def _is_plain(x: Tensor) -> bool:
-    return type(x) in _CLASSES and x.layout is torch.strided and x.dtype in TYPES and x.numel() > 0
+    return _is_known(type(x)) and x.layout is torch.strided and x.dtype in TYPES and x.numel() > 0
+
+
+def _is_known(kind: Any) -> bool:
+    """Whether a class of tensors is torch's, or a parameter's that leaves what operators do as it is."""
+    return kind in _CLASSES or (issubclass(kind, torch.nn.Parameter) and _operators_of(kind) == _OPERATORS)
+
+
+def _operators_of(kind: Any) -> tuple[Any, Any]:
+    return kind.__torch_function__, kind.__torch_dispatch__
+
+
+_OPERATORS = _operators_of(torch.nn.Parameter)
 
 
 def takes_parts(x: Tensor, weight: Tensor | None, bias: Tensor | None, *buffers: Tensor | None) -> bool:
@@ -68,7 +80,7 @@ def takes_parts(x: Tensor, weight: Tensor | None, bias: Tensor | None, *buffers:
         if part is not None and part.dtype not in STATISTICS:
             return False
     there = [part for part in (weight, bias, *buffers) if part is not None]
-    return all(type(part) in _CLASSES and part.is_contiguous() and part.device == device for part in there)
+    return all(_is_known(type(part)) and part.is_contiguous() and part.device == device for part in there)
 
 
 def takes_residual(x: Tensor, residual: Tensor) -> bool:

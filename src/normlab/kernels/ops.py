@@ -173,7 +173,7 @@ def _one_of(x: Tensor, mask: Tensor | None) -> float | Tensor:
 
 def write(kept: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Write `values` into tensors from within a backward pass, that of a transform of `torch.func` too."""
-    if torch.compiler.is_compiling() or any(map(_is_wrapped, kept)):
+    if torch.compiler.is_compiling() or _transforms() is None or any(map(_is_wrapped, kept)):
         for part, value in zip(kept, values, strict=True):
             part.unsqueeze(0).copy_(value)  # see `normlab.nn.base.remember`
     else:  # these were there before the transform, which refuses to copy_ into them

@@ -80,9 +80,10 @@ class OnKernels(nn.Module):
     To look at each of these takes longer than the kernels do on a small tensor. Theirs on a CPU look again, and raise.
     """
 
-    __jit_ignored_attributes__ = ("_known",)  # TorchScript has no type for them
+    __jit_ignored_attributes__ = ("_known", "_scripted")  # TorchScript has no type for them
     weight: nn.Parameter | None
     bias: nn.Parameter | None
+    _scripted: Any = None  # `forward` for TorchScript, of those that have one
     _known: tuple[Tensor | None, ...] | None = None  # γ, β and buffers that were looked at, on a CPU
 
     @for_script
@@ -104,7 +105,7 @@ class OnKernels(nn.Module):
 
     def __prepare_scriptable__(self) -> "OnKernels":
         kind = type(self).__name__
-        if not hasattr(self, "_scripted"):
+        if self._scripted is None:
             raise InputError(f"{kind} has no form for torch.jit.script. Use torch.jit.trace or torch.export.")
         return self
 

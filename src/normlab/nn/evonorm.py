@@ -1,5 +1,7 @@
 """EvoNorm: two layers, found by search, that are norm and activation in one."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -86,6 +88,7 @@ class EvoNorm2dB0(RunningStatistics):
     Source: Liu, Brock, Simonyan and Le 2020, "Evolving Normalization-Activation Layers", EvoNorm-B0.
     """
 
+    _scripted: Any = None
     averages, needs_statistics = True, False
 
     def __init__(

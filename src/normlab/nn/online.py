@@ -55,6 +55,7 @@ class OnlineNorm2d(RunningStatistics):
     from the authors' code, Cerebras/online-normalization.
     """
 
+    _scripted: Any = None
     momentum: float
     error_product: Tensor
     error_mean: Tensor

@@ -94,6 +94,14 @@ class LessonRunningNorm2d(RunningStatistics):
             mean, var, share, var_share = settle(state.mean, var, share, var_share)
         return normalize_with_share(x, mean, var, self.weight, self.bias, share, var_share, self.eps, mask)
 
+    def _scripted(self, input: Tensor) -> Tensor:
+        if self.training:
+            raise RuntimeError("This norm is scripted for evaluation: call eval() before.")
+        mean, var = self.running_mean, self.running_var
+        if int(self.num_samples_tracked) < 20:
+            var = var.clamp(min=0.01)
+        return torch.nn.functional.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+
     def _updated(self, x: Tensor, mask: Tensor | None) -> tuple[F.RunningState, Tensor, Tensor]:
         """The statistics with this batch in them, which are kept, its share, and the images seen."""
         alpha = F.lesson_alpha(x.shape[0], self.momentum)

@@ -1,6 +1,7 @@
 """Switchable norm: a learned mixture of instance, layer and batch norm."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class SwitchableNorm2d(RunningStatistics):
     equations 3 to 5.
     """
 
+    _scripted: Any = None
     averages, needs_statistics = True, False
 
     def __init__(
