@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -90,7 +91,7 @@ class _Measure:
         inputs = [call.input for call in self.trace.calls[norm] if isinstance(call.input, Tensor)]
         dims = {x.dim() - 2 for x in inputs}
         values = min((x.shape[2:].numel() for x in inputs), default=None)
-        return Seen(dims.pop() if len(dims) == 1 else None, values)
+        return Seen(dims.pop() if len(dims) == 1 else None, values, next(iter(inputs), None))
 
     def why_not(self, norm: nn.Module) -> str | None:
         """What of its use stands against another in its place."""
@@ -102,7 +103,7 @@ class _Measure:
             return "given something else than a tensor (N, C, *space)"
         if isinstance(norm, _InstanceNorm) and any(x.dim() == (space_dims(norm) or 0) + 1 for x in inputs):
             return "given single images, without a dimension of batches"
-        return None
+        return next((call.why_not_replaced for call in self.trace.calls[norm] if call.why_not_replaced), None)
 
     def note(self, norm: nn.Module) -> str | None:
         """Where it was not run."""
@@ -144,9 +145,15 @@ def converted(
         rows.append(Row(one.name, called(one.module), called(new), plan.note(one, new)))
     effect = None if used is None else used.effect({one.module: new for one, new in pairs})
     if effect is not None:
-        changes = iter([effect.of(one.module) for one, _ in pairs])
-        rows = [row if row.became is None else row.with_change(next(changes)) for row in rows]
+        olds = iter([one.module for one, _ in pairs])
+        rows = [row if row.became is None else _measured(row, next(olds), effect) for row in rows]
     return _carried_out(Operation(model, Report(rows)), pairs, optimizer, effect, finish)
+
+
+def _measured(row: Row, old: nn.Module, effect: Effect) -> Row:
+    """A row with what the batches said."""
+    row, left = row.with_change(effect.of(old)), effect.why_not_fitted(old)
+    return row if left is None else replace(row, note=f"{row.note}; {left}")
 
 
 def _carried_out(
@@ -187,12 +194,15 @@ class _Plan:
         self.to, self.options, self.used = to, options, used
         self.given, self.most = dims, model_dims(model)
         self._convolves_1d = any(isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)) for module in model.modules())
+        self._like = next((part for part in model.parameters() if part.is_floating_point()), None)
         self._readers = reader_of_statistics(model)
 
     def seen(self, found: Found) -> Seen:
         seen = Seen() if self.used is None else self.used.seen(found.module)
         if seen.dims is None and space_dims(found.module) is None:
             seen.dims = self.given
+        if seen.like is None:
+            seen.like = self._like
         return seen
 
     def why_not(self, found: Found) -> str | None:

@@ -186,6 +186,8 @@ class _Folding:
             return "run several times" if calls else "not run with these inputs"
         if norm in self._trace.outside:
             return f"its tensors are used by {self._trace.outside[norm][0]} outside of it too"
+        if calls[0].why_not_replaced:
+            return calls[0].why_not_replaced
         if calls[0].further:
             return "given a residual, or something else beside its input"
         return self._why_not_layer(norm, calls[0])

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, check
-from .effect import Batches, Forward, evaluating, first_input, peeked
+from .effect import Batches, Forward, first_input, looking, peeked
 from .modules import Choice, Selection, called, norms
 from .moments import Moments
 from .operation import Operation
-from .probe import statistics_kind
+from .probe import library, statistics_kind
 from .report import Report, Row
 from .trace import input_of
 
@@ -103,7 +103,7 @@ class _Measuring:
         first, others = [], peeked(batches)[1]
         handles = [norm.register_forward_pre_hook(self._see, with_kwargs=True) for norm in self._kinds]
         try:
-            with evaluating(model):
+            with looking(model):
                 for batch in others:
                     first.append(batch)
                     self._run(model, batch)
@@ -128,7 +128,7 @@ class _Measuring:
             kind = type(x).__name__
             raise InputError(f"{self._names[norm]}: expected a tensor (N, C, *space) to measure, got {kind}. Skip it.")
         so_far = self._moments.setdefault(norm, Moments(self._kinds[norm]))
-        own = kwargs.get("mask")
+        own = kwargs.get("mask") if library(type(norm)) else None  # a foreign one may mean anything
         so_far.add(x, scaled_mask(own if isinstance(own, Tensor) else self._mask, x))
         if so_far.count >= FEWEST:
             _write(so_far, norm, self._names[norm])

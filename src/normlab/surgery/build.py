@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..nn import NORMS, GroupNorm, build_norm
+from ..nn.base import RunningStatistics
 from .memory import Before, remember, remembered
-from .modules import PARTS, never_updated, registered_name
-from .probe import activation_of, affine_dims, channels, example, is_constant, on_meta, output, space_dims
+from .modules import PARTS, never_updated, pristine, registered_name
+from .probe import activation_of, affine_dims, channels, example, input_name, is_constant, on_meta, output, space_dims
 
 # Of torch.nn.Module: what is called around a module's own computation. Handles to remove them go on working.
 HOOKS = (
@@ -34,10 +35,11 @@ class Seen:
     Attributes:
         dims: space dimensions of what it is given; None if it is not known.
         values: of a channel of one image, the fewest; None likewise.
+        like: a tensor of the type and on the device that its parameters would have, if it had any.
     """
 
-    def __init__(self, dims: int | None = None, values: int | None = None):
-        self.dims, self.values = dims, values
+    def __init__(self, dims: int | None = None, values: int | None = None, like: Tensor | None = None):
+        self.dims, self.values, self.like = dims, values, like
 
 
 def values_a_statistic(old: nn.Module, to: str, seen: Seen) -> int | None:
@@ -77,12 +79,13 @@ def built(old: nn.Module, to: str, seen: Seen, dims: int, options: dict[str, Any
     """
     known = space_dims(old) if space_dims(old) is not None else seen.dims
     if known is None and registered_name(old) is None and not isinstance(old, (nn.GroupNorm, _BatchNorm)):
-        known = next(iter(affine_dims(old)), None)
+        taken = affine_dims(old)
+        known = taken[0] if len(taken) == 1 else None
     space = max(known, 1) if known is not None else dims
     new = _made(old, to, seen, space, dict(options))
     if known is None and to != TORCH and hasattr(new, "accepted_dims"):
         new.__dict__["accepted_dims"] = ANY_DIMS
-    _move(old, new)
+    _move(old, new, seen)
     _hand_over_parameters(old, new)
     _hand_over_statistics(old, new)
     _hand_over_attributes(old, new)
@@ -116,7 +119,7 @@ def _made(old: nn.Module, to: str, seen: Seen, space: int, options: dict[str, An
     if NORMS[to].averages and has and (momentum or to == "batch"):  # None is the mean of all batches
         options.setdefault("momentum", momentum)
     needs = getattr(NORMS[to].layers[space - 1], "needs_statistics", False)
-    if "track_running_stats" in accepted and isinstance(old, _BatchNorm) and not needs:
+    if "track_running_stats" in accepted and isinstance(old, (_BatchNorm, RunningStatistics)) and not needs:
         options.setdefault("track_running_stats", old.running_mean is not None)
     return build_norm(to, channels(old), space, **options)
 
@@ -170,14 +173,17 @@ def _keep_in_mind(old: nn.Module, new: nn.Module, to: str) -> None:
         remember(new, Before(momentum if has else None, has, eps))
 
 
-def _move(old: nn.Module, new: nn.Module) -> None:
-    """To the old one's device and type."""
+def _move(old: nn.Module, new: nn.Module, seen: Seen) -> None:
+    """To the old one's device and type; to those of its use, if it has no tensors."""
     part = next(iter((*old.parameters(), *old.buffers())), None)
+    if part is None and seen.like is not None:
+        new.to(seen.like.device, seen.like.dtype)
     if part is not None:
         new.to(part.device)
-        weight = getattr(old, "weight", None)
-        if weight is not None:
-            new.to(weight.dtype)
+        typed = getattr(old, "weight", None)
+        typed = old._buffers.get("running_mean") if typed is None else typed
+        if typed is not None:
+            new.to(typed.dtype)
 
 
 def _hand_over_parameters(old: nn.Module, new: nn.Module) -> None:
@@ -210,10 +216,8 @@ def _hand_over_statistics(old: nn.Module, new: nn.Module) -> None:
 def extra_attributes(old: nn.Module) -> dict[str, Any]:
     """What somebody put on a norm beside what its class has, such as a `qconfig`."""
     own = set(nn.Module().__dict__) | _OF_TORCH | _OF_OURS
-    name = registered_name(old)
-    if name is not None:
-        with torch.random.fork_rng(devices=[]):
-            own |= set(build_norm(name, channels(old)).__dict__)
+    if registered_name(old) is not None:
+        own |= set(pristine(old).__dict__)
     return {key: value for key, value in old.__dict__.items() if key not in own and not key.startswith("_")}
 
 
@@ -253,6 +257,8 @@ def note(old: nn.Module, new: nn.Module, to: str, seen: Seen, established: str) 
 
 def _notes_on_use(old: nn.Module, new: nn.Module, to: str, seen: Seen) -> list[str]:
     notes = []
+    if (key := input_name(old)) != "input" and seen.values is None:
+        notes.append(f"assumed to be given its input by position, not as {key}=")
     if new.__dict__.get("accepted_dims") == ANY_DIMS:
         notes.append(f"takes any number of space dimensions, as {type(old).__name__} does")
     groups = getattr(new, "num_groups", None)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ..errors import InputError, check
 from ..training.batches import INPUT_KEYS
 from .outputs import comparable, ratio
+from .places import held_modules
+from .probe import is_linear_in_its_parameters
 from .trace import input_of
 
 Batches: TypeAlias = Iterable[Any]
@@ -57,11 +59,12 @@ def peeked(batches: Batches) -> tuple[Any, Iterator[Any]]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, every module is in evaluation mode and there are no gradients; after, each is in the mode it was in.
 
+    Modules that torch does not see stay in the mode they are in, as they do when the model's user evaluates it.
     Compiled modules run as they are written, so that hooks are called and nothing is compiled for them.
     Generators of random numbers, torch's, numpy's and Python's, are after as they were before: a model that draws some
     draws the same the next time.
     """
-    modes = {module: module.training for module in model.modules()}
+    modes = {held.module: held.module.training for held in held_modules(model)}
     devices = {part.get_device() for part in model.parameters() if part.is_cuda}
     state, numbers = random.getstate(), np.random.get_state()
     try:
@@ -84,7 +87,7 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
     """
     kept = [
         (module, name, buffer, buffer.clone())
-        for module in model.modules()
+        for module in (held.module for held in held_modules(model))
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
@@ -125,7 +128,8 @@ class Effect:
         self.outputs: list[dict[str, Tensor]] = []
         self._sums: dict[nn.Module, Tensor] = {}  # of each channel: 1, x̂, x̂², y, y², x̂y, the squared change
         self._pairs = pairs
-        handles = [old.register_forward_hook(self._compare, with_kwargs=True) for old in pairs]
+        self._fitted = {new for new in pairs.values() if fit and is_linear_in_its_parameters(new)}
+        handles = [old.register_forward_hook(self._compare, prepend=True, with_kwargs=True) for old in pairs]
         try:
             with looking(model):
                 for batch in batches:
@@ -202,9 +206,13 @@ class Effect:
         sums = torch.stack([part.sum(1) for part in parts])
         self._sums[old] = self._sums[old] + sums if old in self._sums else sums
 
+    def why_not_fitted(self, old: nn.Module) -> str | None:
+        """Why γ and β of the norm in its place stay as they were, though they were to be fitted; None otherwise."""
+        left = self.fit and old in self._sums and not self._fits(self._pairs[old])
+        return "γ and β are not fitted: its output is not γ x̂ + β" if left else None
+
     def _fits(self, new: nn.Module) -> bool:
-        plain = getattr(new, "activation", None) is None
-        return self.fit and plain and {name for name, _ in new.named_parameters()} == {"weight", "bias"}
+        return new in self._fitted
 
     def _least_squares(self, old: nn.Module) -> tuple[Tensor, Tensor]:
         count, x, xx, y, _, xy, _ = self._sums[old]

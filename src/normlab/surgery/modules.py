@@ -19,7 +19,7 @@ from ..errors import InputError, check, unknown
 from ..nn import NORMS, build_norm
 from ..nn.base import is_fresh
 from .places import Held, Place, held_modules
-from .probe import channels, computes_as_its_base, is_affine, library, own_tensor
+from .probe import channels, computes_as_its_base, is_affine, library, own_tensor, space_dims
 
 # Modules that normalise, but not (N, C, *space) over channels.
 OTHERS = (nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
@@ -191,11 +191,17 @@ def _per_channel(module: nn.Module) -> list[torch.Tensor]:
 
 def _of_its_class(module: nn.Module) -> set[str]:
     """What a new layer of a registered norm's class has."""
-    name = registered_name(module)
-    if name is None:
+    if registered_name(module) is None:
         return set()
+    return set(pristine(module).state_dict())
+
+
+def pristine(module: nn.Module) -> nn.Module:
+    """A new layer of a registered norm, for as many channels."""
+    name = registered_name(module)
+    assert name is not None
     with torch.random.fork_rng(devices=[]):
-        return set(build_norm(name, channels(module)).state_dict())
+        return build_norm(name, channels(module), space_dims(module) or 2)
 
 
 def _why_not_class(module: nn.Module) -> str | None:

@@ -1,5 +1,6 @@
 """What a norm computes, found by running it on made-up values: a twin of it, inside a guard."""
 
+import inspect
 import warnings
 from typing import Any
 
@@ -19,6 +20,13 @@ IMAGES, SIDE = 5, 3
 def library(kind: type) -> bool:
     """Whether a class is torch's or ours."""
     return kind.__module__.split(".")[0] in ("torch", "normlab")
+
+
+def input_name(module: nn.Module) -> str:
+    """What its `forward` calls its input: "input", as torch does, or otherwise."""
+    if library(type(module)):
+        return "input"
+    return next(iter(inspect.signature(module.forward).parameters), "input")
 
 
 def channels(module: nn.Module) -> int:
@@ -182,6 +190,22 @@ def activation_of(norm: nn.Module) -> nn.Module:
     if name is None or not library(type(norm)):
         return nn.Identity()
     return nn.ReLU() if SLOPES[name] == 0 else nn.LeakyReLU(SLOPES[name])
+
+
+def is_linear_in_its_parameters(norm: nn.Module) -> bool:
+    """Whether in evaluation it is γ x̂ + β, channel by channel, of an x̂ that knows nothing of γ and β."""
+    if {name for name, _ in norm.named_parameters()} != {"weight", "bias"} or on_meta(norm):
+        return False
+    probe, plain = twin(norm), twin(norm)
+    with torch.no_grad():
+        plain.get_parameter("weight").fill_(1)
+        plain.get_parameter("bias").fill_(0)
+    x = example(probe)
+    y, x_hat = output(probe, x.clone()), output(plain, x.clone())
+    if y is None or x_hat is None:
+        return False
+    gamma, beta = (getattr(probe, name).detach().view(1, -1, *[1] * (x.dim() - 2)) for name in ("weight", "bias"))
+    return _close(y, gamma * x_hat + beta)
 
 
 def is_constant(norm: nn.Module) -> bool:

@@ -47,6 +47,7 @@ class Call(NamedTuple):
 
     Attributes:
         input: what it normalises.
+        key: by which keyword that came; None by position.
         args: what it was given beyond the input, by position.
         kwargs: by keyword, with the input if it came so.
         layer: the convolution or linear layer that made the input; None if none did.
@@ -54,23 +55,35 @@ class Call(NamedTuple):
     """
 
     input: Any
+    key: str | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     layer: nn.Module | None
     layer_input: Any
 
     @property
+    def why_not_replaced(self) -> str | None:
+        """Why a module whose input is called `input` cannot be called so; None if it can."""
+        return (
+            None
+            if self.key in (None, "input")
+            else f"given its input as {self.key}=, which another module does not take"
+        )
+
+    @property
     def further(self) -> list[Any]:
         """What it was given beyond the input."""
-        named = [value for key, value in self.kwargs.items() if value is not self.input and value is not None]
+        named = [value for key, value in self.kwargs.items() if key != self.key and value is not None]
         return [*(value for value in self.args if value is not None), *named]
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a norm normalises: its first argument, or `input=`, or the first that is given by keyword."""
-    if args:
-        return args[0]
-    return kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()), None)
+    return args[0] if args else kwargs.get(str(_key(kwargs)))
+
+
+def _key(kwargs: dict[str, Any]) -> str | None:
+    return "input" if "input" in kwargs else next(iter(kwargs), None)
 
 
 class Trace(TorchFunctionMode):
@@ -108,6 +121,7 @@ class Trace(TorchFunctionMode):
         self._made: dict[int, Made] = {}  # by the tensor's id
         self._follows: dict[int, tuple[Tensor, nn.Module]] = {}  # made by it, or a rectifier after it
         self._users: dict[int, str] = {}  # by the id of the origin
+        self._taken: dict[int, nn.Module] = {}  # the first norm that was given it, likewise
         self._hooked: dict[int, str] = {}  # what hooks of a module were given
         self._put_out: dict[int, tuple[Tensor, nn.Module]] = {}  # by layers, as modules
         self._running: list[nn.Module] = []
@@ -212,7 +226,9 @@ class Trace(TorchFunctionMode):
         given = input_of(args, kwargs)
         made = self._made.get(id(given))
         layer, layer_input = (None, None) if made is None else (made.layer, self._kept(made))
-        self.calls[norm].append(Call(given, args[1:], kwargs, layer, layer_input))
+        if made is not None and self._taken.setdefault(made.origin, norm) is not norm:
+            self._users[made.origin] = "another norm"
+        self.calls[norm].append(Call(given, None if args else _key(kwargs), args[1:], kwargs, layer, layer_input))
         follows = self._follows.get(id(given), (None, None))[1]
         if follows is not None and follows not in self.calls:
             self.before[norm] = follows
