@@ -117,9 +117,10 @@ def describe(x: Tensor) -> tuple[Tensor, Description]:
     """
     images, channels = x.shape[:2]
     space = x.numel() // (images * channels)
-    layout = layout_of(x)
-    x = laid(x, layout, "x")
-    last = space == 1 or layout is not torch.contiguous_format
+    x, layout, last = held(x, "x"), torch.contiguous_format, space == 1
+    if not x.is_contiguous():
+        layout = layout_of(x)
+        x, last = x.contiguous(memory_format=layout), layout is not torch.contiguous_format or last
     return x, Description((TYPES[x.dtype], images, channels, space, last), layout)
 
 
@@ -148,23 +149,28 @@ def held(part: Tensor, name: str) -> Tensor:
 
 def check_storage(part: Tensor, name: str) -> None:
     """Raises a RuntimeError if the storage of a tensor was freed, as sharded training does, or is too short for it."""
-    if part.numel() == 0:
+    there, offset = part.untyped_storage().nbytes(), part.storage_offset()
+    if (offset == 0 and there >= part.nbytes and part.is_contiguous()) or part.numel() == 0:
         return
-    last = part.numel() - 1 if part.is_contiguous() else sum(map(mul, (n - 1 for n in part.shape), part.stride()))
-    needed, there = (part.storage_offset() + last + 1) * part.itemsize, part.untyped_storage().nbytes()
+    last = offset + sum(map(mul, (n - 1 for n in part.shape), part.stride()))
+    needed = (last + 1) * part.itemsize
     if there < needed:
         found = f"{needed} bytes of storage, of which {there} are there: it was freed, or resized"
         raise RuntimeError(f"normlab: {name} needs {found}")
 
 
-def _held(
-    weight: Tensor | None, bias: Tensor | None, *statistics: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """γ and β as `held` gives them; looks at the statistics too, which are written in place."""
-    for part in statistics:
+def _parameter(part: Tensor | None, name: str) -> Tensor | None:
+    """γ or β with its values in memory."""
+    if part is None:
+        return None
+    check_storage(part, name)
+    return part.resolve_neg()
+
+
+def _check_statistics(parts: Sequence[Tensor | None]) -> None:
+    for part in parts:
         if part is not None:
             check_storage(part, "a statistic")
-    return None if weight is None else held(weight, "weight"), None if bias is None else held(bias, "bias")
 
 
 def forward(
@@ -179,7 +185,8 @@ def forward(
     *numbers: Any,
 ) -> tuple[Tensor, Tensor, Any]:
     """A forward pass by the kernel of this name: the output, the `parts` means and 1/√(var + eps), what it returns."""
-    weight, bias = _held(weight, bias, *statistics)
+    _check_statistics(statistics)
+    weight, bias = _parameter(weight, "weight"), _parameter(bias, "bias")
     y, saved = torch.empty_like(x), torch.empty(2, parts, device=x.device)
     tensors = x, y, weight, bias, saved, *statistics
     return y, saved, _run(x)(kernel, described.arguments, tensors, slope, *numbers)
@@ -198,7 +205,8 @@ def backward(
     *numbers: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A backward pass, with `saved` as `forward` gave it: the gradients of `x`, γ and β."""
-    weight, bias = _held(weight, bias, saved, *memory)
+    _check_statistics((saved, *memory))
+    weight, bias = _parameter(weight, "weight"), _parameter(bias, "bias")
     grad = laid(grad, described.layout, "the gradient")
     of_x, of_weight = torch.empty_like(x), torch.empty(x.shape[1], device=x.device)
     of_bias = torch.empty_like(of_weight)
