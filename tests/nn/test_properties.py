@@ -2,6 +2,7 @@
 
 import copy
 import io
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from checks import composed
+from checks import assert_close, composed
 from normlab.nn import NORMS, build_norm
 
 CHANNELS = 8
@@ -132,6 +133,52 @@ class TestLayout:
             y, grad = step(trained(name, dims), other)
             torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "permuted": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+}
+GRADIENTS = {
+    "drawn": lambda y, grad: y.backward(grad),
+    "of a sum": lambda y, grad: (y * LOSS).sum().backward(),
+    "of each channel": lambda y, grad: y.backward(grad[:1, :, :1, :1].expand(y.shape)),
+}
+
+
+class TestFarFrom0:
+    """A channel of mean m and deviation d loses as many digits as m/d has, and no more, in outputs and gradients."""
+
+    @every_norm
+    @pytest.mark.parametrize("kernels", [nullcontext, composed])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_loses_a_digit_for_each_tenfold_mean(self, name, layout, dtype, kernels):
+        for ratio in (0, 100, 10_000 if dtype == torch.float64 else 1000):
+            for backward in GRADIENTS.values():
+                torch.manual_seed(0)
+                x, other = ((torch.randn(3, CHANNELS, 9, 9) + ratio).to(dtype) for _ in range(2))
+                grad = torch.randn(x.shape).to(dtype) * LOSS
+                layer = build_norm(name, CHANNELS, dtype=torch.float64) if name != "none" else nn.Identity()
+                layer(other.double())
+                exact = copy.deepcopy(layer)
+                layer.to(torch.promote_types(dtype, torch.float32))
+                with kernels():
+                    found = self.all_of(layer, LAYOUTS[layout](x), lambda y: backward(y, grad))  # noqa: B023
+                expected = self.all_of(exact, x.double(), lambda y: backward(y, grad.double()))  # noqa: B023
+                single = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+                tolerance = 4 * torch.finfo(dtype).eps + 100 * single * (1 + ratio)
+                assert_close(found, expected, tolerance)
+
+    def all_of(self, layer: nn.Module, x: Tensor, backward: Callable[[Tensor], None]) -> list[Tensor]:
+        """The output, the gradients of the input and of the parameters over LOSS, and the statistics."""
+        x = x.detach().requires_grad_()
+        y = layer(x)
+        backward(y)
+        assert x.grad is not None
+        count = y.numel() / CHANNELS  # the gradient of a parameter is a sum of so many
+        return [y.detach(), x.grad / LOSS, *(value / count for value in gradients(layer).values()), *layer.buffers()]
 
 
 class TestCompile:
