@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .health import diagnose
+    from .health import diagnose, watch
     from .surgery import card, check_card, convert, fold, freeze, is_norm, recalibrate, sync, unfreeze, unsync
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "sync",
     "unfreeze",
     "unsync",
+    "watch",
 ]
 _ROOMS = ("data", "health", "models", "nn", "observe", "surgery", "training")
 
@@ -31,7 +32,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import health, surgery
 
-    return getattr(health if name == "diagnose" else surgery, name)
+    return getattr(health if name in ("diagnose", "watch") else surgery, name)
 
 
 def __dir__() -> list[str]:

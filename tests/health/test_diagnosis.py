@@ -251,6 +251,19 @@ def weights_of_another_run():
     return model, batches(64)
 
 
+@plants("settled too early", "1.1", "2.1")
+def settled_statistics_of_other_weights():
+    model = normlab.convert(usual(), "running").model
+    model[1][0].weight.data *= 4
+    return model.train(), batches(8)
+
+
+@plants("settled for moving weights", *NORMS)
+def a_conversion_in_the_middle_of_a_fast_training():
+    model = normlab.convert(usual(), "running").model.train()
+    return model, batches(8), {"optimizer": torch.optim.Adam(model.parameters(), lr=0.01), "loss": F.cross_entropy}
+
+
 @plants("batch too small", "2.1")
 def batch_norm_at_batch_2():
     return usual(), batches(2, 64)

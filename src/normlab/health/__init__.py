@@ -2,7 +2,8 @@
 
 from .diagnosis import Diagnosis, Finding, diagnose
 from .faults import FAULTS
+from .guard import Guard, watch
 from .layer import Layer
 from .measure import Output
 
-__all__ = ["FAULTS", "Diagnosis", "Finding", "Layer", "Output", "diagnose"]
+__all__ = ["FAULTS", "Diagnosis", "Finding", "Guard", "Layer", "Output", "diagnose", "watch"]

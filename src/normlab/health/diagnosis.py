@@ -2,8 +2,10 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from io import StringIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import check
-from ..surgery.effect import Batches, Forward, first_input
+from ..surgery.effect import Batches, Forward, first_input, peeked
+from .candidates import Candidate, best, candidates, listed
 from .faults import FAR, FAULTS, Fault
 from .layer import Layer
 from .measure import Loss, Output, Target, measure, second_part
 
 NAMED = 4  # norms in a verdict
+CONTRAST = 0.1  # of the variance, between images; of images that are normalised it is 0.02 to 0.06
+RECALIBRATE = "normlab.recalibrate(model, batches)"
 COLUMNS = {  # of the table, as many as 80 characters hold: the figure's name, its heading, its format
     "values": ("values", "d"),
     "noise": ("noise", ".2f"),
@@ -58,11 +63,13 @@ class Diagnosis:
         findings: the faults, by effect.
         layers: every norm's figures, in the order of the model.
         output: what becomes of the model's output.
+        notes: what is no fault, but good to know.
     """
 
     findings: list[Finding]
     layers: list[Layer]
     output: Output
+    notes: list[str] = field(default_factory=list)
 
     @property
     def healthy(self) -> bool:
@@ -117,6 +124,7 @@ class Diagnosis:
         if output.training_loss is not None:
             parts.append(f"Loss {output.training_loss:.3g} in training, {output.evaluation_loss:.3g} in evaluation.")
         lines = [" ".join(parts), *self._not_measured()]
+        lines += self.notes
         if self.healthy:
             lines.append("Nothing found." if self.layers else "No norms.")
         for number, finding in enumerate(self.findings, 1):
@@ -172,12 +180,18 @@ def diagnose(
     normalization"; for the rest the remarks in `faults.py`.
     """
     check(limit >= 1, "limit", limit, "a whole number from 1")
+    if loss is not None:  # several passes may be needed
+        batches = list(islice(peeked(batches)[1], limit))
     layers, output = measure(model, batches, forward, loss, optimizer, target, limit)
     findings = [finding for fault in FAULTS if (finding := _finding(fault, layers)) is not None]
+    differs = [layer for layer in layers if (layer.contrast or 0.0) > CONTRAST]
+    tried = candidates(model, list(batches), forward, loss, target) if differs and loss is not None else []
+    if (better := best(tried)) is not None:
+        findings = [*map(partial(_instead, better=better), findings), _contrast(differs, tried, better)]
     findings.sort(key=lambda finding: -finding.effect)
     if not findings and (output.gap or 0.0) > FAR and any(layer.gap or layer.unmeasured for layer in layers):
         findings.append(_unexplained(layers, output.gap or 0.0))
-    return Diagnosis(findings, layers, output)
+    return Diagnosis(findings, layers, output, notes(layers, bool(differs) and loss is None))
 
 
 def _finding(fault: Fault, layers: list[Layer]) -> Finding | None:
@@ -191,6 +205,50 @@ def _finding(fault: Fault, layers: list[Layer]) -> Finding | None:
     verdict = fault.verdict.format(**{**vars(worst), **named})
     command = fault.command.replace("{name}", worst.name.split(", ")[0])
     return Finding(fault.name, [layer.name for _, layer in effects], effect, verdict, fault.remedy, command)
+
+
+def _contrast(differs: list[Layer], tried: list[Candidate], better: Candidate) -> Finding:
+    worst = max(differs, key=lambda layer: layer.contrast or 0.0)
+    effect = 1 - (better.loss or 0.0) / (tried[0].loss or 1.0)
+    return Finding(
+        "images differ in contrast",
+        [layer.name for layer in sorted(differs, key=lambda layer: -(layer.contrast or 0.0))],
+        effect,
+        f"At {worst.name} {worst.contrast:.0%} of the variance is between images: they differ in brightness or "
+        f"contrast, and statistics of all of them fit none. Loss in evaluation: {listed(tried)}.",
+        f"Of these the best is: {better.name}. Then train on for some epochs.",
+        better.command,
+    )
+
+
+def _instead(finding: Finding, better: Candidate) -> Finding:
+    """The same finding, with a remedy that was measured to be better than new statistics."""
+    if RECALIBRATE not in finding.command or better.command == RECALIBRATE:
+        return finding
+    remedy = f"On these batches new statistics help less than this does: {better.name}."
+    return replace(finding, remedy=remedy, command=better.command)
+
+
+def notes(layers: list[Layer], contrast: bool) -> list[str]:
+    """What is no fault, but good to know.
+
+    Args:
+        layers: the norms.
+        contrast: images differ, and there is no loss to say what helps.
+    """
+    found = []
+    if contrast:
+        worst = max(layers, key=lambda layer: layer.contrast or 0.0)
+        found.append(
+            f"Images differ in brightness or contrast: at {worst.name} {worst.contrast:.0%} of the variance is between "
+            "them. Give loss=, and what helps is measured: new statistics, group or instance norm."
+        )
+    if passed := [layer.name for layer in layers if layer.passed_by]:
+        found.append(
+            f"{_count(passed)}: no torch _BatchNorm. torch.optim.swa_utils.update_bn, and the freezing of Lightning "
+            "and timm, pass such norms by; normlab.recalibrate, normlab.freeze and normlab.is_norm know them."
+        )
+    return found
 
 
 def _unexplained(layers: list[Layer], gap: float) -> Finding:

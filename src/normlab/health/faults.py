@@ -7,6 +7,8 @@ from .layer import Layer
 
 # In deviations. A batch norm of n independent values differs by about 1.2/√n from one of all images: .5 is n = 6.
 FAR = 0.5
+SETTLED = 0.05  # share of a batch: the statistics reach back over twenty and more
+MOVES_AWAY = 2.0  # radians that a weight turns while statistics are renewed: they are then of another net
 VERY_FAR = 2.0  # a few channels that seldom speak are easily as far off as FAR, and do no harm
 Effect: TypeAlias = Callable[[Layer], float | None]
 
@@ -46,7 +48,7 @@ def _noisy(layer: Layer) -> float | None:
 
 
 def _stale(layer: Layer) -> float | None:
-    usable = layer.finite_statistics and not layer.untouched
+    usable = layer.finite_statistics and not layer.untouched and _settled_too_early(layer) is None
     most = above(layer.typical_offset, FAR / 2) is not None
     return when(usable, above(layer.offset, FAR if most else VERY_FAR))
 
@@ -56,6 +58,13 @@ def _few_updates(layer: Layer) -> bool:
     if layer.untouched or layer.offset is None or layer.unbiased_offset is None or layer.still_initial is None:
         return False
     return layer.still_initial > 0.2 and layer.unbiased_offset < layer.offset / 2
+
+
+def _settled_too_early(layer: Layer) -> float | None:
+    """Statistics in which a batch has next to no share, far from what is given: they hold the training back."""
+    if layer.share is None or layer.share > SETTLED or not layer.finite_statistics:
+        return None
+    return above(layer.lag, FAR / 2)
 
 
 def _jumping(layer: Layer) -> float | None:
@@ -119,6 +128,22 @@ FAULTS = (
         "(First is {first}: what comes after it is given something else too.)",
         "See that images are prepared as in training; then measure the statistics anew.",
         "normlab.recalibrate(model, batches)",
+    ),
+    Fault(
+        "settled too early",
+        _settled_too_early,
+        "A batch has a share of {share:.2g} in the statistics of {name}, by which it trains, while what it is given is "
+        "{lag:.2g} deviations from them: they follow too slowly, and the net may never learn.",
+        "Let the statistics begin anew; if images are prepared in another way than before, mend that first.",
+        "for m in model.modules(): getattr(m, 'reset_running_stats', lambda: None)()",
+    ),
+    Fault(
+        "settled for moving weights",
+        lambda layer: when((layer.share or 1) <= SETTLED, above(layer.unsettled, MOVES_AWAY)),
+        "The statistics of {name} were loaded as settled, with a share of {share:.2g} for a batch, but the weight "
+        "before it turns by {turn:.2g} radians a step: by {unsettled:.2g} before they are renewed.",
+        "Let the statistics begin anew when converting in the middle of a training, or lower the learning rate.",
+        "for m in model.modules(): getattr(m, 'reset_running_stats', lambda: None)()",
     ),
     Fault(
         "batch too small",

@@ -2,13 +2,16 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..nn import FrozenBatchNorm2d, RunningBatchNorm2d
 from ..surgery.modules import called, never_updated
 from ..surgery.moments import Moments
 from ..surgery.probe import is_affine
 from .layer import Layer
 from .watched import Watched, mean_and_var
 
+SEEN_BY_OTHERS = (_BatchNorm, FrozenBatchNorm2d)  # frozen ones need nothing
 OFF = 1e-3  # of the median |γ|
 
 
@@ -53,7 +56,10 @@ def figures(
             unbiased = running[0] / (1 - initial), ((running[1] - initial) / (1 - initial)).clamp(min=0)
             unbiased_offset, _ = _offset(watched, watched.calls_in_training[0], *unbiased)
     has_statistics = mean is not None or bool(watched.by_batch)
-    off = _off(norm)
+    off, (share, just_loaded) = _off(norm), _share(norm)
+    lag = None
+    if share is not None and running and watched.calls_in_training:
+        _, lag = _offset(watched, watched.calls_in_training[0], *running)
     return Layer(
         name,
         called(norm),
@@ -84,6 +90,11 @@ def figures(
         disagreement=_disagreement(watched),
         unlearned=optimized is not None and any(id(part) not in optimized for part in learned),
         turn=turn,
+        share=share,
+        lag=lag,
+        unsettled=turn / share if turn is not None and share and just_loaded else None,
+        contrast=_contrast(watched),
+        passed_by=mean is not None and watched.blind is None and not isinstance(norm, SEEN_BY_OTHERS),
         unmeasured="; ".join(watched.reasons) or None,
     )
 
@@ -101,6 +112,23 @@ def _updates(norm: nn.Module) -> int | None:
 def _momentum(norm: nn.Module) -> float | None:
     found = getattr(norm, "momentum", None)
     return float(found) if isinstance(found, (int, float)) and 0 <= found <= 1 else None
+
+
+def _share(norm: nn.Module) -> tuple[float | None, bool]:
+    """Of a running norm the share of a batch in its statistics, and whether no batch has adapted it yet."""
+    if not isinstance(norm, RunningBatchNorm2d):
+        return None, False
+    return float(norm.share), never_updated(norm) is False and not bool(norm.innovation.any())
+
+
+def _contrast(watched: Watched) -> float | None:
+    if not watched.images:
+        return None
+    means = torch.cat(watched.images)
+    varies = watched.given.var > _eps(watched.norm)
+    if len(means) < 2 or not varies.any():
+        return None
+    return float((means.var(0, correction=0) / watched.given.var)[varies].mean())
 
 
 def _noise(watched: Watched) -> float | None:

@@ -14,6 +14,8 @@ from ..surgery.moments import Moments
 from ..surgery.trace import input_of
 from .foreign import Unmeasured, channel_dim, follows_statistics, is_plain, output_like, run, why_opaque
 
+LARGE_MAP = 64  # values of a channel of an image, from which on its mean says how bright the image is
+
 
 class Ratio:
     """Root mean square of a difference, over the deviation of the first, of (C, values) each."""
@@ -101,7 +103,7 @@ class Watched:
         self.calls: list[Moments] = []  # of the first, second, … call in a pass
         self.calls_in_training: list[Moments] = []
         self.batches: list[tuple[Moments, Tensor, Tensor]] = []  # of which call; mean and variance
-        self.images: list[tuple[Tensor, Tensor]] = []  # of each image: means and variances, (N, C)
+        self.images: list[Tensor] = []  # the means of each image's channels, (N, C)
         self.gaps = Ratio()
         self.largest: Tensor | None = None
         self.values: int | None = None
@@ -132,9 +134,8 @@ class Watched:
         values = seen.rows(seen.x)
         self._next(self.calls).add(values.T)
         self.given.add(values.T)
-        if seen.dim == 1 and seen.x.dim() > 2 and seen.mask is None and seen.x[0, 0].numel() > 1:
-            var, mean = torch.var_mean(seen.x.detach().double().flatten(2), 2, correction=0)
-            self.images.append((mean, var))
+        if seen.dim == 1 and seen.x.dim() > 2 and seen.mask is None and seen.x[0, 0].numel() >= LARGE_MAP:
+            self.images.append(seen.x.detach().double().flatten(2).mean(2))
 
     @looks
     def evaluated(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

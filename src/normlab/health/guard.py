@@ -1,0 +1,289 @@
+"""A guard for anybody's training loop: it says what will fail at this batch size, and looks when losses part."""
+
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from ..nn.frozen import FrozenBatchNorm2d
+from ..surgery.effect import Batches, Forward, first_input
+from ..surgery.modules import Found, norms, registered_name
+from ..surgery.trace import input_of
+from .diagnosis import Diagnosis, diagnose
+from .measure import Loss, Target, second_part
+
+KEPT = 4  # batches, to look at when losses part
+FEW = 6  # values a channel: mean and deviation of so many are half a deviation off
+PARTED = 1.5  # times the training loss
+NAMED = 4
+
+
+def watch(
+    model: nn.Module,
+    *,
+    batches: Batches | None = None,
+    forward: Forward | None = None,
+    loss: Loss | None = None,
+    optimizer: Optimizer | None = None,
+    target: Target = second_part,
+    say: Callable[[str], Any] | None = None,
+) -> "Guard":
+    """Watch a training, in any loop: what will fail at its batch size is said at the first batch.
+
+        with normlab.watch(model, batches=batches, loss=loss) as guard:
+            for epoch in range(epochs):
+                ...  # any loop that calls the model
+                guard.log(train=training_loss, valid=validation_loss)
+
+        Learner(..., callbacks=[normlab.watch(model)])  # needs nothing else; for Lightning see `health.lightning`
+
+    At the first forward pass in training mode it looks at each norm: does a batch have enough values a channel, is a
+    norm frozen by halves, does every process of a group keep statistics of its own. Its hooks are gone after that pass.
+    When the validation loss is half as large again as the training loss, or not finite, it runs `diagnose` once and
+    says what that finds.
+
+    Cost: a hook on the model for each pass, and once the diagnosis.
+
+    Args:
+        model: that is trained.
+        batches: to run the diagnosis on, as for `diagnose`; by default the first 4 training batches, which it keeps.
+        forward: runs the model on one of them; by default as the loop does.
+        loss: see `diagnose`; of a learner its own.
+        optimizer: see `diagnose`; of a learner its own.
+        target: see `diagnose`.
+        say: what to say it with, such as `print`; by default a warning.
+    """
+    return Guard(model, batches, forward, loss, optimizer, target, say)
+
+
+class Guard:
+    """A training that is watched; see `watch`.
+
+    Attributes:
+        said: all that was said.
+        diagnosis: made when the losses parted; None before.
+    """
+
+    order: ClassVar[int] = 0
+    learner: Any  # whose callback this is
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches | None,
+        forward: Forward | None,
+        loss: Loss | None,
+        optimizer: Optimizer | None,
+        target: Target,
+        say: Callable[[str], Any] | None,
+    ):
+        self.model, self.said = model, []
+        self.diagnosis: Diagnosis | None = None
+        self._batches, self._forward, self._loss, self._optimizer = batches, forward, loss, optimizer
+        self._target, self._say = target, say
+        self._kept: list[Any] = []
+        self._looked = False
+        self._small: dict[str, int] = {}  # norms by batch with few values a channel
+        self._hooks, self._first = ExitStack(), ExitStack()
+        self._sums: dict[str, list[Any]] = {"train": [0.0, 0], "valid": [0.0, 0]}  # of a callback: losses, batches
+
+    def log(self, *, train: float | Tensor, valid: float | Tensor) -> None:
+        """The losses of an epoch: where they part, the norms are looked at, once."""
+        train, valid = float(train), float(valid)
+        parted = math.isfinite(train) and (not math.isfinite(valid) or valid > PARTED * train)
+        if parted and self.diagnosis is None:
+            self.say(
+                f"The validation loss, {valid:.3g}, has parted from that of training, {train:.3g}. {self._found()}"
+            )
+
+    def say(self, text: str) -> None:
+        """Say something, in the way that was asked for."""
+        self.said.append(text)
+        if self._say is None:
+            warnings.warn(text, stacklevel=3)
+        else:
+            self._say(text)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Guard":
+        return self  # a copy of the model has its hooks too, and is not watched
+
+    def __enter__(self) -> "Guard":
+        self._hooks.callback(self.model.register_forward_pre_hook(self._begins, with_kwargs=True).remove)
+        self._hooks.callback(self.model.register_forward_hook(self._ends, always_call=True).remove)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.end()
+        self._hooks.close()
+
+    def begin_fit(self) -> None:
+        """As a callback: the loss and the optimizer are the learner's."""
+        self._loss, self._optimizer = self._loss or self.learner.loss_func, self._optimizer or self.learner.optimizer
+
+    def begin_epoch(self) -> None:
+        """As a callback."""
+        self._sums = {"train": [0.0, 0], "valid": [0.0, 0]}
+
+    def begin_batch(self) -> None:
+        """As a callback."""
+        if self.learner.training:
+            self.see((self.learner.inputs, self.learner.targets))
+
+    def after_loss(self) -> None:
+        """As a callback."""
+        self.add("train" if self.learner.training else "valid", self.learner.loss)
+
+    def after_batch(self) -> None:
+        """As a callback."""
+        self.end()
+
+    def after_epoch(self) -> None:
+        """As a callback: both losses are known."""
+        means = {part: float(total) / count for part, (total, count) in self._sums.items() if count}
+        if len(means) == 2:
+            self.log(**means)
+
+    def after_fit(self) -> None:
+        """As a callback."""
+        self.end()
+
+    def add(self, part: str, loss: Any) -> None:
+        """The loss of a batch of "train" or "valid"."""
+        total, count = self._sums[part]
+        self._sums[part] = [total + (loss.detach() if isinstance(loss, Tensor) else loss), count + 1]
+
+    def _begins(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if model is self.model and model.training and not torch.compiler.is_compiling():
+            self.see(Called(args, kwargs))
+
+    def _ends(self, model: nn.Module, args: Any, output: Any) -> None:
+        self.end()
+
+    def see(self, batch: Any) -> None:
+        """A training batch begins."""
+        if self._batches is None and len(self._kept) < KEPT:
+            self._kept.append(batch)
+        if not self._looked:
+            self._looked = True
+            self._look()
+
+    def _look(self) -> None:
+        """Hooks on the norms, for this batch alone, in which nothing is compiled."""
+        found = norms(self.model)
+        self._first.callback(self._say_first, found)
+        if "torch._dynamo" in sys.modules:  # which takes long to import; without it nothing is compiled
+            self._first.enter_context(torch.compiler.set_stance("force_eager"))
+        for one in found:
+            if _by_batch(one.module):
+                hook = partial(self._given, one.name)
+                self._first.callback(one.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def end(self) -> None:
+        """It is over: what was seen of the first is said."""
+        self._first.close()
+
+    def _given(self, name: str, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = input_of(args, kwargs)
+        if norm.training and isinstance(x, Tensor) and not x.is_nested and x.dim() > 1 and x.shape[1] > 0:
+            count = x.numel() // x.shape[1] * _processes(norm)
+            if count <= FEW:
+                self._small[name] = min(count, self._small.get(name, count))
+
+    def _say_first(self, found: list[Found]) -> None:
+        """What is wrong at this batch size, in plain words."""
+        single = [name for name, count in self._small.items() if count == 1]
+        few = [name for name, count in self._small.items() if count > 1]
+        if single:
+            self.say(
+                f"{_named(single)}: a batch has one value a channel, which has no deviation: torch refuses to train, "
+                'others give β. Use a norm that takes any batch: normlab.convert(model, "running").'
+            )
+        if few:
+            least = min(self._small[name] for name in few)
+            self.say(
+                f"{_named(few)}: a batch has {least} values a channel; their mean and deviation are noise, and "
+                "evaluation will differ from training. Use larger batches, or a norm that does not depend on them: "
+                'normlab.convert(model, "running") or "group".'
+            )
+        for names, text in self._standing(found):
+            if names:
+                self.say(f"{_named(names)}: {text}")
+
+    def _standing(self, found: list[Found]) -> list[tuple[list[str], str]]:
+        """What does not depend on the batch: the norms, and what is wrong."""
+        moving = [one for one in found if getattr(one.module, "running_mean", None) is not None]
+        moving = [one for one in moving if not isinstance(one.module, FrozenBatchNorm2d)]
+        learns = any(part.requires_grad for part in self.model.parameters())
+        alone = [one.name for one in moving if not one.module.training] if self.model.training else []
+        halves = [one.name for one in moving if one.module.training and learns and _is_fixed(one.module)]
+        apart = [one.name for one in moving if _by_batch(one.module) and _processes(one.module) < _world()]
+        return [
+            (alone, "in evaluation mode though the model trains: the next model.train() unfreezes it. "
+                    "normlab.freeze(model) holds."),
+            (halves, "γ and β do not learn, but the statistics move. normlab.freeze(model) freezes all of it."),
+            (apart, f"each of {_world()} processes normalises by its own part of the batch. normlab.sync(model) shares "
+                    "the statistics."),
+        ]  # fmt: skip
+
+    def _found(self) -> str:
+        """What the diagnosis says, or why there is none."""
+        batches, forward = (self._kept, self._forward or _as_called) if self._batches is None else (
+            self._batches, self._forward or first_input
+        )  # fmt: skip
+        loss = None if any(isinstance(batch, Called) for batch in self._kept) else self._loss
+        try:
+            self.diagnosis = diagnose(
+                self.model, batches, forward=forward, loss=loss, optimizer=self._optimizer, target=self._target
+            )
+        except Exception as error:  # a guard ends nobody's training
+            return f"The norms could not be looked at: {error}"
+        if self.diagnosis.healthy:
+            return "The norms are not the cause: nothing was found."
+        return f"The norms say why:\n{self.diagnosis}"
+
+
+class Called(tuple):
+    """What a model was called with: its arguments by position and by keyword."""
+
+    def __new__(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Called":
+        return super().__new__(cls, (args, kwargs))
+
+
+def _as_called(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Called):
+        args, kwargs = batch
+        return model(*args, **kwargs)
+    return first_input(model, batch)
+
+
+def _by_batch(norm: nn.Module) -> bool:
+    """Whether in training it normalises by the batch alone."""
+    return isinstance(norm, _BatchNorm) or registered_name(norm) in ("batch", "sync", "ghost")
+
+
+def _processes(norm: nn.Module) -> int:
+    """How many share its statistics."""
+    return _world() if isinstance(norm, nn.SyncBatchNorm) or registered_name(norm) == "sync" else 1
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _is_fixed(norm: nn.Module) -> bool:
+    own = list(norm.parameters(recurse=False))
+    return bool(own) and not any(part.requires_grad for part in own)
+
+
+def _named(names: list[str]) -> str:
+    rest = len(names) - NAMED
+    return ", ".join(name or "the model" for name in names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,58 @@
+"""The guard of a training as a callback of Lightning; needs `lightning` or `pytorch-lightning`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+try:
+    from lightning.pytorch import Callback  # pyright: ignore[reportMissingImports]
+except ImportError:
+    from pytorch_lightning import Callback  # pyright: ignore[reportMissingImports]
+
+from .guard import Guard, watch
+
+
+class WatchCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
+    """`normlab.watch` in a Trainer of Lightning, whichever of its two packages it is of.
+
+        Trainer(callbacks=[WatchCallback(module, monitor="val_loss")]).fit(module, batches, others)
+
+    The training loss is what `training_step` returns, the validation loss what the module logs as `monitor`. The
+    diagnosis calls the module with the first part of a batch; give `forward` where that is not how it is called.
+
+    Args:
+        module: that is trained.
+        monitor: the name under which it logs the validation loss.
+        **options: see `watch`.
+
+    Attributes:
+        guard: what was said, and the diagnosis.
+    """
+
+    def __init__(self, module: Any, *, monitor: str = "val_loss", **options: Any):
+        self.guard: Guard = watch(module, **options)
+        self.monitor = monitor
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """An epoch begins."""
+        self.guard.begin_epoch()
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any) -> None:
+        """A training batch begins."""
+        self.guard.see(batch)
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+        """It is over."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if loss is not None:
+            self.guard.add("train", loss)
+        self.guard.end()
+
+    def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+        """Both losses are known."""
+        if self.monitor in trainer.callback_metrics:
+            self.guard.add("valid", trainer.callback_metrics[self.monitor])
+        self.guard.after_epoch()
+
+    def on_exception(self, *_: Any) -> None:
+        """The training was broken off."""
+        self.guard.end()
