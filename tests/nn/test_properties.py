@@ -416,3 +416,16 @@ class TestTraining:
             pytest.skip("takes any tensor")
         with pytest.raises((ValueError, RuntimeError)):
             build_norm(name, CHANNELS)(torch.randn(2, CHANNELS + 2, 4, 3))
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+    @pytest.mark.parametrize("training", [True, False])
+    @every_norm
+    def test_whole_and_complex_numbers_are_refused(self, name, training, dtype):
+        """As by torch's layers: they would be rounded to whole numbers, or lose their imaginary parts."""
+        if name == "none":
+            pytest.skip("takes any tensor")
+        layer = build_norm(name, CHANNELS).train(training)
+        before = buffers(layer)
+        with pytest.raises((ValueError, RuntimeError), match="dtype"):
+            layer(torch.ones(2, CHANNELS, 4, 3, dtype=dtype))
+        assert_same(buffers(layer), before, rtol=0, atol=0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..errors import InputError
+from ..errors import InputError, check
 
 PLAIN = (Tensor, nn.Parameter)
 Forward = TypeVar("Forward", bound=Callable[..., Tensor])
@@ -20,6 +20,8 @@ def call(norm: Any, input: Tensor, mask: Tensor | None, *residual: Tensor | None
     A proxy of `torch.fx` becomes a call of the whole layer, as for the layers in `torch.nn`.
     """
     if mask is None and type(input) in PLAIN and (not residual or residual[0] is None or type(residual[0]) in PLAIN):
+        if not input.is_floating_point():  # else whole numbers would be rounded, and imaginary parts lost
+            check(False, "input.dtype", input.dtype, "a type of real numbers with a fraction")
         return norm._normalize(input, None, *residual)
     if isinstance(input, fx.Proxy):
         return _node(norm, input, mask, *residual)
