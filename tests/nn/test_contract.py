@@ -223,6 +223,25 @@ def test_a_traced_graph_calls_the_layer(name, training):
     near(traced(images()), net(images()))
 
 
+@ours
+def test_a_class_of_ones_own_is_not_traced_as_the_layer_it_comes_from(name):
+    class Doubled(type(build_norm(name, 8))):
+        def forward(self, input, *, mask=None):
+            return 2 * super().forward(input, mask=mask)
+
+    for net in (nn.Sequential(nn.ReLU(), Doubled(8)), build_norm(name, 8)):
+        with pytest.raises(torch.fx.proxy.TraceError, match="Make it a leaf"):
+            torch.fx.symbolic_trace(net)
+
+
+def test_a_scripted_running_norm_refuses_to_train():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(build_norm("running", 8))
+    with pytest.raises(torch.jit.Error, match="scripted for evaluation"):
+        scripted(images())
+
+
 @every
 @both_modes
 def test_an_ensemble_by_vmap(name, training):

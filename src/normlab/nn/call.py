@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import InputError, check
@@ -64,7 +65,15 @@ def checked_mask(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def _node(norm: nn.Module, input: fx.Proxy, mask: Any, *residual: Any) -> Any:
-    """A call of the layer in the graph that is being traced."""
+    """A call of the layer in the graph that is being traced.
+
+    Raises:
+        TraceError: the layer is all there is, or its class has a forward pass of its own, which a call would repeat.
+    """
+    kind, root = type(norm), getattr(input.tracer, "root", None)
+    if norm is root or getattr(kind.forward, "__wrapped__", None) is not _in_script:
+        where = "is the model itself" if norm is root else "has a forward pass of its own"
+        raise TraceError(f"{kind.__name__} {where}: torch.fx calls our layers as a whole. Make it a leaf.")
     named = {"mask": mask, "residual": residual[0] if residual else None}
     named = {name: value for name, value in named.items() if value is not None}
     target = input.tracer.path_of_module(norm)  # pyright: ignore[reportAttributeAccessIssue]
