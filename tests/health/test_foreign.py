@@ -307,3 +307,48 @@ def test_nested_tensors_do_not_end_it():
     tokens = torch.nested.nested_tensor([torch.randn(3, 5), torch.randn(4, 5)], layout=torch.jagged)
     found = normlab.diagnose(model, [[tokens]])
     assert "nested" in found.layers[1].unmeasured
+
+
+def test_an_instance_norm_of_one_image_without_a_batch_is_measured():
+    x = torch.randn(3, 6, 6) + 2
+    layer = normlab.diagnose(nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True)), [x]).layers[0]
+    assert (layer.channels, layer.values, layer.unmeasured) == (3, 36, None)
+    assert layer.offset == pytest.approx(expected_offset(x, 0, nn.BatchNorm2d(3)), rel=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["batch", "running"])
+def test_what_a_mask_leaves_out_is_not_counted(norm):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = normlab.nn.build_norm(norm, 4, 1)
+
+        def forward(self, x, mask):
+            return self.norm(x, mask=mask)
+
+    torch.manual_seed(0)
+    mask = torch.arange(10)[None] < torch.randint(3, 10, (8, 1))
+    x = torch.randn(8, 4, 10)
+    padded = x + 1000 * (~mask)[:, None]
+    layer = normlab.diagnose(Net(), [(padded, mask)], forward=lambda model, batch: model(*batch)).layers[0]
+    assert layer.values == mask.sum()
+    assert layer.offset == pytest.approx(expected_offset(x.transpose(0, 1)[:, mask].T, 1, nn.BatchNorm1d(4)), rel=1e-3)
+
+
+def test_a_norm_that_evaluation_mode_does_not_reach_is_named_and_stays_as_it_was():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = [nn.BatchNorm1d(4)]
+
+        def forward(self, x):
+            return self.norms[0](x)
+
+    torch.manual_seed(0)
+    model = Hidden()
+    before = copy.deepcopy(model.norms[0])
+    found = normlab.diagnose(model, [torch.randn(8, 4) for _ in range(2)])
+    (finding,) = [one for one in found.findings if one.fault == "evaluates by the batch"]
+    assert finding.modules == ["norms[0]"]
+    assert "model.eval() does not reach it" in finding.verdict
+    assert_same_state(model.norms[0], before)

@@ -164,9 +164,9 @@ FAULTS = (
     Fault(
         "evaluates by the batch",
         lambda layer: when(layer.by_batch, max(layer.noise or 0.0, 0.01)),
-        "{name} has no running statistics: what it says of an image depends on the others in its batch, by "
-        "{noise:.2g} deviations.",
-        "Use a norm with statistics of its own, and measure them.",
+        "{name} normalises by the batch in evaluation too, as it has no running statistics, or is held where "
+        "model.eval() does not reach it: what it says of an image depends on the others, by {noise:.2g} deviations.",
+        "Register it as a submodule, or use a norm with statistics of its own, and measure them.",
         'model = normlab.convert(model, "running").model; normlab.recalibrate(model, batches)',
     ),
     Fault(

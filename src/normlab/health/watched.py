@@ -204,7 +204,7 @@ class Watched:
     def _by_batch(self, seen: Seen, y: Tensor) -> bool | None:
         """Whether what it puts out for the other images depends on the last one."""
         x = seen.x
-        if x.numel() <= 2 * x.shape[1] or len(x) < 2:
+        if seen.dim == 0 or x.numel() <= 2 * x.shape[seen.dim] or len(x) < 2:
             return None
         count, largest = len(x), float(y.abs().max())
         shorter = tree_map(lambda leaf: leaf[:-1] if _is_of(leaf, count) else leaf, (seen.args, seen.kwargs))
