@@ -190,13 +190,25 @@ def test_the_turn_of_a_weight_that_is_no_parameter_is_that_of_a_step(wrap):
     assert found == pytest.approx(angle, rel=0.02)
 
 
-def test_a_weight_computed_in_another_way_has_a_reason():
+@pytest.mark.parametrize("kind", ["parametrized", "lora"])
+def test_a_weight_computed_in_another_way_has_a_reason(kind):
     class Half(nn.Module):
         def forward(self, weight):
             return weight / 2
 
-    layer = nn.Conv2d(3, 8, 3)
-    parametrize.register_parametrization(layer, "weight", Half())
+    class LoRA(nn.Conv2d):
+        def __init__(self):
+            super().__init__(3, 8, 3)
+            self.low = nn.Parameter(torch.zeros(8, 2))
+            self.high = nn.Parameter(torch.randn(2, 27))
+            self.weight.requires_grad_(False)
+
+        def forward(self, x):
+            return F.conv2d(x, self.weight + (self.low @ self.high).view_as(self.weight), self.bias)
+
+    halved = nn.Conv2d(3, 8, 3)
+    parametrize.register_parametrization(halved, "weight", Half())
+    layer = {"parametrized": halved, "lora": LoRA()}[kind]
     model = nn.Sequential(layer, nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 16, 2))
     batches = [(torch.randn(8, 3, 6, 6), torch.randint(0, 2, (8,)))]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

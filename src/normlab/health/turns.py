@@ -66,4 +66,8 @@ def direction(layer: nn.Module) -> Tensor | None:
 
 def why_no_direction(layer: nn.Module) -> str | None:
     """Why the turn of the weight before a norm is not measured, or None."""
-    return None if direction(layer) is not None else "turn: the weight before it is computed from other parameters"
+    found = direction(layer)
+    adapted = any(part.requires_grad and part.dim() > 1 for part in layer.parameters())
+    if found is None or (not found.requires_grad and adapted):  # such as LoRA, beside a weight that is kept
+        return "turn: the weight before it is computed from other parameters"
+    return None
