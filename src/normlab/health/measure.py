@@ -76,7 +76,7 @@ def measure(
     gaps, losses, count, images = Ratio(), [], 0, 0
     before: dict[nn.Module, nn.Module] = {}
     _, batches = peeked(batches)
-    with looking(model):
+    with looking(model), _kept_parameters(trained):
         for count, batch in enumerate(islice(batches, limit), 1):
             run = Run(model, forward, batch, count)
             # Forked, so that a model that draws random numbers draws the same ones in both passes.
@@ -113,6 +113,19 @@ def measure(
         )
     means = [sum(part) / count for part in zip(*losses, strict=True)] or [None, None]
     return layers, Output(count, images, gaps.overall, *means)
+
+
+@contextmanager
+def _kept_parameters(norms: list[nn.Module]) -> Iterator[None]:
+    """After, these norms' parameters are as they were: some set them by their first batch, as those of flows do."""
+    kept = [(part, part.detach().clone()) for norm in norms for part in norm.parameters()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for part, value in kept:
+                if not torch.equal(part, value):
+                    part.copy_(value)
 
 
 class Run:

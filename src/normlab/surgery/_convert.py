@@ -1,6 +1,5 @@
 """Another norm in the place of those that a model has."""
 
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..errors import check, unknown
 from ..nn import NORMS, GroupNorm
-from .build import TORCH, Seen, built, established, is_frozen, note, values_a_statistic
+from .build import TORCH, Seen, accepted_options, built, established, is_frozen, note, values_a_statistic
 from .effect import Batches, Effect, Forward, first_input, looking, peeked
 from .modules import Choice, Found, Selection, called, classes, copied, norms, registered_name, why_left
 from .operation import Groups, Operation
@@ -218,7 +217,9 @@ class _Plan:
         old, reader = found.module, self._readers(found)
         notes = [note(old, new, self.to, self.seen(found), established(old, new))]
         if reader is not None:
-            notes.append(f"{reader} reads its statistics itself: that it goes on as before is assumed")
+            there = "running_mean" in new._buffers
+            goes_on = "that it goes on as before is assumed" if there else "it finds none in the new norm"
+            notes.append(f"{reader} reads its statistics itself: {goes_on}")
         if self.used is not None and (not_run := self.used.note(old)):
             notes.append(not_run)
         if found.held.beside:
@@ -236,7 +237,7 @@ class _Plan:
         if name is not None and NORMS[name].activates:
             return "is an activation too, which would be lost"
         activation = getattr(norm, "activation", None) if library(type(norm)) else None
-        if activation is not None and "activation" not in inspect.signature(NORMS[to].layers[0]).parameters:
+        if activation is not None and "activation" not in accepted_options(to, 1):
             return f"is an activation too, {activation}, which {to} cannot be"
         return None
 

@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_map
 
 from ..errors import InputError, check
 from .effect import looking
-from .modules import Found, called, copied, norms
+from .modules import Found, called, copied, norms, why_computed
 from .operation import Operation
-from .outputs import comparable, difference
+from .outputs import comparable, difference, tensors
 from .probe import activation_of, is_affine, on_meta, scale_and_shift
 from .report import Report, Row
 from .trace import Call, Trace
@@ -45,7 +45,8 @@ def fold(model: nn.Module, *inputs: Any, inplace: bool = False, **named_inputs: 
     Returns:
         The folded model, in evaluation mode, and a report of every norm, folded or left, and why. Its `change` is the
         largest difference of the outputs for `inputs`, over their largest value; None if the model differs from itself,
-        so that nothing can be compared. A model that draws random numbers draws the same ones for both.
+        or gives no finite number, so that nothing can be compared. A model that draws random numbers draws the same
+        ones for both.
 
     Raises:
         InputError: there are no inputs, or the outputs have no tensor in them.
@@ -98,6 +99,8 @@ class _Folding:
         change = difference(self._before, self._run(self._operation.model))
         if change > self._tolerance():
             change = self._leave_the_guilty(rows, change)
+        elif not any(part.isfinite().any() for part in self._before.values()):
+            change = None
         self._operation.report.rows = list(rows.values())
         self._operation.report.change = change
 
@@ -176,6 +179,8 @@ class _Folding:
             return f"held by {(found.held.stuck or found.names)[0]}, where nothing can be put in its place"
         if isinstance(norm, torch.jit.ScriptModule):
             return "compiled by TorchScript: fold the model before it is scripted"
+        if reason := why_computed(norm):
+            return reason
         if getattr(norm, "running_mean", None) is None:
             return "has no running statistics: what it does depends on its input"
         if not all(part.isfinite().all() for part in _numbers(norm)):
@@ -190,6 +195,8 @@ class _Folding:
             return calls[0].why_not_replaced
         if calls[0].further:
             return "given a residual, or something else beside its input"
+        if not all(part.isfinite().all() for part in tensors(self._trace.outputs[norm])):
+            return "what it gives for these inputs is infinite or NaN: nothing could be compared"
         return self._why_not_layer(norm, calls[0])
 
     def _why_not_layer(self, norm: nn.Module, call: Call) -> str | None:

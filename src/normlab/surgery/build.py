@@ -13,7 +13,18 @@ from ..nn import NORMS, GroupNorm, build_norm
 from ..nn.base import RunningStatistics
 from .memory import Before, remember, remembered
 from .modules import PARTS, never_updated, pristine, registered_name
-from .probe import activation_of, affine_dims, channels, example, input_name, is_constant, on_meta, output, space_dims
+from .probe import (
+    activation_of,
+    affine_dims,
+    channels,
+    eps_of,
+    example,
+    input_name,
+    is_constant,
+    on_meta,
+    output,
+    space_dims,
+)
 
 # Of torch.nn.Module: what is called around a module's own computation. Handles to remove them go on working.
 HOOKS = (
@@ -102,7 +113,7 @@ def _made(old: nn.Module, to: str, seen: Seen, space: int, options: dict[str, An
     """The layer as its constructor makes it."""
     if to == TORCH:
         return _made_of_torch(old, space, options)
-    accepted = _accepted(NORMS[to].layers[space - 1])
+    accepted = accepted_options(to, space)
     weight, bias = getattr(old, "weight", None), getattr(old, "bias", None)
     if to in GROUPED and "num_groups" in accepted:
         options.setdefault("num_groups", groups_for(old, seen))
@@ -113,7 +124,7 @@ def _made(old: nn.Module, to: str, seen: Seen, space: int, options: dict[str, An
     if getattr(old, "activation", None) is not None:
         options.setdefault("activation", old.activation)
     eps = _eps(old)
-    if "eps" in accepted and accepted["eps"].default == 1e-5 and eps is not None:
+    if eps is not None and "eps" in accepted and accepted["eps"].default == 1e-5:
         options.setdefault("eps", eps)
     has, momentum = torch_momentum(old)
     if NORMS[to].averages and has and (momentum or to == "batch"):  # None is the mean of all batches
@@ -124,10 +135,11 @@ def _made(old: nn.Module, to: str, seen: Seen, space: int, options: dict[str, An
     return build_norm(to, channels(old), space, **options)
 
 
-def _accepted(layer: Any) -> dict[str, inspect.Parameter]:
-    """What a builder takes: of a function around a class, what the class takes too."""
-    inner = layer.args[0] if isinstance(layer, partial) and layer.args else layer
-    return {**inspect.signature(inner).parameters, **inspect.signature(layer).parameters}
+def accepted_options(to: str, space: int) -> dict[str, inspect.Parameter]:
+    """What the constructor of a registered norm takes; of one that is built by a function, the layer's too."""
+    builder = NORMS[to].layers[space - 1]
+    inner = builder.args[0] if isinstance(builder, partial) and builder.args else builder
+    return {**inspect.signature(inner).parameters, **inspect.signature(builder).parameters}
 
 
 def _made_of_torch(old: nn.Module, space: int, options: dict[str, Any]) -> nn.Module:
@@ -140,7 +152,7 @@ def _made_of_torch(old: nn.Module, space: int, options: dict[str, Any]) -> nn.Mo
     momentum = momentum if has else 0.1
     tracked = getattr(old, "running_mean", None) is not None
     kind: Any = TORCH_BATCH_NORMS[space - 1]
-    return kind(channels(old), old.eps, momentum, track_running_stats=tracked, **common, **options)
+    return kind(channels(old), eps_of(old), momentum, track_running_stats=tracked, **common, **options)
 
 
 def _with_activation(old: nn.Module, new: nn.Module) -> nn.Module:
@@ -161,7 +173,7 @@ def torch_momentum(norm: nn.Module) -> tuple[bool, float | None]:
 def _eps(norm: nn.Module) -> float | None:
     """Its own, or of the one before it that had one."""
     before = remembered(norm)
-    return before.eps if before is not None and before.eps is not None else getattr(norm, "eps", None)
+    return before.eps if before is not None and before.eps is not None else eps_of(norm)
 
 
 def _keep_in_mind(old: nn.Module, new: nn.Module, to: str) -> None:

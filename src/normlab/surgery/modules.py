@@ -113,7 +113,7 @@ def is_norm(module: nn.Module) -> bool:
 
     For what others find by torch's classes and so miss: weight decay that spares norms, freezing, averaging.
 
-        no_decay = [p for m in model.modules() if normlab.is_norm(m) for p in m.parameters(recurse=False)]
+        no_decay = [p for m in model.modules() if normlab.is_norm(m) for p in m.parameters()]
 
     A class that is called a norm, and shows it by nothing else, is none to this function.
     """
@@ -170,10 +170,8 @@ def why_not(module: nn.Module) -> str | None:
 
 def _why_not_tensors(module: nn.Module) -> str | None:
     """Why its tensors cannot be handed on."""
-    if parametrize.is_parametrized(module):
-        return "parametrized: remove the parametrizations first"
-    if computed := [key for key, value in module.__dict__.items() if key in PARTS and value is not None]:
-        return f"its {', '.join(computed)} is computed from other tensors: remove that first"
+    if reason := why_computed(module):
+        return reason
     own = [*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))]
     extra = sorted(set(own) - PARTS - _of_its_class(module))
     if extra:
@@ -187,6 +185,14 @@ def _why_not_tensors(module: nn.Module) -> str | None:
 def _per_channel(module: nn.Module) -> list[torch.Tensor]:
     found = (own_tensor(module, name) for name in ("weight", "bias", *STATISTICS))
     return [part for part in found if part is not None]
+
+
+def why_computed(module: nn.Module) -> str | None:
+    """Which of its tensors are computed from others before each pass: by a parametrization, or a pruning mask."""
+    if parametrize.is_parametrized(module):
+        return "parametrized: remove the parametrizations first"
+    computed = [key for key, value in module.__dict__.items() if key in PARTS and value is not None]
+    return f"its {', '.join(computed)} is computed from other tensors: remove that first" if computed else None
 
 
 def _of_its_class(module: nn.Module) -> set[str]:
@@ -220,7 +226,7 @@ def _why_not_foreign(module: nn.Module) -> str | None:
     """Why a class that has running statistics is no batch norm."""
     if further := takes_more(module):
         return f"its forward takes more than an input: {', '.join(further)}, which another norm cannot"
-    if all(hasattr(module, name) for name in ("weight", "bias", "eps")) and is_affine(module):
+    if all(hasattr(module, name) for name in ("weight", "bias")) and is_affine(module):
         return None
     return "of a class that is not known, and in evaluation no scale and shift by its statistics, γ and β"
 

@@ -16,13 +16,21 @@ def reader_of_statistics(model: nn.Module) -> Callable[..., str | None]:
     """A function of a norm that names the class and method which reads statistics, of the modules that hold it.
 
     With `in_forward` only what `forward` runs counts: the method itself and those of the same object that it calls.
-    The code is read, not run. It says that some statistics are read, not whose.
+    The code is read, not run. It says that some statistics are read, not whose. Containers of torch's, such as a
+    Sequential, have no such code: what holds them is looked at.
     """
+    above: dict[nn.Module, list[nn.Module]] = {}
+    for module in model.modules():
+        for child in module.children():
+            above.setdefault(child, []).append(module)
 
     def reader(found: Found, in_forward: bool = False) -> str | None:
-        for place in found.places:
-            holder = place.holder
-            if isinstance(holder, nn.Module) and known_by(holder) is None:
+        waiting = [place.holder for place in found.places if isinstance(place.holder, nn.Module)]
+        while waiting:
+            holder = waiting.pop()
+            if type(holder).__module__.startswith("torch.nn.modules"):
+                waiting += above.get(holder, [])
+            elif known_by(holder) is None:
                 method = _reading_method(type(holder), in_forward)
                 if method is not None:
                     return f"{type(holder).__name__}.{method}"

@@ -1,6 +1,7 @@
 """What a norm computes, found by running it on made-up values: a twin of it, inside a guard."""
 
 import inspect
+import math
 import warnings
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..nn.activation import SLOPES
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 CONVOLUTIONS |= {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
-AFFINE = ("weight", "bias", "running_mean", "running_var", "eps")  # of batch norm, whatever its class
+AFFINE = ("weight", "bias", "running_mean", "running_var")  # of batch norm, whatever its class
 RANKS = (2, 1, 3, 0)  # space dimensions to try
 IMAGES, SIDE = 5, 3
 
@@ -51,11 +52,27 @@ def space_dims(module: nn.Module) -> int | None:
     """How many space dimensions the norm's class says it takes; None if it takes any, or was told to."""
     if "accepted_dims" in module.__dict__:
         return None
+    if _checks_by_itself(type(module)) and not on_meta(module):
+        return _only_dims(module)
     for kind in type(module).__mro__:
         for dims in (1, 2, 3):
             if f"{dims}d" in kind.__name__:
                 return dims
     return None
+
+
+def _checks_by_itself(kind: type) -> bool:
+    """Whether a foreign subclass has another idea of the inputs that it takes than the class that it is made from."""
+    definer = next((base for base in kind.__mro__ if "_check_input_dim" in vars(base)), kind)
+    return not library(definer)
+
+
+def _only_dims(module: nn.Module) -> int | None:
+    """How many space dimensions a norm takes, found by running it; None if several, or none that was tried."""
+    taken = [dims for dims in RANKS if output(twin(module), example(module, dims)) is not None]
+    if sorted(taken) == [0, 1]:  # vectors and sequences, as torch's layer of one dimension
+        return 1
+    return taken[0] if len(taken) == 1 else None
 
 
 def model_dims(model: nn.Module) -> int | None:
@@ -123,7 +140,10 @@ def on_meta(module: nn.Module) -> bool:
 
 
 def computes_as_its_base(module: nn.Module, base: type[nn.Module]) -> bool:
-    """Whether a subclass gives in evaluation what `base` gives, whatever its statistics, γ and β."""
+    """Whether a subclass gives in evaluation what `base` gives, whatever its statistics, γ and β.
+
+    It has to refuse what `base` refuses too: fewer channels, of which a slimmable norm takes its first ones.
+    """
     kind: Any = type(module)
     if kind.__call__ is not nn.Module.__call__:
         return False
@@ -134,7 +154,10 @@ def computes_as_its_base(module: nn.Module, base: type[nn.Module]) -> bool:
     probe = twin(module)
     x = example(probe)
     one, other = output(probe, x.clone()), output(probe, x.clone(), base)
-    return one is not None and other is not None and _close(one, other)
+    if one is None or other is None or not _close(one, other):
+        return False
+    fewer = x[:, :-1]
+    return output(probe, fewer.clone()) is None or output(probe, fewer.clone(), base) is not None
 
 
 def is_affine(norm: nn.Module, dims: int | None = None) -> bool:
@@ -177,11 +200,38 @@ def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Of each channel in evaluation, in float64."""
     parts: Any = norm  # γ and β may be buffers too
     mean, var = parts.running_mean.double().flatten(), parts.running_var.double().flatten()
-    scale = (var + parts.eps).rsqrt()
+    scale = (var + (eps_of(norm) or 0.0)).rsqrt()
     if parts.weight is not None:
         scale = scale * parts.weight.detach().double().flatten()
     shift = -mean * scale
     return scale, shift if parts.bias is None else shift + parts.bias.detach().double().flatten()
+
+
+def eps_of(norm: nn.Module) -> float | None:
+    """Its eps; where it has no such attribute, what it adds to the variance when that is 0, found by running a twin.
+
+    None if it keeps no variance, or does not run.
+
+        y = x / √(0 + eps)          eps = (x / y)²          0 where y is infinite or NaN
+    """
+    own = getattr(norm, "eps", None)
+    if isinstance(own, (int, float)):
+        return float(own)
+    if not isinstance(norm._buffers.get("running_var"), Tensor) or on_meta(norm):
+        return None
+    probe = twin(norm)
+    with torch.no_grad():
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 0.0)):
+            part = getattr(probe, name, None)
+            if isinstance(part, Tensor):
+                part.fill_(value)
+    for dims in RANKS:
+        x = example(probe, dims).abs() + 1
+        y = output(probe, x.clone())
+        if y is not None:
+            eps = (x.double() / y.double()).square().median().item()
+            return float(f"{eps:.5g}") if math.isfinite(eps) else 0.0
+    return None
 
 
 def activation_of(norm: nn.Module) -> nn.Module:
