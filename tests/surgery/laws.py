@@ -273,11 +273,20 @@ class Case:
         notes = [row.note for row in rows.values() if row.became is not None]
         if all(note.startswith(SAME) and "assumed" not in note for note in notes):
             change = far(self.before, evaluate(operation.model, self.images))
-            assert change <= self.tolerance, f"the output is another by {change}, and the rows say {notes}"
+            same = change <= self.tolerance or change <= 10 * self.rounding()
+            assert same, f"the output is another by {change}, and the rows say {notes}"
 
     def runs(self, operation: Any) -> bool:
         """Whether nothing was assumed of how norms are called."""
         return not any("assumed to be given its input by position" in row.note for row in operation.report)
+
+    def rounding(self) -> float:
+        """How far the output goes for rounding of the input, which a norm of nearly equal values magnifies."""
+        eps = 1e-12 if self.tree.wide else 1e-5
+        images = [
+            x + eps * x.abs().max() * torch.sin(torch.arange(x.numel())).view_as(x).to(x.dtype) for x in self.images
+        ]
+        return far(self.before, evaluate(self.twin(), images))
 
     def check_trains(self, model: nn.Module) -> None:
         """It trains, where the model as it was does."""
@@ -428,7 +437,7 @@ def obey_sync(case: Case) -> None:
     if operation is None:
         return
     case.check_output(operation, case.check_report(operation))
-    if all(row.note.startswith(SAME) for row in operation.report.touched):
+    if case.runs(operation) and all(row.note.startswith(SAME) for row in operation.report.touched):
         back = unsync(operation.model)
         change = far(case.before, evaluate(back.model, case.images))
         assert change <= case.tolerance, f"to sync and back, the output is another by {change}"

@@ -254,8 +254,11 @@ def folded_parameters(layer: nn.Module, norm: nn.Module) -> dict[str, nn.Paramet
     new = shift if bias is None else shift + bias.detach().double() * scale
     layout = weight.detach().clone(memory_format=torch.preserve_format)
     layout.copy_(weight.detach().double() * factor)
-    learns = weight.requires_grad
-    return {"weight": nn.Parameter(layout, learns), "bias": nn.Parameter(new.to(weight.dtype), learns)}
+    learns = weight.requires_grad if bias is None else bias.requires_grad
+    return {
+        "weight": nn.Parameter(layout, weight.requires_grad),
+        "bias": nn.Parameter(new.to(weight.dtype), learns),
+    }
 
 
 def _gives(layer: Any, new: dict[str, nn.Parameter], activation: nn.Module, call: Call, expected: Any) -> bool:

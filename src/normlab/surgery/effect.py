@@ -179,13 +179,16 @@ class Effect:
 
     def _compare(self, old: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         new, x = self._pairs[old], input_of(args, kwargs)
-        training, new.training = new.training, False
+        modes = [(module, module.training) for module in new.modules()]
         residual = kwargs.get("residual", args[1] if len(args) > 1 else None)
         further = {} if residual is None else {"residual": residual}
         try:
+            for module, _ in modes:
+                module.training = False
             self._add(old, new, y, x, further)
         finally:
-            new.training = training
+            for module, training in modes:
+                module.training = training
 
     def _add(self, old: nn.Module, new: nn.Module, y: Tensor, x: Tensor, further: dict[str, Any]) -> None:
         if self._fits(new):

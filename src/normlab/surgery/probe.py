@@ -19,7 +19,9 @@ IMAGES, SIDE = 5, 3
 
 
 def library(kind: type) -> bool:
-    """Whether a class is torch's or ours."""
+    """Whether a class is torch's or ours; a parametrized one is what it was made from."""
+    if kind.__module__ == "torch.nn.utils.parametrize" and kind.__base__ is not None:
+        return library(kind.__base__)
     return kind.__module__.split(".")[0] in ("torch", "normlab")
 
 
