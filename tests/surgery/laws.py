@@ -19,7 +19,7 @@ from normlab import convert, diagnose, fold, freeze, recalibrate, sync, unfreeze
 from normlab.errors import InputError
 from normlab.nn import build_norm
 
-from .trees import OURS, Tree, everything, grow
+from .trees import OURS, InType, Tree, everything, grow
 
 TARGETS = [*OURS, "torch", *["running", "batch", "frozen", "group", "instance"] * 4]
 CLASSES = {type(build_norm(name, 4, dims)) for name in OURS for dims in (1, 2, 3)}
@@ -168,8 +168,8 @@ def known_norms(model: nn.Module) -> list[list[str]]:
 
 def tolerance(tree: Tree) -> float:
     """Of rounding, which a few layers may magnify."""
-    parts = [part.dtype for module in everything(tree.model).values() for part in module.parameters()]
-    return 1e-7 if tree.wide else (0.3 if torch.bfloat16 in parts else 1e-3)
+    inside = [module.dtype for module in everything(tree.model).values() if isinstance(module, InType)]
+    return 1e-7 if tree.wide else (0.3 if torch.bfloat16 in inside else 1e-3)
 
 
 # --- the laws ---------------------------------------------------------------------------------------------------------

@@ -538,8 +538,11 @@ def grow(seed: int) -> Tree:
 
 def all_float32(model: nn.Module) -> bool:
     """Whether all parameters and buffers are, those that torch does not see too."""
-    parts = [p for module in everything(model).values() for p in (*module.parameters(), *module.buffers())]
-    return all(part.dtype == torch.float32 for part in parts if part.is_floating_point())
+    modules = everything(model).values()
+    parts = [part for module in modules for part in (*module.parameters(), *module.buffers())]
+    return not any(isinstance(module, InType) for module in modules) and all(
+        part.dtype == torch.float32 for part in parts if part.is_floating_point()
+    )
 
 
 def _set_modes(model: nn.Module, rng: random.Random) -> None:
