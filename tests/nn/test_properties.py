@@ -429,3 +429,16 @@ class TestTraining:
         with pytest.raises((ValueError, RuntimeError), match="dtype"):
             layer(torch.ones(2, CHANNELS, 4, 3, dtype=dtype))
         assert_same(buffers(layer), before, rtol=0, atol=0)
+
+    @every_norm
+    @pytest.mark.parametrize("steps", [0, 1])
+    def test_storage_that_was_freed_raises(self, name, steps):
+        """As sharded training frees it between uses; torch's operators read it, and end the process."""
+        parts = ["input"] if name != "none" else []
+        parts += [part for part, _ in build_norm(name, CHANNELS).named_parameters() if "." not in part]
+        parts += [part for part in ("running_mean", "running_var") if part in buffers(build_norm(name, CHANNELS))]
+        for part in parts:
+            layer, x = trained(name, steps=steps), images()
+            (x if part == "input" else getattr(layer, part)).untyped_storage().resize_(0)
+            with pytest.raises(RuntimeError, match=r"storage|not allocated"):
+                layer(x)

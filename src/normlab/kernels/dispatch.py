@@ -1,7 +1,7 @@
 """Which tensors the kernels take, and a call of one: compiled ones on a CPU (`native`), Triton's on a GPU (`gpu`)."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from operator import mul
 from typing import Any, NamedTuple
@@ -42,13 +42,21 @@ def takes_input(x: Tensor) -> bool:
 
 def in_memory(x: Tensor) -> bool:
     """Whether an operation on `x`, outside a compiler, is nothing but that, and on memory that the kernels know."""
-    return (
-        _is_plain(x)
-        and _num_modes() == 0
-        and _transforms() is None
-        and _traced() is None
-        and forward_ad._current_level < 0
-    )
+    return _is_plain(x) and _is_alone() and forward_ad._current_level < 0
+
+
+def _is_alone() -> bool:
+    """Whether an operation, outside a compiler, is neither recorded nor transformed."""
+    return _num_modes() == 0 and _transforms() is None and _traced() is None
+
+
+def check_memory(parts: Iterable[tuple[str, Tensor | None]]) -> None:
+    """Raises a RuntimeError if the storage of one of these tensors, by name, was freed: torch's operators would end."""
+    if torch.compiler.is_compiling() or not _is_alone():
+        return
+    for name, part in parts:
+        if part is not None and type(part) in _CLASSES and part.layout is torch.strided and not part.is_meta:
+            check_storage(part, name)
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -85,6 +85,7 @@ class OnKernels(nn.Module):
     bias: nn.Parameter | None
     _scripted: Any = None  # `forward` for TorchScript, of those that have one
     _known: tuple[Tensor | None, ...] | None = None  # γ, β and buffers that were looked at, on a CPU
+    _is_kernel_alone = True  # where the kernels take all; else torch's operators read γ, β and buffers too
 
     @for_script
     def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:

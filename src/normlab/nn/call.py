@@ -10,6 +10,7 @@ from torch.fx.proxy import TraceError
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import InputError, check
+from ..kernels.dispatch import check_memory
 
 PLAIN = (Tensor, nn.Parameter)
 Forward = TypeVar("Forward", bound=Callable[..., Tensor])
@@ -23,6 +24,8 @@ def call(norm: Any, input: Tensor, mask: Tensor | None, *residual: Tensor | None
     if mask is None and type(input) in PLAIN and (not residual or residual[0] is None or type(residual[0]) in PLAIN):
         if not input.is_floating_point():  # else whole numbers would be rounded, and imaginary parts lost
             check(False, "input.dtype", input.dtype, "a type of real numbers with a fraction")
+        if norm._known is None or not norm._is_kernel_alone:  # else the kernels look
+            check_memory((("input", input), *norm._parameters.items(), *norm._buffers.items()))
         return norm._normalize(input, None, *residual)
     if isinstance(input, fx.Proxy):
         return _node(norm, input, mask, *residual)

@@ -53,6 +53,8 @@ class SyncBatchNorm2d(RunningStatistics):
 
     averages, needs_statistics = True, False
 
+    _is_kernel_alone = False
+
     def __init__(
         self,
         num_features: int,
