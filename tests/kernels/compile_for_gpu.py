@@ -99,7 +99,7 @@ def main():
                 for norm in made(shape[1]):
                     norm(x).backward(torch.randn_like(x))
                     if hasattr(norm, "activation") and not isinstance(norm, GroupNorm):
-                        norm(x, x).sum().backward()
+                        norm(x, residual=x).sum().backward()
 
 
 if __name__ == "__main__":
