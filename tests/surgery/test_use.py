@@ -626,3 +626,17 @@ def test_a_property_of_somebodys_class_is_not_run():
             raise RuntimeError("not yet")
 
     assert convert(nn.Sequential(Odd(4)), "running").report.rows[0].became == "RunningBatchNorm2d"
+
+
+def test_one_small_batch_of_all_images_gives_exact_statistics_in_a_deep_net():
+    torch.manual_seed(0)
+    layers = [part for _ in range(4) for part in (nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh())]
+    model, x = settled(nn.Sequential(*layers)), torch.randn(9, 5) * 3 + 1
+    recalibrate(model, [x])
+    given = x.double()
+    with torch.no_grad():
+        for layer in model.double():
+            if isinstance(layer, nn.BatchNorm1d):
+                torch.testing.assert_close(layer.running_mean, given.mean(0), rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(layer.running_var, given.var(0), rtol=1e-4, atol=1e-4)
+            given = layer(given)

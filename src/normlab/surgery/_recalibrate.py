@@ -97,6 +97,7 @@ class _Measuring:
         self._kinds, self._names, self._forward, self._mask_of = kinds, names, forward, mask
         self._moments: dict[nn.Module, Moments] = {}
         self._mask: Tensor | None = None
+        self._fewest: dict[nn.Module, int] = {}  # where there are fewer than FEWEST values in all
 
     def over(self, model: nn.Module, batches: Iterable[Any]) -> dict[nn.Module, Moments]:
         """Of every norm that runs."""
@@ -110,6 +111,7 @@ class _Measuring:
                     if all(so_far.count >= FEWEST for so_far in self._moments.values()):
                         break
                 # Once more, for those that were given what the old statistics of the norms before them had made.
+                self._fewest = {norm: min(FEWEST, max(so_far.count, 1)) for norm, so_far in self._moments.items()}
                 self._moments.clear()
                 for batch in chain(first, others):
                     self._run(model, batch)
@@ -130,7 +132,7 @@ class _Measuring:
         so_far = self._moments.setdefault(norm, Moments(self._kinds[norm]))
         own = kwargs.get("mask") if library(type(norm)) else None  # a foreign one may mean anything
         so_far.add(x, scaled_mask(own if isinstance(own, Tensor) else self._mask, x))
-        if so_far.count >= FEWEST:
+        if so_far.count >= self._fewest.get(norm, FEWEST):
             _write(so_far, norm, self._names[norm])
 
 
