@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, check
 from ..training.batches import INPUT_KEYS
+from .moments import Moments
 from .outputs import comparable, ratio
 from .places import held_modules
 from .probe import is_linear_in_its_parameters
@@ -127,6 +128,8 @@ class Effect:
         self.batches: list[Any] = []
         self.outputs: list[dict[str, Tensor]] = []
         self._sums: dict[nn.Module, Tensor] = {}  # of each channel: 1, x̂, x̂², y, y², x̂y, the squared change
+        self._pivots: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # (C, 1) each: x̂ and y are counted from them
+        self._outputs: dict[nn.Module, Moments] = {}  # of the old norms
         self._pairs = pairs
         self._fitted = {new for new in pairs.values() if fit and is_linear_in_its_parameters(new)}
         handles = [old.register_forward_hook(self._compare, prepend=True, with_kwargs=True) for old in pairs]
@@ -145,7 +148,7 @@ class Effect:
         for old in self._sums if self.fit else ():
             new = self._pairs[old]
             if self._fits(new):
-                for name, value in zip(("weight", "bias"), self._least_squares(old), strict=True):
+                for name, value in zip(("weight", "bias"), self._fit_of(old), strict=True):
                     parameter = new.get_parameter(name)
                     before.append((parameter, parameter.detach().clone()))
                     with torch.no_grad():
@@ -163,9 +166,8 @@ class Effect:
         if self._fits(self._pairs[old]):
             gamma, beta = self._least_squares(old)
             squares = yy - 2 * (gamma * xy + beta * y) + gamma**2 * xx + 2 * gamma * beta * x + beta**2 * count
-        total, n = squares.sum().clamp(min=0), count.sum()
-        deviation = (yy.sum() / n - (y.sum() / n) ** 2).clamp(min=0).sqrt()
-        return ratio((total / n).sqrt(), deviation)
+        change = squares.sum().clamp(min=0) / count.sum()
+        return ratio(change.sqrt(), self._outputs[old].deviation)
 
     def of_model(self, model: nn.Module) -> float:
         """The same of the outputs of the whole model, as it is now; infinite if they are of another structure."""
@@ -204,7 +206,13 @@ class Effect:
         else:
             x_hat = torch.zeros_like(y)
             change = new.forward(x, **further) - y
+        self._outputs.setdefault(old, Moments()).add(y)
         x_hat, y, change = (part.detach().double().transpose(0, 1).flatten(1) for part in (x_hat, y, change))
+        if y.shape[1] == 0:  # an empty batch
+            return
+        # From the first means on, so that the squares of what is far from 0 do not cancel.
+        pivot_x, pivot_y = self._pivots.setdefault(old, (x_hat.mean(1, keepdim=True), y.mean(1, keepdim=True)))
+        x_hat, y = x_hat - pivot_x, y - pivot_y
         parts = torch.ones_like(y), x_hat, x_hat**2, y, y**2, x_hat * y, change**2
         sums = torch.stack([part.sum(1) for part in parts])
         self._sums[old] = self._sums[old] + sums if old in self._sums else sums
@@ -216,6 +224,12 @@ class Effect:
 
     def _fits(self, new: nn.Module) -> bool:
         return new in self._fitted
+
+    def _fit_of(self, old: nn.Module) -> tuple[Tensor, Tensor]:
+        """γ and β that give about what the old norm did."""
+        gamma, beta = self._least_squares(old)
+        pivot_x, pivot_y = (pivot.flatten() for pivot in self._pivots[old])
+        return gamma, beta + pivot_y - gamma * pivot_x
 
     def _least_squares(self, old: nn.Module) -> tuple[Tensor, Tensor]:
         count, x, xx, y, _, xy, _ = self._sums[old]

@@ -27,6 +27,12 @@ class Moments:
         """(C,), the biased variance."""
         return self.squares / max(self.count, 1)
 
+    @property
+    def deviation(self) -> Tensor:
+        """Of all values of all channels together, 0-d, biased."""
+        between = (self.mean - self.mean.mean()).square() * self.count
+        return ((self.squares + between).sum() / max(self.count * self.mean.numel(), 1)).sqrt()
+
     def as_kept(self) -> tuple[Tensor, Tensor]:
         """Mean and variance, (C,) each, as a norm of this kind keeps them."""
         if self.kind == "images":
