@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -487,3 +488,50 @@ def test_on_a_gpu_nothing_waits_and_the_figures_are_the_same():
     here = watched(x)
     assert stats.not_finite == here.not_finite
     assert abs(stats.histograms["it"] - here.histograms["it"]).sum() < 1e-4 * len(x)  # at edges rounding decides
+
+
+@dataclass
+class Prediction:
+    name: str
+    logits: torch.Tensor
+    boxes: torch.Tensor
+
+
+class Gives(nn.Module):
+    """Puts out what a function makes of its input."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, x):
+        return self.make(x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: Prediction("net", x, x + 9),
+        lambda x: {"aux": None, "out": Prediction("net", x, x + 9)},
+        lambda x: ("text", [x]),
+        lambda x: torch.nested.nested_tensor([x[:1], x[1:]]),
+        lambda x: torch.nested.nested_tensor([x[:1], x[1:]], layout=torch.jagged),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_structures_and_nested_tensors_hold_is_read(make):
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    model = Gives(make)
+    with ActivationStats(model) as stats:
+        model(x)
+    assert stats.means[""] == pytest.approx([x.double().mean().item()], abs=1e-6)
+    assert stats.deviations[""] == pytest.approx([x.double().std(correction=0).item()], abs=1e-6)
+    assert stats.skipped == {}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_of_nothing_is_skipped_and_the_loop_goes_on():
+    model = Gives(lambda x: torch.nested.nested_tensor([]))
+    with ActivationStats(model) as stats:
+        model(torch.ones(1))
+    assert "no plain tensor of floating point" in stats.skipped[""]

@@ -34,8 +34,8 @@ class ActivationStats:
 
     In a `with` block a training batch is a call of the model in training mode (of the first module, if modules are
     given by name); as a callback it is a batch of the loop, however often that calls the model. What a module puts out
-    in several calls of one batch is taken together. Of a tuple, list or dict it is the first tensor of floating point.
-    The second forward pass of an activation checkpoint is not counted. Opened again, it goes on.
+    in several calls of one batch is taken together. Of a tuple, list, dict or dataclass it is the first tensor of
+    floating point. The second forward pass of an activation checkpoint is not counted. Opened again, it goes on.
 
     Cost: hooks are on only at the batches it looks at. On one CPU thread, with every module watched, such a batch takes
     1.6 times as long with the lesson's net (batch 2 and 64), 1.8 times with a residual net (batch 64). At the default

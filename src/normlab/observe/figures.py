@@ -1,8 +1,9 @@
 """Figures of the values that a module puts out."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,27 @@ Output = tuple[int, Tensor, Tensor, Tensor]  # its number of values, mean, varia
 
 
 def values(output: Any) -> Tensor | None:
-    """The first plain tensor of floating point in what a module puts out; None without one."""
+    """The first plain tensor of floating point in what a module puts out; None without one.
+
+    It looks into tuples, lists, dicts and dataclasses. Of a nested tensor it is all values in one row.
+    """
+    if isinstance(output, Tensor) and output.is_nested:
+        parts = [part.flatten() for part in output.detach().unbind()]
+        return values(torch.cat(parts)) if parts else None
     if isinstance(output, Tensor):
         plain = output.layout == torch.strided and not output.is_meta
         # By torch.func.vmap, for instance.
         inside_transform = torch._C._functorch.is_functorch_wrapped_tensor(output)  # pyright: ignore
         return output if output.is_floating_point() and plain and not inside_transform else None
-    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
-    return next((x for x in map(values, parts) if x is not None), None)
+    return next((x for x in map(values, _parts(output)) if x is not None), None)
+
+
+def _parts(output: Any) -> Iterable[Any]:
+    if isinstance(output, Mapping):
+        return output.values()
+    if is_dataclass(output) and not isinstance(output, type):
+        return [getattr(output, field.name) for field in fields(output)]
+    return output if isinstance(output, tuple | list) else ()
 
 
 def figures(x: Tensor, limit: float, bins: int) -> Output:
