@@ -440,7 +440,8 @@ def obey_sync(case: Case) -> None:
     if case.runs(operation) and all(row.note.startswith(SAME) for row in operation.report.touched):
         back = unsync(operation.model)
         change = far(case.before, evaluate(back.model, case.images))
-        assert change <= case.tolerance, f"to sync and back, the output is another by {change}"
+        same = change <= case.tolerance or change <= 10 * case.rounding()
+        assert same, f"to sync and back, the output is another by {change}"
     case.check_undo(operation)
 
 
