@@ -339,3 +339,26 @@ def test_a_class_of_ones_own_with_an_activation_is_told_which_to_derive_from():
     assert isinstance(Mine(8), nn.BatchNorm2d)
     with pytest.raises(InputError, match="BatchNormAct"):
         Mine(8, activation="relu")
+
+
+@ours
+@pytest.mark.parametrize("affine", [True, False])
+def test_the_next_layer_may_change_the_output_in_place(name, affine):
+    def gradient(change):
+        layer = build_norm(name, 8, affine=affine)
+        x = images().requires_grad_()
+        change(layer(x)).square().sum().backward()
+        return x.grad
+
+    near(gradient(lambda y: y.mul_(2).add_(1)), gradient(lambda y: 2 * y + 1))
+
+
+@pytest.mark.parametrize("name", ["running", "running_lesson", "mabn", "online", "renorm", "ghost", "batch"])
+def test_a_layer_without_parameters_trains_on_double_precision_as_in_it(name):
+    layer, double = build_norm(name, 8, affine=False), build_norm(name, 8, affine=False).double()
+    for _ in range(3):
+        x = images(seed=1).double().requires_grad_()
+        x_double = x.detach().clone().requires_grad_()
+        layer(x).square().sum().backward()
+        double(x_double).square().sum().backward()
+        near(x.grad, x_double.grad)

@@ -402,3 +402,37 @@ def test_it_is_at_hand_at_the_top():
 def test_sync_and_frozen_are_there():
     assert isinstance(convert(trained(), "sync").model.norm1, SyncBatchNorm2d)
     assert isinstance(convert(trained(), "frozen").model.norm1, FrozenBatchNorm2d)
+
+
+def test_fitting_leaves_gamma_where_a_channel_is_closed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    with torch.no_grad():
+        model[0].bias[1] = -1e3  # never above 0
+        model[2].weight[1] = 0.7
+        model[2].running_mean.copy_(torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    batches = [torch.randn(4, 3, 8, 8), torch.randn(2, 3, 8, 8)]
+    fitted = convert(model, "instance", batches=batches, fit=True)
+    assert fitted.model[2].weight[1] == model[2].weight[1]
+    # β is what the old norm put out there: γ (0 − μ) / √(σ² + eps) + β
+    expected = -0.7 * 0.3 / (1 + 1e-5) ** 0.5
+    torch.testing.assert_close(fitted.model[2].bias[1].item(), expected, rtol=1e-5, atol=1e-6)
+    assert fitted.model[2].weight.abs().max() < 10
+    model.eval()
+    before, after = (torch.cat([net.eval()(x).flatten() for x in batches]) for net in (model, fitted.model))
+    change = (after - before).square().mean().sqrt() / before.std(correction=0)
+    torch.testing.assert_close(fitted.report.change, change.item(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_change_of_rounding_in_what_does_not_vary_is_not_known():
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8, track_running_stats=False))
+    same = torch.randn(1, 3, generator=torch.Generator().manual_seed(1)).expand(7, 3)
+    row = convert(model, "ghost", batches=[same]).report.rows[0]
+    assert row.change is None
+    assert "its output hardly varies" in row.note
+
+
+def test_a_norm_that_begins_with_gamma_0_changes_nothing():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    nn.init.zeros_(model[1].weight)
+    assert convert(model, "group", batches=[torch.randn(2, 3, 8, 8)]).report.rows[0].change == 0

@@ -261,11 +261,14 @@ class _NormalizeWithMemory(torch.autograd.Function):
         inverse = (var + ctx.eps).rsqrt()
         grad = grads[0].to(mean.dtype)
         x_hat = (x - mean.view(along)).mul_(inverse.view(along))
+        # A layer keeps its statistics in float32, and may be given float64 all the same.
+        rate, kept = rate.to(x_hat.dtype), memory
+        memory = GradientMemory._make(part.to(x_hat.dtype) for part in kept)
         average, parameters, push = memory.average, memory.parameters, memory.push
         log_lr, steps, squared_length, step_length, last_rate = memory.measured.unbind()
         pull = 0.0
         if all(ctx.needs_input_grad[3:5]):
-            parameters = torch.stack([weight, bias]).to(mean.dtype)
+            parameters = torch.stack([weight, bias]).to(x_hat.dtype)
             step = _Step.between(memory, parameters)
             log_lr, steps = step.enter(log_lr, steps)
             last_rate, step_length = step.weigh(last_rate, step_length)
@@ -293,7 +296,7 @@ class _NormalizeWithMemory(torch.autograd.Function):
         measured = torch.stack([log_lr, steps, squared_length, step_length, rate.to(log_lr.dtype)])
         usable = sums.isfinite().all() if mask is None else sums.isfinite().all() & mask.any()
         new = average, latest, parameters, push + given, measured
-        write(memory, [torch.where(usable, value, kept) for kept, value in zip(memory, new, strict=True)])
+        write(kept, [torch.where(usable, value, before) for before, value in zip(memory, new, strict=True)])
         scale = inverse if weight is None else inverse * weight
         grad_x = x_hat.mul_((scale * subtracted[0]).view(along)).add_((scale * subtracted[1]).view(along))
         grad_x = _counted(grad_x, mask).neg_().addcmul_(grad, scale.view(along))

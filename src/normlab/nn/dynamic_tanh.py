@@ -47,7 +47,10 @@ class DynamicTanh(PerImageNorm):
 
     def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
         self._check_input_dim(x)
-        return scale_shift(torch.tanh(self.alpha * in_float32(x)), self.weight, self.bias).to(x.dtype)
+        bounded = torch.tanh(self.alpha * in_float32(x))
+        if self.weight is None:  # tanh's gradient needs its output, which the layer after this one may change in place
+            bounded = bounded.clone()
+        return scale_shift(bounded, self.weight, self.bias).to(x.dtype)
 
 
 class DynamicErf(PerImageNorm):

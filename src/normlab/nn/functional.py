@@ -177,6 +177,8 @@ def update_running(
     else:
         batch_mean, batch_var, n = masked_moments(x, mask)
         batch_mean, batch_var = (part.view(-1) for part in unless_empty(n, (batch_mean, batch_var), (mean, var)))
+    # A layer keeps its statistics in float32, and may be given float64 all the same.
+    var, total = var.to(batch_var.dtype), total.to(batch_var.dtype)
     kept = total * (1 - alpha)
     total = kept + alpha * n
     total = total if mask is None else total.clamp(min=torch.finfo(total.dtype).tiny)

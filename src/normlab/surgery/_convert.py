@@ -151,8 +151,8 @@ def converted(
 
 def _measured(row: Row, old: nn.Module, effect: Effect) -> Row:
     """A row with what the batches said."""
-    row, left = row.with_change(effect.of(old)), effect.why_not_fitted(old)
-    return row if left is None else replace(row, note=f"{row.note}; {left}")
+    row = row.with_change(effect.of(old))
+    return replace(row, note="; ".join([row.note, *effect.notes(old)]))
 
 
 def _carried_out(

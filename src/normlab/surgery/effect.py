@@ -130,6 +130,7 @@ class Effect:
         self._sums: dict[nn.Module, Tensor] = {}  # of each channel: 1, x̂, x̂², y, y², x̂y, the squared change
         self._pivots: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # (C, 1) each: x̂ and y are counted from them
         self._outputs: dict[nn.Module, Moments] = {}  # of the old norms
+        self._rounding: dict[nn.Module, float] = {}  # of their type of numbers
         self._pairs = pairs
         self._fitted = {new for new in pairs.values() if fit and is_linear_in_its_parameters(new)}
         handles = [old.register_forward_hook(self._compare, prepend=True, with_kwargs=True) for old in pairs]
@@ -158,7 +159,7 @@ class Effect:
     def of(self, old: nn.Module) -> float | None:
         """Root mean square of the change over the deviation of the old output.
 
-        None if the norm was not run; NaN if it was given, or put out, what is not finite.
+        None if the norm was not run, or its output hardly varies; NaN if it was given, or put out, what is not finite.
         """
         if old not in self._sums:
             return None
@@ -167,7 +168,7 @@ class Effect:
             gamma, beta = self._least_squares(old)
             squares = yy - 2 * (gamma * xy + beta * y) + gamma**2 * xx + 2 * gamma * beta * x + beta**2 * count
         change = squares.sum().clamp(min=0) / count.sum()
-        return ratio(change.sqrt(), self._outputs[old].deviation)
+        return None if change > 0 and self._is_even(old) else ratio(change.sqrt(), self._outputs[old].deviation)
 
     def of_model(self, model: nn.Module) -> float:
         """The same of the outputs of the whole model, as it is now; infinite if they are of another structure."""
@@ -207,6 +208,7 @@ class Effect:
             x_hat = torch.zeros_like(y)
             change = new.forward(x, **further) - y
         self._outputs.setdefault(old, Moments()).add(y)
+        self._rounding[old] = torch.finfo(y.dtype).eps
         x_hat, y, change = (part.detach().double().transpose(0, 1).flatten(1) for part in (x_hat, y, change))
         if y.shape[1] == 0:  # an empty batch
             return
@@ -217,10 +219,20 @@ class Effect:
         sums = torch.stack([part.sum(1) for part in parts])
         self._sums[old] = self._sums[old] + sums if old in self._sums else sums
 
-    def why_not_fitted(self, old: nn.Module) -> str | None:
-        """Why γ and β of the norm in its place stay as they were, though they were to be fitted; None otherwise."""
-        left = self.fit and old in self._sums and not self._fits(self._pairs[old])
-        return "γ and β are not fitted: its output is not γ x̂ + β" if left else None
+    def notes(self, old: nn.Module) -> list[str]:
+        """What could not be measured, or fitted, of this norm and the one in its place, and why."""
+        said = []
+        if self.fit and old in self._sums and not self._fits(self._pairs[old]):
+            said.append("γ and β are not fitted: its output is not γ x̂ + β")
+        if old in self._sums and self.of(old) is None:
+            said.append("its change is not known: on these batches its output hardly varies")
+        return said
+
+    def _is_even(self, old: nn.Module) -> bool:
+        """Whether the output of a norm varied by no more than rounding can make of a constant input."""
+        weight = getattr(old, "weight", None)
+        scale = weight.detach().abs().max().double() if isinstance(weight, Tensor) and weight.numel() > 0 else 1.0
+        return bool(self._outputs[old].deviation <= _hardly(self._rounding[old]) * scale)
 
     def _fits(self, new: nn.Module) -> bool:
         return new in self._fitted
@@ -232,6 +244,15 @@ class Effect:
         return gamma, beta + pivot_y - gamma * pivot_x
 
     def _least_squares(self, old: nn.Module) -> tuple[Tensor, Tensor]:
+        """γ, and β of what is counted from the pivots; where x̂ varies by rounding alone, γ stays as it is."""
         count, x, xx, y, _, xy, _ = self._sums[old]
-        gamma = (xy - x * y / count) / (xx - x**2 / count).clamp(min=torch.finfo(torch.float64).tiny)
+        squares, pivot = xx - x**2 / count, self._pivots[old][0].flatten()
+        varies = (squares / count).clamp(min=0).sqrt() > _hardly(self._rounding[old]) * pivot.abs().clamp(min=1)
+        kept = self._pairs[old].get_parameter("weight").detach().to(squares)
+        gamma = torch.where(varies, (xy - x * y / count) / torch.where(varies, squares, 1), kept)
         return gamma, (y - gamma * x) / count
+
+
+def _hardly(rounding: float) -> float:
+    """How far a normalised value may be off where rounding of the input is magnified."""
+    return min(1e3 * rounding, 0.05)
