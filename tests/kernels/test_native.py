@@ -232,6 +232,21 @@ def assert_the_gradient_has_a_gradient(layer):
     assert_close(*map(list, found), 1e-4)
 
 
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_gradient_penalty_of_positions_that_lie_in_another_order(centred):
+    """As after a transpose, where the kernels take a copy: the gradient is of the input all the same."""
+    norm = ChannelLayerNorm(6) if centred else RMSNorm(6)
+    x = torch.randn(4, 5, 6, 3, generator=torch.Generator().manual_seed(0))
+    found = []
+    for inputs in (x.double(), x):
+        inputs = inputs.clone().requires_grad_()
+        y = norm.to(inputs.dtype)(inputs.permute(0, 2, 1, 3))
+        (first,) = torch.autograd.grad(y.pow(3).sum(), inputs, create_graph=True)
+        penalty = (first.flatten(1).norm(dim=1) - 1).square().sum()
+        found.append(torch.autograd.grad(penalty, [inputs, norm.weight]))
+    assert_close([part.float() for part in found[0]], list(found[1]), 1e-3)
+
+
 def test_the_flagships_gradient_says_that_it_has_none():
     x = torch.randn(4, 3, 2, 2, requires_grad=True)
     (first,) = torch.autograd.grad(RunningBatchNorm2d(3)(x).pow(2).sum(), x, create_graph=True)

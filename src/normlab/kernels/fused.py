@@ -311,9 +311,9 @@ class _GroupNorm(torch.autograd.Function):
 class _PositionNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, centred, eps):  # types: position_norm
-        x, ctx.described = dispatch.describe(x)
+        laid, described = dispatch.describe(x)
         parts, kernel = x.numel() // x.shape[1], "position_forward"
-        y, saved, _ = dispatch.forward(x, ctx.described, weight, bias, parts, 1.0, kernel, (), centred, eps)
+        y, saved, _ = dispatch.forward(laid, described, weight, bias, parts, 1.0, kernel, (), centred, eps)
         ctx.save_for_backward(x, weight, bias, saved)
         ctx.centred, ctx.eps = centred, eps
         return y
@@ -325,9 +325,9 @@ class _PositionNorm(torch.autograd.Function):
             distance = x.float() - x.float().mean(1, keepdim=True) if ctx.centred else x.float()
             x_hat = distance * (distance.square().mean(1, keepdim=True) + ctx.eps).rsqrt()
             return *_again(_scaled(x_hat, weight, bias).to(x.dtype), 1.0, (x, weight, bias), grads[0]), None, None
-        dispatch.check_storage(x, "x")
+        x, described = dispatch.describe(x)
         numbers = 1.0, "position_backward", (), ctx.centred
-        found = dispatch.backward(grads[0], x, ctx.described, weight, bias, saved, *numbers)
+        found = dispatch.backward(grads[0], x, described, weight, bias, saved, *numbers)
         return *_wanted(found, weight, bias), None, None
 
 
