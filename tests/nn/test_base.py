@@ -1,13 +1,22 @@
 """Statistics are written all or none, once a batch, in float32; a compiled step keeps what they were before."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from checks import assert_same_state
 from normlab.errors import InputError
+from normlab.nn import NORMS, build_norm
 from normlab.nn.base import PreciseStatistics, RunningStatistics, recomputing, remember, settle
+
+TRACKING = [name for name in NORMS if getattr(build_norm(name, 3), "num_batches_tracked", None) is not None]
+# With parameters or buffers of their own that a batch norm's state lacks.
+OF_OTHER_STATES = ("online", "switchable", "evonorm_b0")
 
 # --- remember ---------------------------------------------------------------------------------------------------------
 
@@ -148,6 +157,39 @@ def test_other_casts_are_torchs():
     assert moved.mean.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", TRACKING)
+def test_a_state_that_is_assigned_leaves_statistics_of_one_type_and_float32_at_least(name, dtype):
+    """`load_state_dict(…, assign=True)` puts the file's tensors in the place of the layer's, whatever they are."""
+    torchs, expected = nn.BatchNorm2d(3), build_norm(name, 3)
+    torchs(100 + torch.randn(4, 3, 5, 5))
+    state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in torchs.state_dict().items()}
+    layer = build_norm(name, 3).to(dtype)
+    layer.load_state_dict(state, assign=True, strict=name not in OF_OTHER_STATES)
+    expected.load_state_dict(state, strict=name not in OF_OTHER_STATES)
+    wide = torch.promote_types(dtype, torch.float32)
+    for key, value in layer.named_buffers():
+        assert value.dtype == (wide if value.is_floating_point() else torch.int64), key
+        torch.testing.assert_close(value, expected.get_buffer(key), check_dtype=False)
+    x = 100 + torch.randn(2, 3, 4, 4)
+    for norm in (layer, expected):
+        norm.weight.data = norm.weight.data.to(wide)
+        norm.bias.data = norm.bias.data.to(wide)
+    assert layer(x.to(wide)).dtype == wide
+
+
+@pytest.mark.parametrize("name", ["running", "running_lesson", "mabn"])
+def test_a_state_without_values_is_assigned_where_it_is(name):
+    """As when a model is planned on meta, or measured with fake tensors."""
+    layer = build_norm(name, 3)
+    layer.load_state_dict({key: value.to("meta") for key, value in nn.BatchNorm2d(3).state_dict().items()}, assign=True)
+    assert all(value.is_meta for value in layer.buffers())
+    with FakeTensorMode():
+        layer = build_norm(name, 3)
+        layer.load_state_dict(nn.BatchNorm2d(3).state_dict())
+        assert layer(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4)
+
+
 # --- the common base --------------------------------------------------------------------------------------------------
 
 
@@ -163,3 +205,44 @@ def test_running_statistics_are_batch_norms():
 def test_bad_arguments_are_named(argument, value):
     with pytest.raises(InputError, match=f"{argument}={value}"):
         RunningStatistics(**{"num_features": 3, argument: value})
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", TRACKING)
+def test_statistics_that_were_taken_away_are_those_of_the_batch_or_an_error(name, training):
+    """As adaptation at test time does: torch's batch norm then takes those of each batch."""
+    layer, x = build_norm(name, 3).train(training), 5 + torch.randn(4, 3, 5, 5)
+    if name != "evonorm_b0":
+        layer(x)
+    layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
+    if name in ("batch", "sync", "ghost"):
+        torch.testing.assert_close(layer(x), nn.functional.batch_norm(x, None, None, training=True))
+    elif name in ("switchable", "evonorm_b0"):
+        assert layer(x).isfinite().all()
+    else:
+        with pytest.raises(InputError, match="running_mean=None"):
+            layer(x)
+
+
+class Same(nn.Module):
+    def forward(self, value):
+        return value
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("change", ["order", "parametrized"])
+@pytest.mark.parametrize("name", TRACKING)
+def test_statistics_are_found_by_their_names(name, change, training):
+    """A buffer that was deleted and registered again comes last; one with a parametrization is none."""
+    torch.manual_seed(0)
+    layer = build_norm(name, 3)
+    layer(torch.randn(4, 3, 5, 5))
+    other, kept = deepcopy(layer), layer.running_var.clone()
+    if change == "parametrized":
+        parametrize.register_parametrization(other, "running_var", Same())
+    else:
+        del other.running_var
+        other.register_buffer("running_var", kept)
+    x = 2 + torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(other.train(training)(x), layer.train(training)(x))
+    torch.testing.assert_close(other.running_var, layer.running_var)

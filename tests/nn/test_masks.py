@@ -116,6 +116,15 @@ def test_a_batch_of_which_nothing_counts_changes_no_statistics(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_an_empty_batch_has_a_mask_too(name):
+    norm = build_norm(name, 8, dims=1)
+    kept = deepcopy(norm.state_dict())
+    assert norm(sequences()[:0], mask=MASK[:0]).shape == (0, 8, 20)
+    for key, value in norm.state_dict().items():
+        assert torch.equal(value, kept[key]), key
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_mask_of_another_shape_is_refused(name):
     norm = build_norm(name, 8, dims=1)
     for mask in (MASK[:, None], MASK.T, MASK[:, :5], MASK.float()):

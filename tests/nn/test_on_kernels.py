@@ -57,11 +57,16 @@ def parametrized(layer):
     parametrize.register_parametrization(layer, "weight", Doubled())
 
 
+def in_steps(layer):
+    for parameter in layer.parameters():
+        parameter.data = torch.rand(2 * C)[::2]
+
+
 def not_there(layer):
     layer.weight = None
 
 
-CHANGES = [half, half_by_its_data, other_objects, other_values, of_another_state, parametrized, not_there]
+CHANGES = [half, half_by_its_data, other_objects, other_values, of_another_state, parametrized, in_steps, not_there]
 
 
 @pytest.mark.parametrize("change", CHANGES)

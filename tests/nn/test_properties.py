@@ -13,7 +13,13 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from checks import assert_close, composed
-from normlab.nn import NORMS, build_norm
+from normlab.errors import InputError
+from normlab.nn import NORMS, CenteredConv2d, WeightStandardizedConv2d, build_norm
+
+
+class Tagged(torch.Tensor):
+    """A tensor of someone's own class."""
+
 
 CHANNELS = 8
 SPACE = {1: (6,), 2: (4, 3), 3: (2, 3, 2)}
@@ -426,9 +432,18 @@ class TestTraining:
             pytest.skip("takes any tensor")
         layer = build_norm(name, CHANNELS).train(training)
         before = buffers(layer)
-        with pytest.raises((ValueError, RuntimeError), match="dtype"):
-            layer(torch.ones(2, CHANNELS, 4, 3, dtype=dtype))
+        x = torch.ones(2, CHANNELS, 4, 3, dtype=dtype)
+        for given, options in ((x, {}), (x.as_subclass(Tagged), {}), (x, {"mask": x[:, 0] == 1})):
+            with pytest.raises((ValueError, RuntimeError), match="dtype"):
+                layer(given, **options)
         assert_same(buffers(layer), before, rtol=0, atol=0)
+
+    @every_norm
+    def test_what_is_no_tensor_is_refused(self, name):
+        if name == "none":
+            pytest.skip("takes anything")
+        with pytest.raises(InputError, match="expected a tensor as input, got list"):
+            build_norm(name, CHANNELS)([images()])
 
     @every_norm
     @pytest.mark.parametrize("steps", [0, 1])
@@ -442,3 +457,36 @@ class TestTraining:
             (x if part == "input" else getattr(layer, part)).untyped_storage().resize_(0)
             with pytest.raises(RuntimeError, match=r"storage|not allocated"):
                 layer(x)
+
+    @pytest.mark.parametrize("road", ["mask", "class", "double", "small", "residual"])
+    @every_norm
+    def test_storage_that_was_freed_raises_where_the_kernels_do_not_look(self, name, road):
+        """After steps that they took: with a mask, a class, in float64, on a few values, in what is added."""
+        layer, x, options = trained(name, steps=2), images(), {}
+        part = layer.weight if name != "none" else x
+        if road == "mask" and name != "none":
+            options = {"mask": torch.ones(len(x), *x.shape[2:], dtype=torch.bool)}
+        elif road == "class":
+            x = x.as_subclass(Tagged)
+        elif road == "double":
+            x = x.double()
+        elif road == "small":
+            x = x[:1, :, :1, :1]
+        elif road == "residual" and name in ("batch", "running"):
+            x, part = x.double(), images().double()
+            options = {"residual": part}
+        if name != "none":
+            part.untyped_storage().resize_(0)
+            with pytest.raises(RuntimeError, match=r"storage|not allocated"):
+                layer(x, **options)
+
+    def test_a_threshold_or_a_convolutions_weight_that_was_freed_raises(self):
+        activates = build_norm("filter_response", CHANNELS)
+        activates.activation.tau.untyped_storage().resize_(0)
+        layers = [activates]
+        for kind in (CenteredConv2d, WeightStandardizedConv2d):
+            layers.append(kind(CHANNELS, CHANNELS, 1))
+            layers[-1].weight.untyped_storage().resize_(0)
+        for layer in layers:
+            with pytest.raises(RuntimeError, match="storage"):
+                layer(images())

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import InputError, check
@@ -42,9 +43,10 @@ def is_fresh(state: dict[str, Any], prefix: str = "") -> bool:
     A count of 0 alone says nothing: old checkpoints of torch have none, and torch then counts from 0.
     """
     mean, var, batches = (state.get(prefix + name) for name in ("running_mean", "running_var", "num_batches_tracked"))
-    if any(part is not None and (part.is_meta or part.any()) for part in (mean, batches)):
+    there = [part for part in (mean, var, batches) if part is not None]
+    if var is None or any(part.is_meta or isinstance(part, FakeTensor) for part in there):
         return False
-    return var is not None and not var.is_meta and bool((var == 1).all())
+    return not any(part is not None and part.any() for part in (mean, batches)) and bool((var == 1).all())
 
 
 def settle(*constants: Tensor) -> tuple[Tensor, ...]:
@@ -85,7 +87,8 @@ class OnKernels(nn.Module):
     bias: nn.Parameter | None
     _scripted: Any = None  # `forward` for TorchScript, of those that have one
     _known: tuple[Tensor | None, ...] | None = None  # γ, β and buffers that were looked at, on a CPU
-    _is_kernel_alone = True  # where the kernels take all; else torch's operators read γ, β and buffers too
+    _checks_memory = False  # whether `_normalize` does, where it leaves the kernels; else it is done before
+    _buffer_names: tuple[str, ...] = ()  # what the kernels need, in the order of their making
 
     @for_script
     def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -118,14 +121,22 @@ class OnKernels(nn.Module):
         if remembers:
             own, known = (*self._parameters.values(), *self._buffers.values()), self._known
             if known is not None and len(own) == len(known) and all(map(is_, own, known)):
-                cast = own[0] is not None and own[0].dtype is not torch.float32  # by its `data`
-                return own if dispatch.in_memory(x) and not cast else None
+                for part in own[:2]:  # another tensor may have been put into its `data`
+                    if part is not None and not (part.dtype is torch.float32 and part.is_contiguous()):
+                        return None
+                return own if dispatch.in_memory(x) else None
         own = self.weight, self.bias, *self._buffers.values()
-        if not dispatch.takes(x, *own):
+        in_order = tuple(self._buffers)[: len(self._buffer_names)] == self._buffer_names
+        if not (in_order and dispatch.takes(x, *own)):
             return None
         if remembers and operators.COMPILED and len(self._parameters) == 2:  # fewer: some are computed
             self._known = own
         return own
+
+    def _check_memory(self, x: Tensor, residual: Tensor | None = None) -> None:
+        """Raises a RuntimeError if storage that torch's operators are to read was freed."""
+        own = (*self._parameters.items(), *self._buffers.items())
+        dispatch.check_memory((("input", x), ("residual", residual), *own))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OnKernels":
         self._known = None  # parameters may become others and stay the same objects
@@ -134,6 +145,8 @@ class OnKernels(nn.Module):
 
 class PreciseStatistics(OnKernels):
     """A module whose buffers stay in float32 at least, also when it is cast to half precision."""
+
+    _buffer_names = ("running_mean", "running_var", "num_batches_tracked")
 
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -176,6 +189,17 @@ class PreciseStatistics(OnKernels):
             if after is not None and after.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[name] = before.to(after.device, torch.float32)
         return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        like = self.running_var
+        if local_metadata.get("assign_to_params_buffers") and like is not None:
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            for name, part in self._buffers.items():
+                if part is not None:
+                    self._buffers[name] = part.to(like.device, dtype if part.is_floating_point() else part.dtype)
 
 
 class RunningStatistics(PreciseStatistics, _NormBase):
@@ -235,6 +259,9 @@ class RunningStatistics(PreciseStatistics, _NormBase):
             dims = " or ".join(map(str, self.accepted_dims))
             accepted = f"{dims} dimensions, the second of {self.num_features} channels"
             check(False, "x.shape", tuple(input.shape), accepted)
+        if self.needs_statistics and self._buffers.get("running_mean", input) is None:
+            cure = "its statistics, which this norm needs. For those of each batch alone convert it to batch norm"
+            check(False, "running_mean", None, cure)
 
     def _scripted(self, input: Tensor) -> Tensor:
         if self.training:

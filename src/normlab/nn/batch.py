@@ -22,6 +22,7 @@ class _Batch(PreciseStatistics, _NormBase):
     accepted_dims: tuple[int, ...] = ()  # of a tensor, beyond those of the class
     of_torch: type[_BatchNorm]
     averages = True
+    _checks_memory = True
 
     def __init__(
         self,
@@ -53,12 +54,14 @@ class _Batch(PreciseStatistics, _NormBase):
             check_residual(x, residual)
         own = self.training or self.running_mean is None  # statistics of this batch
         if mask is not None and own:
+            self._check_memory(x, residual)
             return activate(self._masked(x, mask), self.activation, residual)
         # Several values a channel
         if not is_tracing() and x.numel() > x.size(1) == self.num_features and operators.preferred(x, own):
             taken = self._taken(x, residual)
             if taken is not None:
                 return self._fast(x, taken, own, residual)
+        self._check_memory(x, residual)
         return activate(self._composed(x), self.activation, residual)
 
     def _check_input_dim(self, input: Tensor) -> None:

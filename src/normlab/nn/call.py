@@ -10,7 +10,6 @@ from torch.fx.proxy import TraceError
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import InputError, check
-from ..kernels.dispatch import check_memory
 
 PLAIN = (Tensor, nn.Parameter)
 Forward = TypeVar("Forward", bound=Callable[..., Tensor])
@@ -20,18 +19,28 @@ def call(norm: Any, input: Tensor, mask: Tensor | None, *residual: Tensor | None
     """The norm's `_normalize`, of plain tensors; the output is of the class that torch's own norms would give.
 
     A proxy of `torch.fx` becomes a call of the whole layer, as for the layers in `torch.nn`.
+
+    Raises:
+        InputError: the input is no tensor, or not one of real numbers with a fraction; or see `checked_mask`.
+        RuntimeError: the storage of a tensor was freed.
     """
     if mask is None and type(input) in PLAIN and (not residual or residual[0] is None or type(residual[0]) in PLAIN):
-        if not input.is_floating_point():  # else whole numbers would be rounded, and imaginary parts lost
-            check(False, "input.dtype", input.dtype, "a type of real numbers with a fraction")
-        if norm._known is None or not norm._is_kernel_alone:  # else the kernels look
-            check_memory((("input", input), *norm._parameters.items(), *norm._buffers.items()))
-        return norm._normalize(input, None, *residual)
+        return _normalize(norm, input, None, *residual)
     if isinstance(input, fx.Proxy):
         return _node(norm, input, mask, *residual)
+    if not isinstance(input, Tensor):
+        raise InputError(f"{type(norm).__name__}: expected a tensor as input, got {type(input).__name__}.")
     if has_torch_function((input, *residual)):
         return handle_torch_function(_Plain(norm), (input, *residual), input, mask, *residual)
     return _Plain(norm)(input, mask, *residual)
+
+
+def _normalize(norm: Any, x: Tensor, mask: Tensor | None, *residual: Tensor | None) -> Tensor:
+    if not x.is_floating_point():  # else whole numbers would be rounded, and imaginary parts lost
+        check(False, "input.dtype", x.dtype, "a type of real numbers with a fraction")
+    if not norm._checks_memory:
+        norm._check_memory(x)
+    return norm._normalize(x, mask, *residual)
 
 
 class _Plain:
@@ -44,7 +53,7 @@ class _Plain:
     def __call__(self, input: Tensor, mask: Tensor | None, *residual: Tensor | None) -> Tensor:
         x = plain(input)
         over = None if mask is None else checked_mask(plain(mask), x)
-        return self.norm._normalize(x, over, *(None if part is None else plain(part) for part in residual))
+        return _normalize(self.norm, x, over, *(None if part is None else plain(part) for part in residual))
 
 
 def plain(x: Tensor) -> Tensor:

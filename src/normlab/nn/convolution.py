@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import check
+from ..kernels.dispatch import check_memory
 from . import functional as F
 
 
@@ -27,6 +28,7 @@ class _WeightStandardized(_ConvNd):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        check_memory((("weight", self.weight),))
         return self._conv_forward(x, standardize_weight(self.weight, self.eps), self.bias)
 
     def extra_repr(self) -> str:
@@ -66,6 +68,7 @@ class WeightStandardizedConv3d(_WeightStandardized, nn.Conv3d):
 
 class _Centered(_ConvNd):
     def forward(self, x: Tensor) -> Tensor:
+        check_memory((("weight", self.weight),))
         mean = self.weight.mean(tuple(range(1, self.weight.dim())), keepdim=True)
         return self._conv_forward(x, self.weight - mean, self.bias)
 

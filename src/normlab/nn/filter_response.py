@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import check
+from ..kernels.dispatch import check_memory
 from .functional import per_channel
 from .per_image import PerImageNorm, check_channels, in_float32, scale_shift
 
@@ -37,6 +38,7 @@ class ThresholdedLinearUnit(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         check_channels(y, self.num_features)
+        check_memory((("tau", self.tau),))
         return torch.maximum(y, per_channel(self.tau, y).to(y.dtype))
 
     def extra_repr(self) -> str:

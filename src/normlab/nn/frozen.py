@@ -31,6 +31,8 @@ class FrozenBatchNorm2d(RunningStatistics):
     detection, where a batch is one or two images.
     """
 
+    _checks_memory = True
+
     def __init__(
         self,
         num_features: int,
@@ -51,6 +53,7 @@ class FrozenBatchNorm2d(RunningStatistics):
         if taken is not None:
             weight, bias = taken[:2]
             return fused.frozen_norm(x, mean, var, weight, bias, self.eps, slope=1.0)
+        self._check_memory(x)
         return F.normalize(x, F.per_channel(mean, x), F.per_channel(var, x), self.weight, self.bias, self.eps)
 
     def _scripted(self, input: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def group_norm(
 
     Source: Wu and He 2018, "Group Normalization", equation 7.
     """
-    grouped = x.reshape(x.shape[0], num_groups, -1)
+    grouped = x.reshape(x.shape[0], num_groups, x.shape[1] // num_groups * x.shape[2:].numel())
     if mask is None:
         mean, var = moments(grouped, (2,))
     else:

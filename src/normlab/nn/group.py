@@ -39,6 +39,8 @@ class GroupNorm(PerImageNorm):
     Source: Wu and He 2018, "Group Normalization", equation 7.
     """
 
+    _checks_memory = True
+
     def __init__(
         self,
         num_features: int,
@@ -57,14 +59,16 @@ class GroupNorm(PerImageNorm):
 
     def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
         self._check_input_dim(x)
+        alone = not is_tracing() and x.numel() == x.shape[0] * self.num_groups
+        if mask is None and not alone and self._prefers_kernel(x) and self._taken(x):
+            slope = SLOPES[self.activation]
+            return fused.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, slope)
+        self._check_memory(x)
         if mask is not None:
             y = group_norm(x, self.num_groups, self.weight, self.bias, self.eps, mask)
             return activate(y, self.activation)
-        if not is_tracing() and x.numel() == x.shape[0] * self.num_groups:
+        if alone:
             x = x - x.detach()  # groups of one value: the operator would leave x − μ a rounding error, times 1/√eps
-        elif self._prefers_kernel(x) and self._taken(x):
-            slope = SLOPES[self.activation]
-            return fused.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, slope)
         return activate(ops.group_norm(x, self.num_groups, self.weight, self.bias, self.eps), self.activation)
 
     def _scripted(self, input: Tensor) -> Tensor:

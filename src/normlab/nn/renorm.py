@@ -51,8 +51,6 @@ class BatchRenorm2d(RunningStatistics):
 
     averages = True
 
-    _is_kernel_alone = False
-
     def __init__(
         self,
         num_features: int,

@@ -91,6 +91,8 @@ class RunningBatchNorm2d(RunningStatistics):
     Backward Propagation of Batch Normalization".
     """
 
+    _checks_memory = True
+    _buffer_names = (*STATISTICS, *MEMORY)
     momentum: float
     share: Tensor
     innovation: Tensor
@@ -153,10 +155,12 @@ class RunningBatchNorm2d(RunningStatistics):
             if taken is not None and operators.preferred(x, reduces=False):
                 weight, bias = taken[:2]
                 return fused.frozen_norm(x, mean, var, weight, bias, self.eps, slope, residual)
+            self._check_memory(x, residual)
             mean, var = (F.per_channel(part, x) for part in (mean, var))
             return activate(F.normalize(x, mean, var, self.weight, self.bias, self.eps), self.activation, residual)
         if taken is not None and mask is None:
             return self._fast(x, taken, slope, residual)
+        self._check_memory(x, residual)
         with torch.no_grad():
             mean, var, rate = settle(*self._updated(x, mask))
         memory = GradientMemory._make(self._own(getattr(self, name) for name in MEMORY))

@@ -53,8 +53,6 @@ class SyncBatchNorm2d(RunningStatistics):
 
     averages, needs_statistics = True, False
 
-    _is_kernel_alone = False
-
     def __init__(
         self,
         num_features: int,
