@@ -271,3 +271,24 @@ def test_an_image_of_one_row_has_the_same_gradient_whatever_its_strides(shape, t
         layer = with_drawn_parameters(OURS[len(shape) - 2](shape[1]).train(training))
         with composed():
             assert_close(gradients(layer, other(grad), one(x)), expected, 1e-4)
+
+
+@pytest.mark.parametrize("values", [1, 3])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_layer_that_was_pruned_to_fewer_channels_is_torchs(values, training, affine):
+    """As libraries for pruning do: the tensors are cut, and `num_features` says what it said."""
+    torch.manual_seed(0)
+    ours, torchs = norms.BatchNorm2d(8, affine=affine), nn.BatchNorm2d(8, affine=affine)
+    for layer in (ours, torchs):
+        layer.train(training)
+        for name in ("running_mean", "running_var"):
+            setattr(layer, name, torch.linspace(1, 2, 8)[::2].clone())
+        if affine:
+            layer.weight, layer.bias = (nn.Parameter(torch.linspace(1, 2, 4)) for _ in range(2))
+    x = torch.randn(2, 4, values, values)
+    torch.testing.assert_close(ours(x), torchs(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(list(ours.buffers()), list(torchs.buffers()), rtol=1e-5, atol=1e-5)
+    for layer in (ours, torchs):
+        with pytest.raises(RuntimeError):
+            layer(torch.randn(2, 8, 3, 3))

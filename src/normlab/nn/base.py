@@ -209,6 +209,9 @@ class RunningStatistics(PreciseStatistics, _NormBase):
     half precision. Its attributes are torch's: with `track_running_stats` switched off a batch in training changes no
     statistics, and the output is that of training all the same.
 
+    An activation checkpoint runs a layer again with the statistics as its last call left them. So a layer that was
+    called several times before the backward pass, in a checkpoint each time, has another gradient than without.
+
     Args:
         num_features: C.
         eps: added to the variance.

@@ -52,12 +52,14 @@ class _Batch(PreciseStatistics, _NormBase):
         self._check_input_dim(x)
         if residual is not None:
             check_residual(x, residual)
-        own = self.training or self.running_mean is None  # statistics of this batch
+        mean = self.running_mean
+        own = self.training or mean is None  # statistics of this batch
         if mask is not None and own:
             self._check_memory(x, residual)
             return activate(self._masked(x, mask), self.activation, residual)
-        # Several values a channel
-        if not is_tracing() and x.numel() > x.size(1) == self.num_features and operators.preferred(x, own):
+        # Several values a channel. Not `num_features`: a norm that was pruned may hold fewer.
+        fits = not is_tracing() and x.numel() > x.size(1) and (mean is None or len(mean) == x.size(1))
+        if fits and operators.preferred(x, own):
             taken = self._taken(x, residual)
             if taken is not None:
                 return self._fast(x, taken, own, residual)
@@ -98,13 +100,14 @@ class _Batch(PreciseStatistics, _NormBase):
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight, bias = (None if part is None else part.to(dtype) for part in (self.weight, self.bias))
         mean, var = self.running_mean, self.running_var
+        channels = x.shape[1] if mean is None else len(mean)
         if not (self.training or mean is None) or x.numel() == 0:  # an empty batch has no statistics of its own
-            mean = x.new_zeros(self.num_features, dtype=dtype) if mean is None else mean
-            var = x.new_ones(self.num_features, dtype=dtype) if var is None else var
+            mean = x.new_zeros(channels, dtype=dtype) if mean is None else mean
+            var = x.new_ones(channels, dtype=dtype) if var is None else var
             if torch.is_grad_enabled() and plainly:
                 mean, var = mean.clone(), var.clone()  # a buffer written meanwhile would end the backward pass
             return nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
-        if x.numel() == x.shape[1] == self.num_features:
+        if x.numel() == x.shape[1] == channels:
             # torch raises here, because the unbiased variance would be 0/0: of the variance one value says nothing.
             self._remember(x.detach().flatten(), var)
             return F.batch_norm(x, weight, bias, self.eps)
@@ -112,7 +115,7 @@ class _Batch(PreciseStatistics, _NormBase):
             mean is None or not self.track_running_stats
         ):  # ONNX, given the two below, would take them for running statistics
             return nn.functional.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
-        batch_mean, batch_var = x.new_zeros(2, self.num_features, dtype=dtype)
+        batch_mean, batch_var = x.new_zeros(2, channels, dtype=dtype)
         y = nn.functional.batch_norm(x, batch_mean, batch_var, weight, bias, True, 1.0, self.eps)
         self._remember(batch_mean, batch_var)
         return y
