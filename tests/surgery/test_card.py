@@ -5,6 +5,7 @@ import doctest
 import hashlib
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -165,3 +166,25 @@ def test_what_is_no_card_is_refused(card, said):
 
 def test_the_example_shows_what_comes():
     assert doctest.testmod(_card) == (0, 2)
+
+
+def test_a_norm_beside_a_wrapped_one_of_its_name_has_an_entry_of_its_own():
+    def model(eps: float) -> nn.Module:
+        made = nn.Module()
+        made.bn, made.module = nn.BatchNorm2d(3), nn.ModuleDict({"bn": nn.BatchNorm2d(3, eps=eps)})
+        return made
+
+    card = normlab.card(model(0.25))
+    assert sorted(entry["eps"] for entry in card["norms"].values()) == [1e-5, 0.25]
+    (difference,) = normlab.check_card(model(0.5), card)
+    assert "eps was 0.25 when saved, is 0.5 here" in difference
+    assert normlab.check_card(nn.DataParallel(model(0.25)), card) == []
+
+
+def test_an_eps_of_numpys_is_on_it():
+    card = normlab.card(nn.Sequential(nn.BatchNorm2d(3, eps=np.float32(0.5))))
+    assert json.loads(json.dumps(card))["norms"]["0"]["eps"] == 0.5
+
+
+def test_a_lazy_norm_has_a_card_without_statistics():
+    assert normlab.card(nn.Sequential(nn.LazyBatchNorm2d()))["norms"]["0"]["statistics"] is None

@@ -218,3 +218,20 @@ def test_a_norm_without_which_the_model_is_another_is_left(factor):
     assert "the model's output is another" in report.rows[0].note
     assert report.change == 0
     assert torch.equal(output(folded, X.clone()), output(model, X.clone()))
+
+
+class UnderAutocast(nn.Sequential):
+    """Runs in bfloat16 with parameters in float32."""
+
+    def forward(self, input):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(input).float()
+
+
+def test_a_model_that_runs_under_autocast_of_its_own_is_folded():
+    model = settled(UnderAutocast(nn.Conv2d(3, 4, 3), BatchNorm2d(4, activation="relu"), nn.Conv2d(4, 2, 3)))
+    folded, report = fold(model, X)
+    assert [row.became for row in report] == ["torch ReLU"]
+    expected = output(nn.Sequential(*model), X)  # in float32
+    assert (output(folded, X) - expected).abs().max() <= 0.02 * expected.abs().max()
+    assert 0 < report.change < 0.02

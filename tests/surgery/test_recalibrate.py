@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 from checks import assert_close, assert_same_state
 from normlab.errors import InputError
-from normlab.nn import RunningBatchNorm2d
+from normlab.nn import EvoNorm2dB0, RunningBatchNorm2d
 from normlab.surgery import recalibrate
 from surgery.test_convert import Block, trained
 
@@ -147,3 +147,30 @@ def test_batches_of_dicts_with_a_usual_key_measure_what_is_under_it(key):
 def test_batches_of_dicts_without_a_usual_key_are_told_how_to_go_on():
     with pytest.raises(InputError, match=r"got a dict with the keys 'volume'.*forward=lambda model, batch"):
         recalibrate(nn.Sequential(nn.BatchNorm2d(3)), [{"volume": torch.randn(6, 3, 4, 4)}])
+
+
+class OwnBatchNorm(nn.BatchNorm2d):
+    """Batch norm in a class of somebody's own."""
+
+    def forward(self, input):
+        return super().forward(input)
+
+
+@pytest.mark.parametrize(("momentum", "batches"), [(None, 10**6), (0.0, 5), (1e-6, 5)])
+def test_norms_whose_statistics_hardly_move_are_measured_too(momentum, batches):
+    model = nn.Sequential(OwnBatchNorm(3, momentum=momentum))
+    model[0].num_batches_tracked.fill_(batches)
+    recalibrate(model, IMAGES.split(20))
+    torch.testing.assert_close(model[0].running_mean, IMAGES.mean((0, 2, 3)))
+    torch.testing.assert_close(model[0].running_var, IMAGES.var((0, 2, 3)))
+    assert model[0].momentum == momentum
+
+
+def test_a_mean_square_alone_is_said_to_be_statistics_of_another_kind():
+    (row,) = recalibrate(nn.Sequential(EvoNorm2dB0(3)), [IMAGES]).report
+    assert row.note == "keeps statistics of another kind than mean and variance of a channel"
+
+
+def test_a_lazy_model_is_asked_for_its_parameters():
+    with pytest.raises(InputError, match="run a batch through it first"):
+        recalibrate(nn.Sequential(nn.LazyBatchNorm2d()), [IMAGES])

@@ -5,8 +5,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..choice import plain_name
 from ..errors import InputError
@@ -36,7 +38,7 @@ def card(model: nn.Module) -> Card:
     Args:
         model: any module.
     """
-    return {"norms": {plain_name(name): _entry(module) for name, module in _carded(model)}}
+    return {"norms": _entries(model)}
 
 
 def check_card(model: nn.Module, card: Card | str) -> list[str]:
@@ -54,7 +56,7 @@ def check_card(model: nn.Module, card: Card | str) -> list[str]:
     Raises:
         InputError: it is no card.
     """
-    saved, here = _norms_of(card), {plain_name(name): _entry(module) for name, module in _carded(model)}
+    saved, here = _norms_of(card), _entries(model)
     names: dict[str, list[str]] = {}  # by difference
     for name in (*saved, *(name for name in here if name not in saved)):
         for text in _differences(saved.get(name), here.get(name)):
@@ -70,6 +72,16 @@ def _carded(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
     for one in found.values():  # behind the module system
         yield one.name, one.module
+
+
+def _entries(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """By plain name; where that is another's already, as of `bn` beside `module.bn`, with a number."""
+    entries: dict[str, dict[str, Any]] = {}
+    for name, module in _carded(model):
+        plain = plain_name(name)
+        again = sum(other == plain or other.startswith(f"{plain} (") for other in entries)
+        entries[f"{plain} ({again + 1})" if again else plain] = _entry(module)
+    return entries
 
 
 def _entry(module: nn.Module) -> dict[str, Any]:
@@ -91,11 +103,13 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
+    return value is None or isinstance(value, bool | int | float | str | np.number)
 
 
 def _plain(value: Any) -> Any:
-    return [_plain(one) for one in value] if isinstance(value, tuple | list) else value
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    return value.item() if isinstance(value, np.number) else value
 
 
 def _statistics(module: nn.Module) -> dict[str, Tensor]:
@@ -106,7 +120,7 @@ def _digest(tensors: dict[str, Tensor]) -> str | None:
     """Of names, shapes and values, the same in every precision that holds the values; None without values."""
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        if tensor.is_meta:
+        if tensor.is_meta or is_lazy(tensor):
             return None
         sha.update(f"{name}{tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().to("cpu", torch.float64).contiguous().numpy().tobytes())

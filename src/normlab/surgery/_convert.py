@@ -12,7 +12,18 @@ from torch.optim import Optimizer
 
 from ..errors import check, unknown
 from ..nn import NORMS, GroupNorm
-from .build import TORCH, Seen, accepted_options, built, established, is_frozen, note, values_a_statistic
+from .build import (
+    FURTHER,
+    TORCH,
+    Seen,
+    accepted_options,
+    built,
+    established,
+    is_frozen,
+    note,
+    takes,
+    values_a_statistic,
+)
 from .effect import Batches, Effect, Forward, first_input, looking, peeked
 from .modules import Choice, Found, Selection, called, classes, copied, norms, registered_name, why_left
 from .operation import Groups, Operation
@@ -92,7 +103,7 @@ class _Measure:
         values = min((x.shape[2:].numel() for x in inputs), default=None)
         return Seen(dims.pop() if len(dims) == 1 else None, values, next(iter(inputs), None))
 
-    def why_not(self, norm: nn.Module) -> str | None:
+    def why_not(self, norm: nn.Module, to: str) -> str | None:
         """What of its use stands against another in its place."""
         outside = self.trace.outside.get(norm)
         if outside:
@@ -102,6 +113,10 @@ class _Measure:
             return "given something else than a tensor (N, C, *space)"
         if isinstance(norm, _InstanceNorm) and any(x.dim() == (space_dims(norm) or 0) + 1 for x in inputs):
             return "given single images, without a dimension of batches"
+        taken = takes(*classes(to)) if to in NORMS else set()
+        for call in self.trace.calls[norm]:
+            if lost := [name for name in FURTHER if call.kwargs.get(name) is not None and name not in taken]:
+                return f"given {lost[0]}=, which {to} norm does not take"
         return next((call.why_not_replaced for call in self.trace.calls[norm] if call.why_not_replaced), None)
 
     def note(self, norm: nn.Module) -> str | None:
@@ -207,7 +222,7 @@ class _Plan:
     def why_not(self, found: Found) -> str | None:
         """Why a norm is left as it is, or None."""
         reason = why_left(found) or self._why_not_kind(found.module) or self._why_not_use(found)
-        return reason or (None if self.used is None else self.used.why_not(found.module))
+        return reason or (None if self.used is None else self.used.why_not(found.module, self.to))
 
     def built(self, found: Found) -> nn.Module:
         return built(found.module, self.to, self.seen(found), self.most or 2, self.options)

@@ -272,10 +272,14 @@ def _gives(layer: Any, new: dict[str, nn.Parameter], activation: nn.Module, call
     try:
         with torch.no_grad():
             given = call.layer_input.detach()
+            if not given.dtype == expected.dtype == layer.weight.dtype:  # under autocast: to the narrower type's digits
+                layer._parameters.update({name: nn.Parameter(part.float()) for name, part in new.items()})
+                given = given.float()
             y = activation(type(layer).forward(layer, given))
     finally:
         layer._parameters.update(kept)
-    eps = 8 * max(torch.finfo(y.dtype).eps, 1e-5)
+    eps = 8 * max(torch.finfo(expected.dtype).eps, torch.finfo(call.input.dtype).eps, 1e-5)
+    y, expected = y.double(), expected.double()
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     return y.shape == expected.shape and torch.allclose(y, expected, rtol=eps, atol=eps * max(largest, 1e-30))
 

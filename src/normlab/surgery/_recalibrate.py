@@ -13,7 +13,7 @@ from .effect import Batches, Forward, first_input, looking, peeked
 from .modules import Choice, Selection, called, norms
 from .moments import Moments
 from .operation import Operation
-from .probe import library, statistics_kind
+from .probe import check_made, library, statistics_kind
 from .report import Report, Row
 from .trace import input_of
 
@@ -64,6 +64,7 @@ def recalibrate(
     Source: Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3, where it is done in training mode, with
     batches that are large enough.
     """
+    check_made(model)
     found = norms(model)
     selection = Selection(only, skip, found)
     reasons = {one.module: selection.why_not(one) or _why_not(one.module) for one in found}
@@ -173,11 +174,11 @@ def _write_back(before: dict[nn.Module, list[Tensor]]) -> None:
 
 def _why_not(norm: nn.Module) -> str | None:
     own = {name: part for name, part in norm.named_buffers(recurse=False) if part is not None}
-    if not {"running_mean", "running_var"} <= set(own):
+    if not any(name.startswith("running_") for name in own):
         return "has no running statistics"
     if isinstance(norm, torch.jit.ScriptModule):
         return "compiled by TorchScript: what it is given cannot be seen"
-    kind = statistics_kind(norm)
+    kind = statistics_kind(norm) if {"running_mean", "running_var"} <= set(own) else None
     if kind == "constant":
         return "frozen: its statistics are constants"
     return None if kind is not None else "keeps statistics of another kind than mean and variance of a channel"

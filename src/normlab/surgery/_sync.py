@@ -26,12 +26,12 @@ def sync(
         only: the norms to convert, see `convert`.
         skip: those to leave, in the same words.
         inplace: change the model itself, not a copy.
-        process_group: the processes to share statistics with; None for all there are.
+        process_group: the processes to share statistics with; None for those of torch's sync norms, of others all.
 
     Raises:
         InputError: a choice meets no norm.
     """
-    options = {"process_group": process_group}
+    options = {} if process_group is None else {"process_group": process_group}
     return converted(model, "sync", only, skip, inplace, _other_than_batch, options=options)
 
 

@@ -21,9 +21,12 @@ from .probe import (
     example,
     input_name,
     is_constant,
+    library,
     on_meta,
     output,
+    own_tensor,
     space_dims,
+    twin,
 )
 
 # Of torch.nn.Module: what is called around a module's own computation. Handles to remove them go on working.
@@ -36,6 +39,7 @@ TORCH_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 GROUPED = {"group", "group_ws", "evonorm_s0"}
 FEWEST = 8  # values a group has, where its layer has so many channels
 ANY_DIMS = (2, 3, 4, 5)  # of a tensor
+FURTHER = ("residual", "mask")  # what layers of ours may be given beside the input
 _OF_TORCH = set(nn.BatchNorm1d(1).__dict__) | set(nn.GroupNorm(1, 1).__dict__) | set(nn.InstanceNorm1d(1).__dict__)
 _OF_OURS = {"activation", "step_bound", "process_group", "virtual_batch_size", "accepted_dims", "was", "_known"}
 
@@ -129,10 +133,17 @@ def _made(old: nn.Module, to: str, seen: Seen, space: int, options: dict[str, An
     has, momentum = torch_momentum(old)
     if NORMS[to].averages and has and (momentum or to == "batch"):  # None is the mean of all batches
         options.setdefault("momentum", momentum)
+    if "process_group" in accepted:
+        options.setdefault("process_group", getattr(old, "process_group", None))
     needs = getattr(NORMS[to].layers[space - 1], "needs_statistics", False)
     if "track_running_stats" in accepted and isinstance(old, (_BatchNorm, RunningStatistics)) and not needs:
         options.setdefault("track_running_stats", old.running_mean is not None)
     return build_norm(to, channels(old), space, **options)
+
+
+def takes(*kinds: type[nn.Module]) -> set[str]:
+    """What the forward passes of classes take beside the input."""
+    return {name for kind in kinds for name in FURTHER if name in inspect.signature(kind.forward).parameters}
 
 
 def accepted_options(to: str, space: int) -> dict[str, inspect.Parameter]:
@@ -258,6 +269,9 @@ def note(old: nn.Module, new: nn.Module, to: str, seen: Seen, established: str) 
     extra = [name for name, _ in new.named_parameters() if name.split(".")[-1] not in ("weight", "bias")]
     if extra:
         notes.append(f"has new parameters: {', '.join(extra)}")
+    before, after = own_tensor(old, "running_mean"), own_tensor(new, "running_mean")
+    if before is not None and after is not None and after.dtype.itemsize < before.dtype.itemsize:
+        notes.append(f"its statistics are rounded to {after.dtype}, the type of γ")
     if carried := sorted(set(extra_attributes(old)) & set(new.__dict__)):
         notes.append(f"attributes carry over: {', '.join(carried)}")
     if to != TORCH and NORMS[to].activates:
@@ -271,12 +285,16 @@ def _notes_on_use(old: nn.Module, new: nn.Module, to: str, seen: Seen) -> list[s
     notes = []
     if (key := input_name(old)) != "input" and seen.values is None:
         notes.append(f"assumed to be given its input by position, not as {key}=")
+    lost = sorted(takes(type(old)) - takes(type(new))) if library(type(old)) and seen.values is None else []
+    if lost:
+        notes.append(f"assumed to be called without {'= and '.join(lost)}=, which {type(new).__name__} does not take")
     if new.__dict__.get("accepted_dims") == ANY_DIMS:
         notes.append(f"takes any number of space dimensions, as {type(old).__name__} does")
     groups = getattr(new, "num_groups", None)
     if to in GROUPED and groups is not None and groups < math.gcd(channels(old), 8):
-        values = channels(old) // math.gcd(channels(old), 8) * (seen.values or 1)
-        notes.append(f"{groups} groups: of {math.gcd(channels(old), 8)} each would have {values} values")
+        most = math.gcd(channels(old), 8)
+        values = channels(old) // most * (seen.values or 1)
+        notes.append(f"num_groups is {groups}: of {most} groups each would have too few values, {values}")
     if to == "instance" and seen.values is None and _takes_vectors(old):
         notes.append("assumed to be given (N, C, L): of (N, C) it would put out β whatever the input")
     return notes
@@ -298,11 +316,11 @@ def established(old: nn.Module, new: nn.Module) -> str:
 
 def _same_at(old: nn.Module, new: nn.Module, dims: int) -> bool | None:
     x = example(old, dims)
-    modes = [(module, module.training) for module in (old, *new.modules())]
+    modes = [(module, module.training) for module in new.modules()]
     try:
         for module, _ in modes:
             module.training = False
-        y, other = output(old, x.clone()), output(new, x.clone())
+        y, other = output(twin(old, random=False), x.clone()), output(new, x.clone())
     finally:
         for module, training in modes:
             module.training = training

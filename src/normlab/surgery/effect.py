@@ -1,12 +1,11 @@
 """Passes that leave a model as it was; what another norm changes, and the γ and β that change it least."""
 
-import random
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from ..training.batches import INPUT_KEYS
 from .moments import Moments
 from .outputs import comparable, ratio
 from .places import held_modules
-from .probe import is_linear_in_its_parameters
+from .probe import check_made, is_linear_in_its_parameters, library, same_random
 from .trace import input_of
 
 Batches: TypeAlias = Iterable[Any]
@@ -66,17 +65,37 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     draws the same the next time.
     """
     modes = {held.module: held.module.training for held in held_modules(model)}
-    devices = {part.get_device() for part in model.parameters() if part.is_cuda}
-    state, numbers = random.getstate(), np.random.get_state()
+    devices = [part for part in model.parameters() if part.is_cuda]
+    with _switched_back([module for module in modes if _switches_more(module)]):
+        try:
+            model.eval()
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), same_random(devices):
+                yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+def _switches_more(module: nn.Module) -> bool:
+    """Whether its `train`, which `eval` calls, is somebody's own: some merge adapters, or stop parameters' learning."""
+    return any("train" in vars(kind) for kind in type(module).__mro__ if not library(kind))
+
+
+@contextmanager
+def _switched_back(modules: list[nn.Module]) -> Iterator[None]:
+    """After, attributes, parameters and their gradient switches are as before."""
+    attributes = [(module, dict(module.__dict__), dict(module._parameters)) for module in modules]
+    parameters = {part: (part.requires_grad, part.detach().clone()) for one in modules for part in one.parameters()}
     try:
-        model.eval()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices):
-            yield
+        yield
     finally:
-        random.setstate(state)
-        np.random.set_state(numbers)
-        for module, training in modes.items():
-            module.training = training
+        for module, own, registered in attributes:
+            module.__dict__.update(own)
+            module._parameters.update(registered)
+        for part, (learns, value) in parameters.items():
+            part.requires_grad_(learns)
+            if not part.is_meta and not torch.equal(part, value):
+                part.data.copy_(value)  # not seen by `undo`, to which this is no training
 
 
 @contextmanager
@@ -85,7 +104,11 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
 
     For passes that shall not count: a second one for sharpness-aware steps, a look at a batch. Of `running` the
     backward pass has to be inside too, since it moves averages of its own.
+
+    Raises:
+        InputError: parts of the model are not made yet.
     """
+    check_made(model)
     kept = [
         (module, name, buffer, buffer.clone())
         for module in (held.module for held in held_modules(model))
@@ -183,8 +206,12 @@ class Effect:
     def _compare(self, old: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         new, x = self._pairs[old], input_of(args, kwargs)
         modes = [(module, module.training) for module in new.modules()]
-        residual = kwargs.get("residual", args[1] if len(args) > 1 else None)
-        further = {} if residual is None else {"residual": residual}
+        further = {name: kwargs[name] for name in ("residual", "mask") if kwargs.get(name) is not None}
+        for name in set(further) - set(inspect.signature(new.forward).parameters):
+            kinds = type(old).__name__, type(new).__name__
+            raise InputError(
+                f"batches: a later batch gives {kinds[0]} {name}=, which {kinds[1]} does not take. Skip it."
+            )
         try:
             for module, _ in modes:
                 module.training = False
@@ -194,21 +221,22 @@ class Effect:
                 module.training = training
 
     def _add(self, old: nn.Module, new: nn.Module, y: Tensor, x: Tensor, further: dict[str, Any]) -> None:
+        self._outputs.setdefault(old, Moments()).add(y)
+        self._rounding[old] = torch.finfo(y.dtype).eps
         if self._fits(new):
+            y = y - further.pop("residual", 0)  # which γ x̂ + β does not replace
             kept, shape = dict(new._parameters), new.get_parameter("weight")
             new._parameters.update(
                 weight=nn.Parameter(torch.ones_like(shape)), bias=nn.Parameter(torch.zeros_like(shape))
             )
             try:
-                x_hat = new.forward(x)  # not called: it has the hooks of the old one
+                x_hat = new.forward(x, **further)  # not called: it has the hooks of the old one
             finally:
                 new._parameters.update(kept)
             change = torch.zeros_like(y)
         else:
             x_hat = torch.zeros_like(y)
             change = new.forward(x, **further) - y
-        self._outputs.setdefault(old, Moments()).add(y)
-        self._rounding[old] = torch.finfo(y.dtype).eps
         x_hat, y, change = (part.detach().double().transpose(0, 1).flatten(1) for part in (x_hat, y, change))
         if y.shape[1] == 0:  # an empty batch
             return

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _LazyNormBase, _NormBase
-from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from ..choice import Choice, is_meant
@@ -19,7 +18,7 @@ from ..errors import InputError, check, unknown
 from ..nn import NORMS, build_norm
 from ..nn.base import is_fresh
 from .places import Held, Place, held_modules
-from .probe import channels, computes_as_its_base, is_affine, library, own_tensor, space_dims
+from .probe import channels, check_made, computes_as_its_base, is_affine, library, own_tensor, space_dims
 
 # Modules that normalise, but not (N, C, *space) over channels.
 OTHERS = (nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
@@ -79,8 +78,7 @@ def copied(model: nn.Module) -> nn.Module:
     Raises:
         InputError: parts of it are not made yet, or cannot be copied.
     """
-    lazy = [name for name, part in model.named_parameters() if isinstance(part, UninitializedParameter)]
-    check(not lazy, "model", ", ".join(lazy), "one whose parameters are all there: run a batch through it first")
+    check_made(model)
     memo: dict[int, Any] = {}
     try:
         new = copy.deepcopy(model, memo)
@@ -157,7 +155,8 @@ def why_not(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "compiled by TorchScript: convert the model before it is scripted"
     if isinstance(module, OTHERS):
-        return "does not normalise over the channels of (N, C, *space)"
+        base = next(base.__name__ for base in OTHERS if isinstance(module, base))
+        return f"is a kind of {base}, which does not normalise the channels of (N, C, *space) one by one"
     if isinstance(module, _LazyNormBase):
         return "does not know its channels yet: run a batch through the model first"
     if list(module.children()) and not parametrize.is_parametrized(module):
@@ -178,6 +177,10 @@ def _why_not_tensors(module: nn.Module) -> str | None:
         return f"has parameters of its own: {', '.join(extra)}"
     if own_tensor(module, "weight") is None and own_tensor(module, "bias") is not None:
         return "has β without γ, which another norm cannot"
+    for name in ("weight", "bias"):
+        learned = module._parameters.get(name)
+        if learned is not None and learned.dim() != 1:  # another norm has the same object
+            return f"its {name} has the shape {tuple(learned.shape)}, which another norm's cannot have"
     sizes = {part.numel() for part in _per_channel(module)}
     return None if len(sizes) < 2 else f"its parts are of different sizes: {', '.join(map(str, sorted(sizes)))}"
 

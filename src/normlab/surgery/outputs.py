@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .places import attributes
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -34,15 +35,9 @@ def _opened(value: Any, name: str, seen: set[int]) -> Iterator[tuple[Tensor, str
     elif isinstance(value, (list, tuple, set, frozenset)):
         parts = [(part, f"{name}[{index}]") for index, part in enumerate(value)]
     else:
-        slots = [slot for kind in type(value).__mro__ for slot in _names(getattr(kind, "__slots__", ()))]
-        held = {slot: getattr(value, slot) for slot in slots if hasattr(value, slot)} | getattr(value, "__dict__", {})
-        parts = [(part, f"{name}.{key}") for key, part in held.items()]
+        parts = [(part, f"{name}.{key}") for key, part in attributes(value).items()]
     for part, inner in parts:
         yield from _opened(part, inner, seen)
-
-
-def _names(slots: Any) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def comparable(output: Any, where: str) -> dict[str, Tensor]:

@@ -28,6 +28,9 @@ def reader_of_statistics(model: nn.Module) -> Callable[..., str | None]:
         waiting = [place.holder for place in found.places if isinstance(place.holder, nn.Module)]
         while waiting:
             holder = waiting.pop()
+            own = _code(holder.__dict__.get("forward"))  # put on the instance
+            if own is not None and READ & set(_names(own)):
+                return f"{type(holder).__name__}.forward"
             if type(holder).__module__.startswith("torch.nn.modules"):
                 waiting += above.get(holder, [])
             elif known_by(holder) is None:
@@ -44,8 +47,8 @@ def reading_hook(norm: nn.Module, targets: Iterable[type[nn.Module]]) -> str | N
     if any(issubclass(target, _NormBase) for target in targets):
         return None
     for hook in (*norm._forward_hooks.values(), *norm._forward_pre_hooks.values()):
-        code = getattr(getattr(hook, "__func__", hook), "__code__", None)
-        if isinstance(code, CodeType) and READ & set(_names(code)):
+        code = _code(hook)
+        if code is not None and READ & set(_names(code)):
             return getattr(hook, "__qualname__", repr(hook))
     return None
 
@@ -68,9 +71,14 @@ def _methods(kind: type) -> Iterator[tuple[str, CodeType]]:
         if base.__module__.startswith("torch.nn.modules"):
             continue
         for name, value in vars(base).items():
-            function: Any = getattr(value, "__func__", value)
-            if isinstance(getattr(function, "__code__", None), CodeType):
-                yield name, function.__code__
+            if (code := _code(value)) is not None:
+                yield name, code
+
+
+def _code(function: Any) -> CodeType | None:
+    """Of a function or method; None of anything else."""
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    return code if isinstance(code, CodeType) else None
 
 
 def _reached(name: str, methods: dict[str, CodeType]) -> list[str]:

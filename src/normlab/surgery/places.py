@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial
 from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 MOST_NAMES = 16  # of one module: in a net that shares modules at every level the paths to one can be millions
 MOST_VALUES = 100_000  # looked at beside the registered modules
-_OWN = set(nn.Module().__dict__)  # torch's: parameters, buffers, hooks
+OWN = set(nn.Module().__dict__)  # torch's: parameters, buffers, hooks
+_LIBRARIES = ("torch", "numpy", "builtins", "normlab", "lightning", "pytorch_lightning")
 MEMORY = "_before_surgery"  # what `memory.py` keeps on a module, which is no part of the model
 
 
@@ -34,7 +35,8 @@ class Place:
     def read(self) -> Any:
         """What is there now."""
         holder = self.holder.read() if isinstance(self.holder, Place) else self.holder
-        return _slot(holder, self.key)[self.key]
+        within = _within(holder, self.key)
+        return getattr(holder, self.key) if within is None else within[self.key]
 
     def write(self, value: Any) -> None:
         """Puts something else there; a tuple is replaced by another in the place that holds it."""
@@ -42,15 +44,20 @@ class Place:
             old = self.holder.read()
             parts = [value if index == self.key else part for index, part in enumerate(old)]
             self.holder.write(type(old)(*parts) if hasattr(old, "_fields") else type(old)(parts))
+        elif (within := _within(self.holder, self.key)) is not None:
+            within[self.key] = value
         else:
-            _slot(self.holder, self.key)[self.key] = value
+            object.__setattr__(self.holder, self.key, value)
 
 
-def _slot(holder: Any, key: Any) -> Any:
-    """What is indexed to read or write a place."""
+def _within(holder: Any, key: Any) -> Any:
+    """What is indexed to read or write a place; None for an attribute in a slot."""
     if isinstance(holder, nn.Module):
         return holder._modules if key in holder._modules else holder.__dict__
-    return holder if isinstance(holder, (list, dict, tuple, deque)) else holder.__dict__
+    if isinstance(holder, (list, dict, tuple, deque)):
+        return holder
+    own = getattr(holder, "__dict__", {})
+    return own if key in own else None
 
 
 @dataclass(eq=False)
@@ -135,7 +142,7 @@ class _Walk:
             return  # what it holds beside its submodules are methods of its own
         name = held.names[0] if held.names else (held.beside[0].name if held.beside else held.stuck[0])
         for key, value in list(held.module.__dict__.items()):
-            if key not in _OWN and key != MEMORY:
+            if key not in OWN and key != MEMORY:
                 self._look(value, Place(_joined(name, key), held.module, key), None)
         if held.hidden:
             for key, child in held.module._modules.items():
@@ -150,7 +157,8 @@ class _Walk:
             else:
                 held.stuck.append(stuck)
             return
-        if id(value) in self._seen or not _may_hold(value) or self._left == 0:
+        again = id(value) in self._seen and not isinstance(value, tuple)  # which has to be replaced wherever it is
+        if again or not _may_hold(value) or self._left == 0:
             return
         self._left -= 1
         self._seen.add(id(value))
@@ -169,8 +177,8 @@ def _may_hold(value: Any) -> bool:
 
 def _is_small_object(value: Any) -> bool:
     """An object of the user's own, not a trainer or a library's machinery."""
-    library = type(value).__module__.split(".")[0] in ("torch", "numpy", "builtins", "normlab", "lightning")
-    return not library and len(getattr(value, "__dict__", ())) <= 32 and hasattr(value, "__dict__")
+    library = type(value).__module__.split(".")[0] in _LIBRARIES
+    return not library and 0 < len(attributes(value)) <= 32
 
 
 def _parts(value: Any, place: Place) -> Iterator[tuple[Any, Any, str, bool]]:
@@ -190,10 +198,19 @@ def _parts(value: Any, place: Place) -> Iterator[tuple[Any, Any, str, bool]]:
         yield value.__self__, None, name, False
     elif isinstance(value, FunctionType):
         yield from ((part, None, name, False) for part in _closed_over(value))
-    elif is_dataclass(value) and not hasattr(value, "__dict__"):
-        yield from ((getattr(value, field.name), None, f"{name}.{field.name}", False) for field in fields(value))
     else:
-        yield from ((part, key, f"{name}.{key}", True) for key, part in list(vars(value).items()))
+        yield from ((part, key, f"{name}.{key}", True) for key, part in attributes(value).items())
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """What an object of any class holds, in slots too."""
+    slots = [slot for kind in type(value).__mro__ for slot in _names(vars(kind).get("__slots__", ()))]
+    held = {slot: getattr(value, slot) for slot in slots if hasattr(value, slot) and not slot.startswith("__")}
+    return held | getattr(value, "__dict__", {})
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def _closed_over(function: FunctionType) -> list[Any]:

@@ -1,13 +1,21 @@
 """What a norm computes, found by running it on made-up values: a twin of it, inside a guard."""
 
+import copy
 import inspect
 import math
+import random
 import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from ..errors import check
 from ..nn import FrozenBatchNorm2d, MovingAverageBatchNorm2d
 from ..nn.activation import SLOPES
 
@@ -84,15 +92,18 @@ def model_dims(model: nn.Module) -> int | None:
 
 
 def twin(module: nn.Module, random: bool = True) -> nn.Module:
-    """A module of the same class and attributes, with tensors of its own, no hooks, in evaluation mode.
+    """A module of the same class and attributes, with tensors, modules and lists of its own, no hooks, in evaluation.
 
     With `random` γ, β and statistics are drawn, so that no two channels are alike.
     """
     new = type(module).__new__(type(module))
     fresh = nn.Module().__dict__
-    new.__dict__.update({key: fresh.get(key, value) for key, value in module.__dict__.items()})
+    new.__dict__.update({key: fresh.get(key, _apart(value)) for key, value in module.__dict__.items()})
     generator = torch.Generator().manual_seed(1)
-    new.__dict__["_modules"] = dict(module._modules)
+    new.__dict__["_modules"] = {
+        name: child if child is None or isinstance(child, torch.jit.ScriptModule) else twin(child, random=False)
+        for name, child in module._modules.items()
+    }
     for kind in ("_parameters", "_buffers"):
         new.__dict__[kind] = {
             name: None if part is None else _drawn(name, part.detach(), generator if random else None)
@@ -102,6 +113,11 @@ def twin(module: nn.Module, random: bool = True) -> nn.Module:
         new.__dict__["_parameters"][name] = None if part is None else nn.Parameter(part, False)
     new.__dict__["training"] = False
     return new
+
+
+def _apart(value: Any) -> Any:
+    """A copy of what foreign code may write into, such as a list of what it was given."""
+    return copy.copy(value) if isinstance(value, (list, dict, set, deque)) else value
 
 
 def _drawn(name: str, part: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -128,12 +144,32 @@ def output(module: nn.Module, x: Tensor, kind: type[nn.Module] | None = None) ->
     The code may be anybody's: whatever it raises says that it does not take this input.
     """
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with torch.no_grad(), same_random([x] if x.is_cuda else []), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             y = (kind or type(module)).forward(module, x)  # type: ignore[reportAttributeAccessIssue]
     except Exception:
         return None
     return y if isinstance(y, Tensor) and y.shape == x.shape else None
+
+
+@contextmanager
+def same_random(parts: Iterable[Tensor] = ()) -> Iterator[None]:
+    """After, generators of random numbers are as before: torch's, of the GPUs of `parts` too, numpy's and Python's."""
+    state, numbers = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng({part.get_device() for part in parts}):
+            yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numbers)
+
+
+def check_made(model: nn.Module) -> None:
+    """An InputError for a model with parameters or buffers that are not made yet, as those of lazy modules."""
+    parts = (*model.named_parameters(), *model.named_buffers())
+    lazy = [name for name, part in parts if is_lazy(part)]
+    accepted = "one whose parameters are all there: run a batch through it first"
+    check(not lazy, "model", ", ".join(lazy), accepted)
 
 
 def on_meta(module: nn.Module) -> bool:
@@ -299,6 +335,8 @@ def _kind_at(norm: nn.Module, dims: int) -> str | None:
     before = [probe._buffers[name] for name in ("running_mean", "running_var")]
     before = [None if part is None else part.double().flatten().clone() for part in before]
     probe.training = True
+    if "momentum" in probe.__dict__:  # of 0 nothing would be seen, and little of None after many batches
+        probe.__dict__["momentum"] = 0.5
     x = example(probe, dims)
     if output(probe, x.clone()) is None:
         return None

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .outputs import tensors
+from .places import OWN
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 CONVOLVES = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"}
@@ -111,18 +112,17 @@ class Trace(TorchFunctionMode):
             weight = None if isinstance(module, torch.jit.ScriptModule) else module._parameters.get("weight")
             if weight is not None:
                 self._owners.setdefault(id(weight), []).append(module)
-        self._parts = {
-            id(part): norm
-            for norm in norms
-            for part in (*norm._parameters.values(), *norm._buffers.values())
-            if part is not None
-        }
+        self._parts: dict[int, list[nn.Module]] = {}  # the norms that have a tensor: several, if they share it
+        for norm in norms:
+            for part in (*norm._parameters.values(), *norm._buffers.values()):
+                if part is not None:
+                    self._parts.setdefault(id(part), []).append(norm)
         self._uses: dict[int, int] = {}  # of weights
         self._made: dict[int, Made] = {}  # by the tensor's id
         self._follows: dict[int, tuple[Tensor, nn.Module]] = {}  # made by it, or a rectifier after it
         self._users: dict[int, str] = {}  # by the id of the origin
         self._taken: dict[int, nn.Module] = {}  # the first norm that was given it, likewise
-        self._hooked: dict[int, str] = {}  # what hooks of a module were given
+        self._hooked: dict[int, tuple[Tensor, str]] = {}  # what hooks of a module were given
         self._put_out: dict[int, tuple[Tensor, nn.Module]] = {}  # by layers, as modules
         self._running: list[nn.Module] = []
 
@@ -130,6 +130,11 @@ class Trace(TorchFunctionMode):
         """What `forward` returns, while all is seen."""
         with self.watching():
             output = forward()
+        for module, name in self.names.items() if self._keep else ():
+            kept = {key: value for key, value in module.__dict__.items() if key not in OWN}
+            for leaf in tree_leaves(kept):
+                if id(leaf) in self._made:
+                    self._users[self._made[id(leaf)].origin] = f"an attribute of {name or 'the model'}, which keeps it"
         for leaf in tensors(output):
             if id(leaf) in self._made:
                 self._users[self._made[id(leaf)].origin] = "the model's output"
@@ -159,7 +164,7 @@ class Trace(TorchFunctionMode):
 
     def hooks_on(self, call: Call, norm: nn.Module) -> str | None:
         """Which module's hooks were given the output of the layer before a norm; None if none were."""
-        hooked = self._hooked.get(id(call.input))
+        hooked = self._hooked.get(id(call.input), (None, None))[1]
         return self.names[norm] if hooked is None and _has_hooks(norm, own=0) else hooked
 
     def made_by(self, tensor: Any) -> nn.Module | None:
@@ -189,9 +194,10 @@ class Trace(TorchFunctionMode):
 
     def _see(self, name: str, given: list[Tensor], args: Any, kwargs: Any, output: Any) -> None:
         for part in given:
-            owner = self._parts.get(id(part))
-            if owner is not None and owner not in self._running:
-                self.outside.setdefault(owner, []).append(name)
+            owners = self._parts.get(id(part), [])
+            if not any(owner in self._running for owner in owners):
+                for owner in owners:
+                    self.outside.setdefault(owner, []).append(name)
             if id(part) in self._owners:
                 self._uses[id(part)] = self._uses.get(id(part), 0) + 1
         if name in CONVOLVES:
@@ -257,7 +263,7 @@ class Trace(TorchFunctionMode):
 
     def _seen_by_hooks(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         for part in tensors((args, kwargs, output)):
-            self._hooked.setdefault(id(part), self.names[module])
+            self._hooked.setdefault(id(part), (part, self.names[module]))
 
 
 def _keeps(given: Tensor, output: Any) -> bool:
