@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normlab import convert, diagnose, fold, freeze, recalibrate, sync
+from normlab import convert, diagnose, fold, freeze, recalibrate, sync, unfreeze
 from normlab.errors import InputError
 from normlab.nn import BatchNorm2d, GroupNorm, RunningBatchNorm2d
 from situation import assert_near, assert_same_as, by_hand, evaluated, numbers, state_of, with_drawn_state
@@ -275,3 +275,68 @@ def test_a_forward_put_on_an_instance_is_read_too():
     model.norm = nn.BatchNorm2d(3)
     model.forward = lambda x: x - model.norm.running_mean[:, None, None]
     assert convert(model, "group", inplace=True).report.rows[0].became is None
+
+
+class Constants(nn.Module):
+    """A frozen batch norm of other origin, whose tensors have the shape of maps."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        drawn = with_drawn_state(nn.BatchNorm2d(num_features))
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, getattr(drawn, name).detach().view(1, -1, 1, 1).clone())
+        self.eps = 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.running_mean) * (self.running_var + self.eps).rsqrt() * self.weight + self.bias
+
+
+def learn(model: nn.Module, x: Tensor) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.train()(x).square().mean().backward()
+    optimizer.step()
+
+
+def test_what_constants_learned_is_there_after_undo():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), Constants(4)), numbers(8, 3, 6, 6)
+    before = state_of(model)
+    unfreeze(model, inplace=True).undo()
+    assert_same_as(before, model)
+    operation = unfreeze(model, inplace=True)
+    learn(model, x)
+    learned, batch = evaluated(model, x), model[1]
+    operation.undo()
+    assert isinstance(model[1], Constants)
+    assert_near(evaluated(model, x), learned)
+    assert_near(learned, by_hand(evaluated(model[0], x), batch))
+
+
+def test_undo_does_not_lose_a_gamma_that_was_not_there_before():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), with_drawn_state(nn.BatchNorm2d(4, affine=False))), numbers(8, 3, 6, 6)
+    operation = convert(model, "running", affine=True, inplace=True)
+    learn(model, x)
+    learned = evaluated(model, x)
+    with pytest.raises(InputError, match="has a weight that BatchNorm2d had not"):
+        operation.undo()
+    assert_near(evaluated(model, x), learned)
+
+
+@pytest.mark.parametrize("way", ["undo", "unfreeze"])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_norm_that_comes_back_is_of_the_type_that_the_model_has_now(way, affine, dtype):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), with_drawn_state(nn.BatchNorm2d(4, affine=affine)))
+    operation = freeze(model, inplace=True)
+    model.to(dtype)
+    back = operation.undo() if way == "undo" else unfreeze(model).model
+    x = numbers(8, 3, 6, 6).to(dtype)
+    expected = by_hand(evaluated(back[0], x), back[1])
+    assert_near(evaluated(back, x).double(), expected, 1e-5 if dtype is torch.float64 else 0.02)
+    learn(back, x)
+
+
+def test_the_report_names_a_frozen_norm_whose_gamma_learns():
+    model = convert(nn.Sequential(with_drawn_state(nn.BatchNorm2d(3))), "frozen").model
+    assert "go on learning" in freeze(model).report.rows[0].note
+    assert freeze(model, affine=False).report.rows[0].note == "is frozen already"
+    assert freeze(model.requires_grad_(False)).report.rows[0].note == "is frozen already"

@@ -235,3 +235,17 @@ def test_a_model_that_runs_under_autocast_of_its_own_is_folded():
     expected = output(nn.Sequential(*model), X)  # in float32
     assert (output(folded, X) - expected).abs().max() <= 0.02 * expected.abs().max()
     assert 0 < report.change < 0.02
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_norms_after_padding_of_every_mode_are_folded(mode):
+    model = settled(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode), nn.BatchNorm2d(4)))
+    folded, report = fold(model, X)
+    assert [row.became for row in report] == ["torch Identity"]
+    torch.testing.assert_close(output(folded, X), output(model, X))
+
+
+def test_nothing_is_folded_on_inputs_without_values():
+    (row,) = fold(settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))), X[:0]).report
+    assert row.became is None
+    assert "nothing could be compared" in row.note

@@ -195,7 +195,10 @@ class _Folding:
             return calls[0].why_not_replaced
         if calls[0].further:
             return "given a residual, or something else beside its input"
-        if not all(part.isfinite().all() for part in tensors(self._trace.outputs[norm])):
+        given = tensors(self._trace.outputs[norm])
+        if not all(part.numel() for part in given):
+            return "what it gives for these inputs is empty: nothing could be compared"
+        if not all(part.isfinite().all() for part in given):
             return "what it gives for these inputs is infinite or NaN: nothing could be compared"
         return self._why_not_layer(norm, calls[0])
 
@@ -265,7 +268,8 @@ def _gives(layer: Any, new: dict[str, nn.Parameter], activation: nn.Module, call
     """Whether the layer with new parameters gives what the norm after it gave, on what it was given then."""
     if channels_of(layer) != len(new["bias"]):
         return False
-    if call.layer_input is None or type(layer) not in LAYERS:  # written over, or in the forward of another class
+    padded = getattr(layer, "padding_mode", "zeros") != "zeros"  # the input that was seen, already
+    if call.layer_input is None or padded or type(layer) not in LAYERS:  # written over, or another class's forward
         return True
     kept = dict(layer._parameters)
     layer._parameters.update(new)

@@ -12,7 +12,7 @@ from .build import Seen, built, is_frozen, note
 from .memory import Before, remember, remembered
 from .modules import Choice, Found, called, copied, norms, why_left
 from .operation import Operation
-from .probe import model_dims
+from .probe import follow, model_dims, typed
 from .report import Report, Row
 
 
@@ -40,7 +40,7 @@ def freeze(
         InputError: a choice meets no norm.
     """
     finish = partial(_stop_learning, affine=affine)
-    return converted(model, "frozen", only, skip, inplace, _without_statistics, finish=finish)
+    return converted(model, "frozen", only, skip, inplace, partial(_why_not, affine=affine), finish=finish)
 
 
 def _stop_learning(operation: Operation, affine: bool) -> None:
@@ -48,15 +48,18 @@ def _stop_learning(operation: Operation, affine: bool) -> None:
         parameters = list(new.parameters())
         learned = tuple(parameter.requires_grad for parameter in parameters)
         kept = remembered(new) or Before()
-        remember(new, replace(kept, module=found.module, learned=learned))
+        remember(new, replace(kept, module=found.module, learned=learned, typed=typed(new)))
         for parameter, learns in zip(parameters, learned, strict=True):
             operation.on_undo(partial(parameter.requires_grad_, learns))
         if affine:
             new.requires_grad_(False)
 
 
-def _without_statistics(norm: nn.Module) -> str | None:
-    return None if getattr(norm, "running_mean", None) is not None else "has no running statistics"
+def _why_not(norm: nn.Module, affine: bool) -> str | None:
+    if getattr(norm, "running_mean", None) is None:
+        return "has no running statistics"
+    learns = affine and any(parameter.requires_grad for parameter in norm.parameters())
+    return "is frozen already, but its γ and β go on learning" if learns and is_frozen(norm) else None
 
 
 def unfreeze(model: nn.Module, *, inplace: bool = False) -> Operation:
@@ -89,24 +92,25 @@ def _thawed(operation: Operation, found: Found, dims: int) -> Row:
         says = note(frozen, new, "batch", Seen(), "the same in evaluation")
     else:
         new, says = before.module, "the same in evaluation"
-        _take_over(operation, frozen, new, before.learned)
+        _take_over(operation, frozen, new, before)
     operation.put(found, new)
     return Row(found.name, called(frozen), called(new), says)
 
 
-def _take_over(operation: Operation, frozen: nn.Module, new: nn.Module, learned: tuple[bool, ...]) -> None:
+def _take_over(operation: Operation, frozen: nn.Module, new: nn.Module, before: Before) -> None:
     """What the frozen norm has, in the norm that it was made from."""
     parameters, buffers = dict(new._parameters), {name: part.clone() for name, part in new.named_buffers()}
     operation.on_undo(partial(_put_back, new, parameters, buffers))
-    new.to(next(frozen.buffers()).device)
+    follow(new, before.typed, frozen)
     for name, parameter in frozen._parameters.items():
         if name in new._parameters:
             new._parameters[name] = parameter
-    moved = any(not torch.equal(part, buffers[name]) for name, part in frozen.named_buffers() if name in buffers)
-    if moved:
-        new.load_state_dict({name: part for name, part in frozen.named_buffers() if name in buffers}, strict=False)
+    own = dict(new.named_buffers())
+    there = {name: part for name, part in frozen.named_buffers() if name in own}
+    if any(not torch.equal(part.to(own[name]), own[name]) for name, part in there.items()):
+        new.load_state_dict(there, strict=False)
     new.train(frozen.training)
-    for parameter, learns in zip(frozen.parameters(), learned, strict=False):
+    for parameter, learns in zip(frozen.parameters(), before.learned, strict=False):
         operation.on_undo(partial(parameter.requires_grad_, parameter.requires_grad))
         parameter.requires_grad_(learns)
 

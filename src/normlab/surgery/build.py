@@ -295,8 +295,9 @@ def _notes_on_use(old: nn.Module, new: nn.Module, to: str, seen: Seen) -> list[s
         most = math.gcd(channels(old), 8)
         values = channels(old) // most * (seen.values or 1)
         notes.append(f"num_groups is {groups}: of {most} groups each would have too few values, {values}")
-    if to == "instance" and seen.values is None and _takes_vectors(old):
-        notes.append("assumed to be given (N, C, L): of (N, C) it would put out β whatever the input")
+    if to == "instance" and seen.values is None:
+        given, not_given = ("(N, C, L)", "(N, C)") if _takes_vectors(old) else ("more than one position", "one")
+        notes.append(f"assumed to be given {given}: of {not_given} it would put out β whatever the input")
     return notes
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .places import MEMORY
+from .probe import Typed
 
 
 @dataclass
@@ -17,6 +18,7 @@ class Before:
         eps: its own, where the norm in its place has another or none.
         module: the norm itself, if it is to come back as it was (`freeze`).
         learned: which of its parameters learned.
+        typed: device and type of the norm in its place then.
     """
 
     momentum: float | None = None
@@ -24,6 +26,7 @@ class Before:
     eps: float | None = None
     module: nn.Module | None = None
     learned: tuple[bool, ...] = ()
+    typed: Typed = None
 
 
 def remember(new: nn.Module, before: Before) -> None:

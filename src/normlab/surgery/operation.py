@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ..errors import InputError
 from .modules import Found, put
+from .probe import Typed, follow, typed
 from .report import Report
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -32,6 +33,7 @@ class Operation:
     replaced: list[tuple[Found, nn.Module]] = field(default_factory=list, repr=False)
     _restore: list[Callable[[], Any]] = field(default_factory=list, repr=False)
     _left: "dict[nn.Module, dict[str, Tensor]]" = field(default_factory=dict, repr=False)
+    _typed: "dict[nn.Module, Typed]" = field(default_factory=dict, repr=False)
     _versions: int = field(default=0, repr=False)
 
     def undo(self) -> nn.Module:
@@ -61,8 +63,10 @@ class Operation:
             self._revert()
             raise
         self._left = {
-            new: {name: part.detach().clone() for name, part in _statistics(new).items()} for _, new in self.replaced
+            new: {name: part.detach().clone() for name, part in (_statistics(new) | _affine(new)).items()}
+            for _, new in self.replaced
         }
+        self._typed = {new: typed(new) for _, new in self.replaced}
         self._versions = _versions(self.model)
 
     def on_undo(self, restore: Callable[[], Any]) -> None:
@@ -102,20 +106,43 @@ class Operation:
                 f"{', '.join(sorted({type(one).__name__ for one in there}))}. Undo the later operation first."
             )
         has, had = _statistics(new), _statistics(found.module)
+        lost = [name for name in self._learned(new) if getattr(found.module, name, None) is None]
+        if lost:
+            raise InputError(
+                f"undo: the model was trained since, and {type(new).__name__} at {found.name} has a {lost[0]} that "
+                f"{type(found.module).__name__} had not: what it learned would be lost. Convert to 'batch' instead."
+            )
         if trained and "running_mean" in had and "running_mean" not in has:
             raise InputError(
                 f"undo: the model was trained since, and {type(new).__name__} at {found.name} has no statistics: those "
                 f"of {type(found.module).__name__} are of before. Convert to 'batch', then recalibrate."
             )
 
+    def _learned(self, new: nn.Module) -> dict[str, Tensor]:
+        """γ and β of a norm, if they are others than when it was put in."""
+        left = self._left.get(new, {})
+        return {
+            name: part
+            for name, part in _affine(new).items()
+            if name in left and not torch.equal(part, left[name].to(part))
+        }
+
     def _hand_back(self, old: nn.Module, new: nn.Module) -> None:
-        """The statistics that moved since."""
+        """Device and type of now, the statistics that moved since, and what was learned in the place of constants."""
+        follow(old, self._typed.get(new), new)
         before, now, own = self._left.get(new, {}), _statistics(new), _statistics(old)
-        if all(name in before and torch.equal(part, before[name]) for name, part in now.items()):
-            return
-        moved = {name: part for name, part in now.items() if name in own}
         with torch.no_grad():
-            old.load_state_dict(moved, strict=False)
+            for name, value in self._learned(new).items():
+                if (part := old._buffers.get(name)) is not None:
+                    part.copy_(value.reshape(part.shape))
+            if any(name not in before or not torch.equal(part, before[name]) for name, part in now.items()):
+                moved = {name: part.reshape(own[name].shape) for name, part in now.items() if name in own}
+                old.load_state_dict(moved, strict=False)
+
+
+def _affine(norm: nn.Module) -> dict[str, Tensor]:
+    found = {name: norm._parameters.get(name) for name in ("weight", "bias")}
+    return {name: part for name, part in found.items() if part is not None and not part.is_meta}
 
 
 def _statistics(norm: nn.Module) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -130,12 +130,11 @@ def _drawn(name: str, part: Tensor, generator: torch.Generator | None) -> Tensor
 
 def example(module: nn.Module, dims: int | None = None) -> Tensor:
     """An input that the norm takes, with values on both sides of 0."""
-    part = next((part for part in (*module.parameters(), *module.buffers()) if part.is_floating_point()), None)
-    options: dict[str, Any] = {} if part is None else {"device": part.device, "dtype": part.dtype}
+    device, dtype = typed(module) or (None, None)
     space = dims if dims is not None else space_dims(module)
     shape = IMAGES, channels(module), *[SIDE] * (2 if space is None else space)
     generator = torch.Generator().manual_seed(0)
-    return (3 * torch.randn(shape, generator=generator)).to(**options)
+    return (3 * torch.randn(shape, generator=generator)).to(device, dtype)
 
 
 def output(module: nn.Module, x: Tensor, kind: type[nn.Module] | None = None) -> Tensor | None:
@@ -170,6 +169,22 @@ def check_made(model: nn.Module) -> None:
     lazy = [name for name, part in parts if is_lazy(part)]
     accepted = "one whose parameters are all there: run a batch through it first"
     check(not lazy, "model", ", ".join(lazy), accepted)
+
+
+Typed: TypeAlias = tuple[torch.device, torch.dtype] | None
+
+
+def typed(module: nn.Module) -> Typed:
+    """Device and type of its first tensor of real numbers; None without any."""
+    part = next((part for part in (*module.parameters(), *module.buffers()) if part.is_floating_point()), None)
+    return None if part is None else (part.device, part.dtype)
+
+
+def follow(old: nn.Module, then: Typed, new: nn.Module) -> None:
+    """Moves and casts a module that was out of the model as the one in its place was, since it had `then`."""
+    now = typed(new)
+    if now is not None and then is not None and now != then:
+        old.to(*now)
 
 
 def on_meta(module: nn.Module) -> bool:
