@@ -340,3 +340,27 @@ def test_the_report_names_a_frozen_norm_whose_gamma_learns():
     assert "go on learning" in freeze(model).report.rows[0].note
     assert freeze(model, affine=False).report.rows[0].note == "is frozen already"
     assert freeze(model.requires_grad_(False)).report.rows[0].note == "is frozen already"
+
+
+def test_surgery_inside_inference_mode_is_that_outside():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), with_drawn_state(nn.BatchNorm2d(4))), numbers(4, 3, 6, 6)
+    fitted = convert(model, "group", batches=[x], fit=True).report
+    with torch.inference_mode():
+        folded = fold(model, x)
+        assert convert(model, "group", batches=[x], fit=True).report.change == pytest.approx(fitted.change)
+    assert [row.became for row in folded.report] == ["torch Identity"]
+    assert_near(evaluated(folded.model, x), by_hand(evaluated(model[0], x), model[1]))
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "said"),
+    [
+        ("group", {"groups": 2}, "Did you mean 'num_groups'"),
+        ("running", {"num_features": 3}, "num_features"),
+        ("torch", {"eps": 0.1}, "those of the old ones"),
+    ],
+)
+def test_an_option_that_the_new_norm_has_not_is_named(to, options, said):
+    with pytest.raises(InputError, match=said):
+        convert(nn.Sequential(nn.BatchNorm2d(4)), to, **options)
+    assert convert(nn.Sequential(nn.BatchNorm2d(4)), "group", num_groups=2).model[0].num_groups == 2

@@ -28,7 +28,7 @@ from .effect import Batches, Effect, Forward, first_input, looking, peeked
 from .modules import Choice, Found, Selection, called, classes, copied, norms, registered_name, why_left
 from .operation import Groups, Operation
 from .parents import reader_of_statistics, reading_hook
-from .probe import affine_dims, library, model_dims, on_meta, space_dims
+from .probe import affine_dims, library, model_dims, on_meta, space_dims, version
 from .report import Report, Row
 from .trace import Trace
 
@@ -82,8 +82,20 @@ def convert(
     check(optimizer is None or inplace, "optimizer", optimizer, "that of the model itself, with inplace=True")
     check(not fit or batches is not None, "fit", fit, "False, unless there are batches")
     check(dims in (None, 1, 2, 3), "dims", dims, "1, 2 or 3, or None")
+    _check_options(to, options)
     measure = None if batches is None else partial(_Measure, batches=batches, forward=forward, fit=fit)
     return converted(model, to, only, skip, inplace, lambda _: None, optimizer, measure, dims, options)
+
+
+def _check_options(to: str, options: dict[str, Any]) -> None:
+    """An InputError for an option that the new layers' constructor does not take."""
+    check(to != TORCH or not options, "options", options, 'none with "torch", whose layers have those of the old ones')
+    accepted = {} if to == TORCH else dict(accepted_options(to, 1))
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
+        return
+    for name in options:
+        if name not in accepted or name == "num_features":
+            raise unknown("option", name, [one for one in accepted if one != "num_features"])
 
 
 class _Measure:
@@ -188,15 +200,15 @@ def _carried_out(
             operation.put(one, new)
         if effect is not None:
             for parameter, value in effect.apply():
-                operation.on_undo(partial(_write_back, parameter, value, parameter._version))
+                operation.on_undo(partial(_write_back, parameter, value, version(parameter)))
             operation.report.change = effect.of_model(operation.model)
         finish(operation)
     return operation
 
 
-def _write_back(parameter: nn.Parameter, value: Tensor, version: int) -> None:
+def _write_back(parameter: nn.Parameter, value: Tensor, written: int) -> None:
     """γ or β as it was before it was fitted, unless it has learned since."""
-    if parameter._version == version:
+    if version(parameter) == written:
         with torch.no_grad():
             parameter.copy_(value)
 

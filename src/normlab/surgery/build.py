@@ -150,7 +150,10 @@ def accepted_options(to: str, space: int) -> dict[str, inspect.Parameter]:
     """What the constructor of a registered norm takes; of one that is built by a function, the layer's too."""
     builder = NORMS[to].layers[space - 1]
     inner = builder.args[0] if isinstance(builder, partial) and builder.args else builder
-    return {**inspect.signature(inner).parameters, **inspect.signature(builder).parameters}
+    own, outer = inspect.signature(inner).parameters, inspect.signature(builder).parameters
+    if inner is builder:
+        return dict(own)
+    return {**own, **{name: one for name, one in outer.items() if one.kind is one.POSITIONAL_OR_KEYWORD}}
 
 
 def _made_of_torch(old: nn.Module, space: int, options: dict[str, Any]) -> nn.Module:

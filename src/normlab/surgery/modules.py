@@ -307,4 +307,4 @@ def _checked(argument: str, choice: Any, found: list[Found]) -> Any:
 
 def _worded(choice: Any) -> str:
     parts = choice if isinstance(choice, list) else [choice]
-    return ", ".join(getattr(part, "__name__", repr(part)) for part in parts)
+    return ", ".join(getattr(part, "__name__", repr(part)) for part in parts) or "[]"

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..errors import InputError
 from .modules import Found, put
-from .probe import Typed, follow, typed
+from .probe import Typed, follow, typed, version
 from .report import Report
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -153,7 +153,7 @@ def _statistics(norm: nn.Module) -> dict[str, Tensor]:
 def _versions(model: nn.Module) -> int:
     """Grows whenever a parameter is written."""
     made = [part for part in model.parameters() if not isinstance(part, UninitializedParameter)]
-    return sum(part._version for part in made if not part.is_inference())
+    return sum(map(version, made))
 
 
 class Groups:

@@ -187,6 +187,11 @@ def follow(old: nn.Module, then: Typed, new: nn.Module) -> None:
         old.to(*now)
 
 
+def version(part: Tensor) -> int:
+    """How often a tensor was written; 0 of tensors made in inference mode, which do not count."""
+    return 0 if part.is_inference() else part._version
+
+
 def on_meta(module: nn.Module) -> bool:
     """Whether it has no values to run with."""
     return any(part.is_meta for part in (*module.parameters(), *module.buffers()))

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from .outputs import tensors
 from .places import OWN
+from .probe import version
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 CONVOLVES = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"}
@@ -225,7 +226,7 @@ class Trace(TorchFunctionMode):
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
         for layer in self._owners.get(id(weight), []):
             if layer._parameters.get("bias") is bias and isinstance(output, Tensor):
-                self._made[id(output)] = Made(output, layer, x, id(output), getattr(x, "_version", 0))
+                self._made[id(output)] = Made(output, layer, x, id(output), version(x))
                 self._follows[id(output)] = output, layer
 
     def _begins(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -245,7 +246,8 @@ class Trace(TorchFunctionMode):
         given = made.layer_input
         if not self._keep or not isinstance(given, Tensor):
             return given
-        return given.detach().clone() if given._version == made.version else None
+        written = given.is_inference() or given._version != made.version  # what is of inference does not say
+        return None if written else given.detach().clone()
 
     def _ends(self, norm: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if norm in self._running:
