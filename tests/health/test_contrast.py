@@ -59,14 +59,68 @@ def test_without_a_loss_it_says_that_one_is_needed():
     assert note[:40] in str(found)
 
 
-def test_the_share_between_images_is_that_of_their_means():
+def test_the_share_between_images_is_that_of_their_means_and_deviations():
     batches = [x for x, _ in images_of(gain=0.4, offset=1.0)]
-    x = torch.cat(batches).double()
-    shares = x.mean((2, 3)).var(0, correction=0) / x.transpose(0, 1).flatten(1).var(1, correction=0)
+    x = torch.cat(batches).double().flatten(2)
+    between = x.mean(2).var(0, correction=0) + x.std(2, correction=0).var(0, correction=0)
+    shares = between / x.transpose(0, 1).flatten(1).var(1, correction=0)
     assert normlab.diagnose(seen(), batches).layers[0].contrast == pytest.approx(shares.mean().item())
+
+
+def test_images_that_differ_in_contrast_alone_are_seen_behind_filters_that_take_the_mean_away():
+    """An edge filter leaves nothing of an image's brightness, and all of its contrast."""
+    edges = nn.Conv2d(1, 2, 3, bias=False)
+    with torch.no_grad():
+        edges.weight.sub_(edges.weight.mean((1, 2, 3), keepdim=True))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(32, 1, 24, 24, generator=generator)
+    gains = torch.linspace(0.3, 1.7, 32).reshape(-1, 1, 1, 1)
+    assert normlab.diagnose(nn.Sequential(edges, nn.BatchNorm2d(2)), images.split(4)).notes == []
+    (note,) = normlab.diagnose(nn.Sequential(edges, nn.BatchNorm2d(2)), (gains * images).split(4)).notes
+    assert "Images differ in brightness or contrast: at 1" in note
+
+
+def test_what_images_show_is_not_taken_for_contrast():
+    """Far from the image a channel says what is in it: of one image all, of the next nothing."""
+
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = nn.BatchNorm2d(1), nn.BatchNorm2d(1)  # not in the order in which they run
+
+        def forward(self, x):
+            bright = (self.first(x).amax((2, 3), keepdim=True) > 3).float()
+            return self.last(bright + 0.1 * x)
+
+    x = torch.randn(32, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = normlab.diagnose(Detector(), x.split(4))
+    assert found.notes == []
+    assert [layer.contrast is None for layer in found.layers] == [True, False]
+
+
+def test_a_loss_below_0_is_judged_by_how_far_it_falls():
+    """Minus a score, as nnU-Net has it: what is no better is no remedy."""
+
+    def score(output, target):
+        return -1 - 1e-3 * output.sigmoid().mean()
+
+    found = normlab.diagnose(seen(), images_of(gain=0.4, offset=1.0), loss=score)
+    assert "images differ in contrast" not in [finding.fault for finding in found.findings]
+
+    def similarity(output, target):
+        return -F.cosine_similarity(output.flatten(1), target.flatten(1)).mean()
+
+    model, batches = seen(), images_of(gain=0.4, offset=1.0)
+    found = normlab.diagnose(model, batches, loss=similarity)
+    (finding,) = [one for one in found.findings if one.fault == "images differ in contrast"]
+    before = torch.stack([similarity(x, target) for x, target in batches]).mean().item()
+    fitted = normlab.convert(model, "group", batches=batches, fit=True).model.eval()
+    after = torch.stack([similarity(fitted(x), target) for x, target in batches]).mean().item()
+    assert before < 0
+    assert finding.effect >= (before - after) / -before - 1e-3 > 0.1
 
 
 def test_norms_that_others_pass_by_are_named():
     running = normlab.diagnose(nn.Sequential(normlab.nn.RunningBatchNorm2d(4)), [torch.randn(4, 4, 3, 3)])
     assert any("update_bn" in note and "is_norm" in note for note in running.notes)
-    assert normlab.diagnose(nn.Sequential(nn.BatchNorm2d(4)), [torch.randn(4, 4, 3, 3)]).notes == []
+    assert normlab.diagnose(nn.Sequential(nn.BatchNorm2d(4)), 2 * [torch.randn(4, 4, 3, 3)]).notes == []

@@ -364,3 +364,100 @@ def test_a_norm_that_evaluation_mode_does_not_reach_is_named_and_stays_as_it_was
     assert finding.modules == ["norms[0]"]
     assert "model.eval() does not reach it" in finding.verdict
     assert_same_state(model.norms[0], before)
+
+
+def classifier(*norms):
+    return nn.Sequential(nn.Conv2d(3, 8, 3), *norms, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+
+
+def test_commands_say_forward_where_batches_need_it():
+    batches = [{"scan": 5 + torch.randn(8, 3, 8, 8), "class": torch.zeros(8, dtype=torch.long)} for _ in range(3)]
+
+    def forward(model, batch):
+        return model(batch["scan"])
+
+    model = classifier(nn.BatchNorm2d(8))
+    (finding,) = normlab.diagnose(model, batches, forward=forward).findings
+    exec(finding.command, {"normlab": normlab, "model": model, "batches": batches, "forward": forward})
+    assert normlab.diagnose(model, batches, forward=forward).healthy
+
+
+@pytest.mark.parametrize("images", [1, 2, 5])
+def test_images_that_come_without_a_batch_are_counted(images):
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, images):
+            return self.norm(torch.stack(images))
+
+    def given(batch):
+        return [part["image"] for part in batch] if isinstance(batch[0], dict) else batch[0]
+
+    parts = [torch.randn(3, 6, 6) for _ in range(images)]
+    for batch in ([{"image": part, "height": 6} for part in parts], (parts, [{"boxes": torch.zeros(0, 4)}] * images)):
+        found = normlab.diagnose(Detector(), 2 * [batch], forward=lambda model, batch: model(given(batch)))
+        assert found.output.images == 2 * images
+
+
+def test_one_batch_of_few_values_is_not_taken_for_other_images():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(8)
+    for _ in range(200):
+        norm(torch.randn(64, 8))
+    found = normlab.diagnose(nn.Sequential(norm), [torch.randn(2, 8)])
+    assert [finding.fault for finding in found.findings] == ["batch too small"]
+    (note,) = found.notes
+    assert note.startswith("Noise is not measured")
+    apart = normlab.diagnose(nn.Sequential(norm), [3 + torch.randn(64, 8)])
+    assert [finding.fault for finding in apart.findings] == ["running statistics off"]
+
+
+def test_a_norm_that_only_training_calls_is_said_to_be_so():
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.a(x) if self.a.training else self.b(x)
+
+    layers = normlab.diagnose(Either(), [torch.randn(4, 3, 5, 5) for _ in range(2)]).layers
+    assert layers[0].unmeasured == "not run in evaluation"
+    assert layers[2].unmeasured == "not run by these batches"
+
+
+@pytest.mark.parametrize("make", [torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Rprop])
+def test_the_turn_by_an_optimizer_of_another_kind_has_a_reason(make):
+    model = classifier(nn.BatchNorm2d(8))
+    batches = [(torch.randn(8, 3, 8, 8), torch.zeros(8, dtype=torch.long)) for _ in range(2)]
+    optimizer = make(model.parameters())
+    (layer,) = normlab.diagnose(model, batches, loss=F.cross_entropy, optimizer=optimizer).layers
+    assert layer.turn is None
+    assert layer.unmeasured == f"turn: how long a step of {make.__name__} is, is not known here"
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda y, t: {"ce": y.sum()}, lambda y, t: F.cross_entropy(y, t, reduction="none"), lambda y, t: 1.0]
+)
+def test_a_loss_that_is_no_single_value_is_named(loss):
+    model = classifier(nn.BatchNorm2d(8))
+    batches = [(torch.randn(8, 3, 8, 8), torch.zeros(8, dtype=torch.long))]
+    with pytest.raises(InputError, match=r"loss's result.*a tensor of one value"):
+        normlab.diagnose(model, batches, loss=loss)
+
+
+def test_a_model_without_values_is_named():
+    with pytest.raises(InputError, match="meta device"):
+        normlab.diagnose(classifier(nn.BatchNorm2d(8)).to("meta"), [torch.zeros(2, 3, 8, 8, device="meta")])
+
+
+def test_a_loader_that_shuffles_leaves_the_generators_as_they_were():
+    images = torch.utils.data.TensorDataset(torch.randn(32, 3, 8, 8), torch.zeros(32, dtype=torch.long))
+    batches = torch.utils.data.DataLoader(images, batch_size=8, shuffle=True)
+    model = classifier(nn.BatchNorm2d(8))
+    for options in ({}, {"loss": F.cross_entropy}):
+        before = torch.get_rng_state()
+        normlab.diagnose(model, batches, **options)
+        assert torch.equal(torch.get_rng_state(), before)

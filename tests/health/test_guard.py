@@ -150,6 +150,107 @@ def test_a_learner_is_watched_by_a_callback_alone():
     assert hooks(model) == 0
 
 
+@pytest.mark.parametrize(
+    ("train", "valid", "parted"),
+    [
+        (-0.8, -0.79, False),
+        (-0.8, -0.7, False),
+        (-0.8, -0.3, True),
+        (0.0, 0.0, False),
+        (1.0, 1.4, False),
+        (1, 1.6, True),
+    ],
+)
+def test_losses_below_0_part_by_half_of_their_size(train, valid, parted):
+    """Minus a Dice score, as nnU-Net has it."""
+    model, said = net(), []
+    with normlab.watch(model, batches=[x for x, _ in pairs(16)], say=said.append) as guard:
+        guard.log(train=train, valid=valid)
+    assert bool(said) is parted
+
+
+def test_norms_that_could_not_be_looked_at_are_not_acquitted():
+    model, said = nn.Sequential(torch.jit.script(nn.BatchNorm2d(1))), []
+    with normlab.watch(model, say=said.append) as guard:
+        model(pairs(16)[0][0])
+        guard.log(train=0.1, valid=1.0)
+    assert "not the cause" not in said[0]
+    assert "compiled by TorchScript" in said[0]
+
+
+class Frozen(nn.Module):
+    """As detection libraries write it: everything is a buffer."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for name, value in {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}.items():
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        return x * scale[:, None, None] + (self.bias - self.running_mean * scale)[:, None, None]
+
+
+def test_a_frozen_norm_of_another_library_needs_nothing_in_evaluation_mode():
+    model, said = nn.Sequential(nn.Conv2d(1, 4, 3), Frozen(4)), []
+    model[1].eval()
+    model[1].running_var.fill_(0.4)
+    with normlab.watch(model, say=said.append):
+        model(pairs(16)[0][0])
+    assert said == []
+    found = normlab.diagnose(model, [x for x, _ in pairs(16)])
+    assert "frozen by mode" not in [finding.fault for finding in found.findings]
+    assert found.notes == []
+
+
+def test_norms_in_evaluation_mode_do_not_normalise_by_part_of_a_batch(monkeypatch):
+    monkeypatch.setattr("normlab.health.guard._world", lambda: 4)
+    model, said = net(), []
+    model[1].eval(), model[4].eval()
+    with normlab.watch(model, say=said.append):
+        model(pairs(16)[0][0])
+    assert not any("4 processes" in text for text in said)
+
+
+def test_norms_that_wait_for_other_processes_are_not_run_by_one_alone(monkeypatch):
+    monkeypatch.setattr("normlab.health.guard._world", lambda: 4)
+    model, said = normlab.sync(net()).model, []
+    with normlab.watch(model, batches=[x for x, _ in pairs(16)], say=said.append) as guard:
+        guard.log(train=0.1, valid=1.0)
+    assert "1, 4 would wait for other processes" in said[0]
+    assert guard.diagnosis is None
+
+
+def test_the_graph_behind_the_batches_is_not_kept():
+    """A discriminator is given what a generator made."""
+    generator, model = nn.Conv2d(1, 1, 3, padding=1), net()
+    with normlab.watch(model, say=lambda text: None) as guard:
+        made = generator(pairs(16)[0][0])
+        model(made).sum().backward()
+    ((kept,), _) = guard._kept[0]
+    assert kept.grad_fn is None
+    assert torch.equal(kept, made)
+    assert generator.weight.grad is not None
+
+
+def test_the_commands_of_a_guard_run_in_the_loop_that_it_watched():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(1)
+
+        def forward(self, a, b=0):
+            return self.norm(a) + b
+
+    for arguments, expected in (({}, "(model, batches)"), ({"b": 1}, "(model, batches, forward=forward)")):
+        model = Two()
+        with normlab.watch(model, say=lambda text: None) as guard:
+            model(pairs(16)[0][0] + 9, **arguments)
+            model.norm.reset_running_stats()
+            guard.log(train=0.1, valid=1.0)
+        assert guard.diagnosis.findings[0].command == f"normlab.recalibrate{expected}"
+
+
 def test_a_copy_of_the_model_is_not_watched():
     model, said = net(), []
     with normlab.watch(model, say=said.append):
@@ -211,3 +312,39 @@ def test_a_trainer_of_lightning_is_watched():
     assert "has parted" in said[1]
     assert callback.guard.diagnosis.output.batches == 4
     assert hooks(module) == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_losses_of_lightning_are_compared_per_batch_and_in_the_epoch_they_are_of():
+    """Gradients of four batches make a step, and every second epoch is validated."""
+    lightning = pytest.importorskip("pytorch_lightning")
+    from normlab.health.lightning import WatchCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def training_step(self, batch, index):
+            return 1.0 / (1 + self.current_epoch) + 0 * self.weight
+
+        def validation_step(self, batch, index):
+            self.log("val_loss", torch.tensor(1.1 / (1 + self.current_epoch)))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    module, said, logged = Module(), [], []
+    callback = WatchCallback(module, batches=[torch.zeros(2, 1)], say=said.append)
+    log = callback.guard.log
+    callback.guard.log = lambda **losses: (logged.append(losses), log(**losses))
+    batches = torch.utils.data.DataLoader(torch.zeros(8, 1), batch_size=1)
+    lightning.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[callback], max_epochs=6, accumulate_grad_batches=4,
+        check_val_every_n_epoch=2,
+    ).fit(module, batches, batches)  # fmt: skip
+    assert said == []
+    assert [losses["train"] for losses in logged] == pytest.approx([1 / 2, 1 / 4, 1 / 6])
+    assert [losses["valid"] for losses in logged] == pytest.approx([1.1 / 2, 1.1 / 4, 1.1 / 6])

@@ -1,5 +1,6 @@
 """What could help, tried on copies of a model, and judged by its loss in evaluation."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,8 +10,10 @@ from ..errors import InputError
 from ..surgery import convert, recalibrate
 from ..surgery.effect import Forward, looking
 from ..surgery.modules import copied
+from .faults import RECALIBRATE
+from .measure import REFUSALS
 
-BETTER = 0.9  # of the loss as it is: what is above it is no help
+BETTER = 0.1  # of the loss as it is: what gains less is no help
 
 
 class Candidate(NamedTuple):
@@ -44,7 +47,7 @@ def candidates(
             made = make()
             with looking(made):
                 losses = [float(loss(forward(made, batch), target(batch))) for batch in batches]
-        except (InputError, RuntimeError):  # it cannot be copied or converted
+        except (InputError, *REFUSALS):  # it cannot be copied or converted, or does not run with other norms
             return Candidate(name, None, command)
         return Candidate(name, sum(losses) / len(losses), command)
 
@@ -58,7 +61,7 @@ def candidates(
 
     return [
         judged(AS_IT_IS, lambda: model, "model = normlab.freeze(model).model"),
-        judged(RECALIBRATED, recalibrated, "normlab.recalibrate(model, batches)"),
+        judged(RECALIBRATED, recalibrated, RECALIBRATE),
         *(
             judged(
                 f"{to} norm fitted",
@@ -76,7 +79,14 @@ def best(tried: Sequence[Candidate]) -> Candidate | None:
     if not known or tried[0].loss is None:
         return None
     least = min(known, key=lambda one: one.loss)  # type: ignore[reportArgumentType, reportCallIssue]
-    return least if least.loss is not None and least.loss < BETTER * tried[0].loss else None
+    return least if gain(tried[0], least) > BETTER else None
+
+
+def gain(before: Candidate, after: Candidate) -> float:
+    """By how much of itself the loss falls; losses below 0, such as minus a Dice score, count by their size."""
+    if before.loss is None or after.loss is None or before.loss <= after.loss:
+        return 0.0
+    return (before.loss - after.loss) / abs(before.loss) if before.loss else math.inf
 
 
 def listed(tried: Sequence[Candidate]) -> str:

@@ -2,10 +2,10 @@
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from io import StringIO
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import check
-from ..surgery.effect import Batches, Forward, first_input, peeked
-from .candidates import Candidate, best, candidates, listed
-from .faults import FAR, FAULTS, Fault
+from ..surgery.effect import Batches, Forward, first_input
+from .candidates import Candidate, best, candidates, gain, listed
+from .faults import FAR, FAULTS, RECALIBRATE, Fault
 from .layer import Layer
 from .measure import Loss, Output, Target, measure, second_part
 
 NAMED = 4  # norms in a verdict
-CONTRAST = 0.1  # of the variance, between images; of images that are normalised it is 0.02 to 0.06
-RECALIBRATE = "normlab.recalibrate(model, batches)"
+CONTRAST = 0.1  # of the variance, between images; of images that are normalised it is 0.003 to 0.06
 COLUMNS = {  # of the table, as many as 80 characters hold: the figure's name, its heading, its format
     "values": ("values", "d"),
     "noise": ("noise", ".2f"),
@@ -180,18 +179,18 @@ def diagnose(
     normalization"; for the rest the remarks in `faults.py`.
     """
     check(limit >= 1, "limit", limit, "a whole number from 1")
-    if loss is not None:  # several passes may be needed
-        batches = list(islice(peeked(batches)[1], limit))
-    layers, output = measure(model, batches, forward, loss, optimizer, target, limit)
+    layers, output, kept = measure(model, batches, forward, loss, optimizer, target, limit)
     findings = [finding for fault in FAULTS if (finding := _finding(fault, layers)) is not None]
     differs = [layer for layer in layers if (layer.contrast or 0.0) > CONTRAST]
-    tried = candidates(model, list(batches), forward, loss, target) if differs and loss is not None else []
+    tried = candidates(model, kept, forward, loss, target) if differs and loss is not None else []
     if (better := best(tried)) is not None:
         findings = [*map(partial(_instead, better=better), findings), _contrast(differs, tried, better)]
     findings.sort(key=lambda finding: -finding.effect)
     if not findings and (output.gap or 0.0) > FAR and any(layer.gap or layer.unmeasured for layer in layers):
         findings.append(_unexplained(layers, output.gap or 0.0))
-    return Diagnosis(findings, layers, output, notes(layers, bool(differs) and loss is None))
+    if forward is not first_input:
+        findings = [replace(finding, command=_with_forward(finding.command)) for finding in findings]
+    return Diagnosis(findings, layers, output, notes(layers, output, bool(differs) and loss is None))
 
 
 def _finding(fault: Fault, layers: list[Layer]) -> Finding | None:
@@ -208,13 +207,12 @@ def _finding(fault: Fault, layers: list[Layer]) -> Finding | None:
 
 
 def _contrast(differs: list[Layer], tried: list[Candidate], better: Candidate) -> Finding:
-    worst = max(differs, key=lambda layer: layer.contrast or 0.0)
-    effect = 1 - (better.loss or 0.0) / (tried[0].loss or 1.0)
+    (first,) = differs
     return Finding(
         "images differ in contrast",
-        [layer.name for layer in sorted(differs, key=lambda layer: -(layer.contrast or 0.0))],
-        effect,
-        f"At {worst.name} {worst.contrast:.0%} of the variance is between images: they differ in brightness or "
+        [first.name],
+        gain(tried[0], better),
+        f"At {first.name} {first.contrast:.0%} of the variance is between images: they differ in brightness or "
         f"contrast, and statistics of all of them fit none. Loss in evaluation: {listed(tried)}.",
         f"Of these the best is: {better.name}. Then train on for some epochs.",
         better.command,
@@ -229,14 +227,22 @@ def _instead(finding: Finding, better: Candidate) -> Finding:
     return replace(finding, remedy=remedy, command=better.command)
 
 
-def notes(layers: list[Layer], contrast: bool) -> list[str]:
+def _with_forward(command: str) -> str:
+    """With the way to run the model, where batches are given."""
+    return re.sub(r"\bbatches(?=[,)])", "batches, forward=forward", command)
+
+
+def notes(layers: list[Layer], output: Output, contrast: bool) -> list[str]:
     """What is no fault, but good to know.
 
     Args:
         layers: the norms.
+        output: of the model.
         contrast: images differ, and there is no loss to say what helps.
     """
     found = []
+    if output.batches == 1 and any(layer.values is not None for layer in layers):
+        found.append("Noise is not measured: one batch does not show how far batches are from each other.")
     if contrast:
         worst = max(layers, key=lambda layer: layer.contrast or 0.0)
         found.append(
@@ -260,7 +266,7 @@ def _unexplained(layers: list[Layer], gap: float) -> Finding:
         f"The model's output in evaluation is {gap:.2g} deviations from that in training, though no norm alone is far "
         "off: small differences add up.",
         "Measure the statistics anew, or use a norm that does not depend on the batch.",
-        "normlab.recalibrate(model, batches)",
+        RECALIBRATE,
     )
 
 

@@ -5,11 +5,12 @@ from typing import NamedTuple, TypeAlias
 
 from .layer import Layer
 
-# In deviations. A batch norm of n independent values differs by about 1.2/√n from one of all images: .5 is n = 6.
-FAR = 0.5
+FAR = 0.5  # deviations
+INDEPENDENT = 1.2  # over √n: by how many a batch norm of n independent values differs from one of all images
 SETTLED = 0.05  # share of a batch: the statistics reach back over twenty and more
 MOVES_AWAY = 2.0  # radians that a weight turns while statistics are renewed: they are then of another net
 VERY_FAR = 2.0  # a few channels that seldom speak are easily as far off as FAR, and do no harm
+RECALIBRATE = "normlab.recalibrate(model, batches)"
 Effect: TypeAlias = Callable[[Layer], float | None]
 
 
@@ -42,13 +43,22 @@ def above(value: float | None, bound: float) -> float | None:
     return value if value is not None and value > bound else None
 
 
+def _least_noise(layer: Layer) -> float | None:
+    """Of a batch; where only one was given that of as many independent values, which neighbours in an image are not."""
+    if layer.noise is not None or layer.values is None:
+        return layer.noise
+    return INDEPENDENT / layer.values**0.5
+
+
 def _noisy(layer: Layer) -> float | None:
-    noisy = above(layer.noise, FAR) is not None and above(layer.typical_gap, FAR) is not None
+    noisy = above(_least_noise(layer), FAR) is not None and above(layer.typical_gap, FAR) is not None
     return when(noisy and not layer.single, layer.gap)
 
 
 def _stale(layer: Layer) -> float | None:
     usable = layer.finite_statistics and not layer.untouched and _settled_too_early(layer) is None
+    if layer.noise is None and (layer.offset or 0.0) < 2 * (_least_noise(layer) or 0.0):
+        return None  # so far off is one batch by chance
     most = above(layer.typical_offset, FAR / 2) is not None
     return when(usable, above(layer.offset, FAR if most else VERY_FAR))
 
@@ -64,7 +74,7 @@ def _settled_too_early(layer: Layer) -> float | None:
     """Statistics in which a batch has next to no share, far from what is given: they hold the training back."""
     if layer.share is None or layer.share > SETTLED or not layer.finite_statistics:
         return None
-    return above(layer.lag, FAR / 2)
+    return above(layer.lag, FAR)  # of sound nets it is up to 0.4
 
 
 def _jumping(layer: Layer) -> float | None:
@@ -95,7 +105,7 @@ FAULTS = (
         lambda layer: when(not layer.finite_statistics, float("inf")),
         "Running statistics of {name} are infinite, NaN or negative: training does not use them, evaluation fails.",
         "Measure them anew, and use a norm that a spoilt batch does not reach.",
-        "normlab.recalibrate(model, batches)",
+        RECALIBRATE,
     ),
     Fault(
         "single value",
@@ -110,7 +120,7 @@ FAULTS = (
         "Running statistics of {name} are still those it was made with, 0 and 1; what it is given is {offset:.2g} "
         "deviations from them.",
         "Load the statistics with the weights, or measure them.",
-        "normlab.recalibrate(model, batches)",
+        RECALIBRATE,
     ),
     Fault(
         "too few updates",
@@ -118,7 +128,7 @@ FAULTS = (
         "With {updates} updates at momentum {momentum:g}, {still_initial:.0%} of the running statistics of {name} "
         "are the 0 and 1 it was made with: they are {offset:.2g} deviations off.",
         "Measure them, or train longer, or with a larger momentum.",
-        "normlab.recalibrate(model, batches)",
+        RECALIBRATE,
     ),
     Fault(
         "running statistics off",
@@ -127,7 +137,7 @@ FAULTS = (
         "gathered on other images, with other weights or, of channels that seldom speak, over too few values. "
         "(First is {first}: what comes after it is given something else too.)",
         "See that images are prepared as in training; then measure the statistics anew.",
-        "normlab.recalibrate(model, batches)",
+        RECALIBRATE,
     ),
     Fault(
         "settled too early",
@@ -159,7 +169,7 @@ FAULTS = (
         "With momentum {momentum:g}, running statistics of {name} follow the last batch: they jump with its noise of "
         "{noise:.2g} deviations. (torch's momentum is the weight of the new batch, elsewhere it is that of the old.)",
         "Use a smaller momentum, or measure the statistics after training.",
-        "normlab.recalibrate(model, batches)",
+        RECALIBRATE,
     ),
     Fault(
         "evaluates by the batch",
@@ -167,7 +177,7 @@ FAULTS = (
         "{name} normalises by the batch in evaluation too, as it has no running statistics, or is held where "
         "model.eval() does not reach it: what it says of an image depends on the others, by {noise:.2g} deviations.",
         "Register it as a submodule, or use a norm with statistics of its own, and measure them.",
-        'model = normlab.convert(model, "running").model; normlab.recalibrate(model, batches)',
+        'model = normlab.convert(model, "running").model; ' + RECALIBRATE,
     ),
     Fault(
         "constant channels",
@@ -198,7 +208,7 @@ FAULTS = (
         "{silent:.0%} of the channels of {name} are the same for all images after it: it normalises away what they "
         "carry, as of a single value a group.",
         "Use a norm over more values: of the channels together, or over the batch.",
-        'model = normlab.convert(model, "running").model; normlab.recalibrate(model, batches)',
+        'model = normlab.convert(model, "running").model; ' + RECALIBRATE,
     ),
     Fault(
         "frozen by halves",

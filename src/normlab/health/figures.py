@@ -4,14 +4,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..nn import FrozenBatchNorm2d, RunningBatchNorm2d
+from ..nn import RunningBatchNorm2d
+from ..surgery.build import is_frozen
 from ..surgery.modules import called, never_updated
 from ..surgery.moments import Moments
 from ..surgery.probe import is_affine
 from .layer import Layer
 from .watched import Watched, mean_and_var
 
-SEEN_BY_OTHERS = (_BatchNorm, FrozenBatchNorm2d)  # frozen ones need nothing
 OFF = 1e-3  # of the median |γ|
 
 
@@ -23,6 +23,7 @@ def figures(
     optimized: set[int] | None,
     closes: bool,
     turn: float | None,
+    first: bool,
 ) -> Layer:
     """All that was seen of a norm.
 
@@ -34,10 +35,11 @@ def figures(
         optimized: ids of the parameters that the optimizer has; None without one.
         closes: a rectifier follows.
         turn: of the weight before it.
+        first: it is the first that is given maps, which still show how images differ.
     """
     norm, mean, var = watched.norm, *mean_and_var(watched.norm)
     if not watched.given.count and not watched.reasons:
-        watched.say("not run by these batches")
+        watched.say("not run in evaluation" if watched.calls_in_training else "not run by these batches")
     parameters = [part for part in norm.parameters(recurse=False)]
     learned = [part for part in parameters if part.requires_grad]
     updates, momentum = _updates(norm), _momentum(norm)
@@ -93,8 +95,8 @@ def figures(
         share=share,
         lag=lag,
         unsettled=turn / share if turn is not None and share and just_loaded else None,
-        contrast=_contrast(watched),
-        passed_by=mean is not None and watched.blind is None and not isinstance(norm, SEEN_BY_OTHERS),
+        contrast=_contrast(watched) if first else None,
+        passed_by=mean is not None and watched.blind is None and not (isinstance(norm, _BatchNorm) or is_frozen(norm)),
         unmeasured="; ".join(watched.reasons) or None,
     )
 
@@ -122,13 +124,11 @@ def _share(norm: nn.Module) -> tuple[float | None, bool]:
 
 
 def _contrast(watched: Watched) -> float | None:
-    if not watched.images:
-        return None
-    means = torch.cat(watched.images)
+    own = torch.cat(watched.images, 1)
     varies = watched.given.var > _eps(watched.norm)
-    if len(means) < 2 or not varies.any():
+    if own.shape[1] < 2 or not varies.any():
         return None
-    return float((means.var(0, correction=0) / watched.given.var)[varies].mean())
+    return float((own.var(1, correction=0).sum(0) / watched.given.var)[varies].mean())
 
 
 def _noise(watched: Watched) -> float | None:

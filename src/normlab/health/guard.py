@@ -6,24 +6,26 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ..nn.frozen import FrozenBatchNorm2d
+from ..surgery.build import is_frozen
 from ..surgery.effect import Batches, Forward, first_input
 from ..surgery.modules import Found, norms, registered_name
 from ..surgery.trace import input_of
+from ..training.batches import call_each
 from .diagnosis import Diagnosis, diagnose
 from .measure import Loss, Target, second_part
 
 KEPT = 4  # batches, to look at when losses part
 FEW = 6  # values a channel: mean and deviation of so many are half a deviation off
-PARTED = 1.5  # times the training loss
+PARTED = 0.5  # of the size of the training loss, which may be below 0: minus a Dice score
 NAMED = 4
 
 
@@ -48,7 +50,7 @@ def watch(
 
     At the first forward pass in training mode it looks at each norm: does a batch have enough values a channel, is a
     norm frozen by halves, does every process of a group keep statistics of its own. Its hooks are gone after that pass.
-    When the validation loss is half as large again as the training loss, or not finite, it runs `diagnose` once and
+    When the validation loss is above the training loss by half of its size, or not finite, it runs `diagnose` once and
     says what that finds.
 
     Cost: a hook on the model for each pass, and once the diagnosis.
@@ -99,7 +101,7 @@ class Guard:
     def log(self, *, train: float | Tensor, valid: float | Tensor) -> None:
         """The losses of an epoch: where they part, the norms are looked at, once."""
         train, valid = float(train), float(valid)
-        parted = math.isfinite(train) and (not math.isfinite(valid) or valid > PARTED * train)
+        parted = math.isfinite(train) and (not math.isfinite(valid) or valid - train > PARTED * abs(train))
         if parted and self.diagnosis is None:
             self.say(
                 f"The validation loss, {valid:.3g}, has parted from that of training, {train:.3g}. {self._found()}"
@@ -171,7 +173,7 @@ class Guard:
     def see(self, batch: Any) -> None:
         """A training batch begins."""
         if self._batches is None and len(self._kept) < KEPT:
-            self._kept.append(batch)
+            self._kept.append(call_each(batch, "detach"))  # of a generator's images the graph would be kept too
         if not self._looked:
             self._looked = True
             self._look()
@@ -221,11 +223,12 @@ class Guard:
     def _standing(self, found: list[Found]) -> list[tuple[list[str], str]]:
         """What does not depend on the batch: the norms, and what is wrong."""
         moving = [one for one in found if getattr(one.module, "running_mean", None) is not None]
-        moving = [one for one in moving if not isinstance(one.module, FrozenBatchNorm2d)]
+        moving = [one for one in moving if not is_frozen(one.module)]
         learns = any(part.requires_grad for part in self.model.parameters())
         alone = [one.name for one in moving if not one.module.training] if self.model.training else []
-        halves = [one.name for one in moving if one.module.training and learns and _is_fixed(one.module)]
-        apart = [one.name for one in moving if _by_batch(one.module) and _processes(one.module) < _world()]
+        training = [one for one in moving if one.module.training]
+        halves = [one.name for one in training if learns and _is_fixed(one.module)]
+        apart = [one.name for one in training if _by_batch(one.module) and _processes(one.module) < _world()]
         return [
             (alone, "in evaluation mode though the model trains: the next model.train() unfreezes it. "
                     "normlab.freeze(model) holds."),
@@ -234,35 +237,48 @@ class Guard:
                     "the statistics."),
         ]  # fmt: skip
 
+    def _to_look_at(self) -> tuple[Any, Forward, Loss | None]:
+        """Batches, how the model runs on them, and the loss; without targets there is none."""
+        if self._batches is not None:
+            return self._batches, self._forward or first_input, self._loss
+        if not all(isinstance(batch, Called) for batch in self._kept):
+            return self._kept, self._forward or first_input, self._loss
+        images = [call.args[0] for call in self._kept if _is_single(call)]
+        return (images, first_input, None) if len(images) == len(self._kept) else (self._kept, _as_called, None)
+
     def _found(self) -> str:
         """What the diagnosis says, or why there is none."""
-        batches, forward = (self._kept, self._forward or _as_called) if self._batches is None else (
-            self._batches, self._forward or first_input
-        )  # fmt: skip
-        loss = None if any(isinstance(batch, Called) for batch in self._kept) else self._loss
+        batches, forward, loss = self._to_look_at()
+        # Its forward pass waits for the other processes, where losses may not have parted.
+        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        if waiting := [one.name for one in norms(model) if _processes(one.module) > 1]:
+            return f"{_named(waiting)} would wait for other processes: run normlab.diagnose in one by itself."
         try:
-            self.diagnosis = diagnose(
-                self.model, batches, forward=forward, loss=loss, optimizer=self._optimizer, target=self._target
-            )
+            found = diagnose(model, batches, forward=forward, loss=loss, optimizer=self._optimizer, target=self._target)
         except Exception as error:  # a guard ends nobody's training
             return f"The norms could not be looked at: {error}"
-        if self.diagnosis.healthy:
+        self.diagnosis = found
+        if found.healthy and found.layers and not any(layer.unmeasured for layer in found.layers):
             return "The norms are not the cause: nothing was found."
-        return f"The norms say why:\n{self.diagnosis}"
+        if found.healthy:
+            return f"The norms do not say why:\n{found}"
+        return f"The norms say why:\n{found}"
 
 
-class Called(tuple):
+class Called(NamedTuple):
     """What a model was called with: its arguments by position and by keyword."""
 
-    def __new__(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Called":
-        return super().__new__(cls, (args, kwargs))
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
-def _as_called(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Called):
-        args, kwargs = batch
-        return model(*args, **kwargs)
-    return first_input(model, batch)
+def _as_called(model: nn.Module, batch: Called) -> Any:
+    return model(*batch.args, **batch.kwargs)
+
+
+def _is_single(call: Called) -> bool:
+    """Whether it was called with a tensor alone."""
+    return len(call.args) == 1 and isinstance(call.args[0], Tensor) and not call.kwargs
 
 
 def _by_batch(norm: nn.Module) -> bool:

@@ -43,13 +43,14 @@ class Layer:
         unlearned: γ or β learns, but is not among the optimizer's parameters.
         turn: by which angle a step of the optimizer turns the weight before it, in radians: its length is nothing to
             the norm, so this is the effective learning rate. Of a step as of SGD, lr ‖g‖ / (1 − momentum) / ‖w‖; of an
-            optimizer with betas, lr √n / ‖w‖ for n weights.
+            optimizer with betas, lr √n / ‖w‖ for n weights; of others None.
         share: of a batch in the statistics of a running norm, w.
         lag: the median over channels of how far those statistics are from what it is given in training, as `offset`.
         unsettled: of a running norm whose share is that of statistics just loaded, by which angle the weight before it
             turns while they are renewed, turn / share.
-        contrast: the variance of the images' own means over that of all values, the mean of the channels, on maps of 64
-            values or more: how much images differ in brightness and contrast.
+        contrast: the variance of the images' own means plus that of their own deviations, over that of all values, the
+            mean of the channels: how much images differ in brightness and contrast. Of the first norm that is given
+            maps of 64 values or more: further on, images differ by what they show.
         passed_by: it has running statistics and is no torch `_BatchNorm`, which others look for.
         unmeasured: why figures are missing, as its class is not known or its code failed; None if none are.
     """

@@ -16,7 +16,8 @@ class WatchCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
 
         Trainer(callbacks=[WatchCallback(module, monitor="val_loss")]).fit(module, batches, others)
 
-    The training loss is what `training_step` returns, the validation loss what the module logs as `monitor`. The
+    The training loss is what `training_step` returns, the validation loss what the module logs as `monitor`; epochs
+    without validation are passed over. The
     diagnosis calls the module with the first part of a batch; give `forward` where that is not how it is called.
 
     Args:
@@ -43,14 +44,17 @@ class WatchCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
         """It is over."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if loss is not None:
-            self.guard.add("train", loss)
+        if loss is not None:  # Lightning has divided it by the batches that make a step
+            self.guard.add("train", loss * trainer.accumulate_grad_batches)
         self.guard.end()
 
-    def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
-        """Both losses are known."""
-        if self.monitor in trainer.callback_metrics:
+    def on_validation_end(self, trainer: Any, *_: Any) -> None:
+        """The loss of a validation is known."""
+        if self.monitor in trainer.callback_metrics and not trainer.sanity_checking:
             self.guard.add("valid", trainer.callback_metrics[self.monitor])
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        """Both losses are known."""
         self.guard.after_epoch()
 
     def on_exception(self, *_: Any) -> None:

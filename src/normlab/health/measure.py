@@ -12,15 +12,16 @@ from torch.nn.modules.batchnorm import _LazyNormBase
 from torch.optim import Optimizer
 
 from ..errors import InputError, check
-from ..nn import FrozenBatchNorm2d
+from ..surgery.build import is_frozen
 from ..surgery.effect import Batches, Forward, kept_statistics, looking, peeked
-from ..surgery.modules import norms
+from ..surgery.modules import Found, norms
 from ..surgery.outputs import named_tensors, tensors
 from ..surgery.trace import Trace
 from ..training.batches import TARGET_KEYS
+from ..training.learner import check_loss
 from .figures import figures
 from .layer import Layer
-from .turns import Turns, why_no_direction
+from .turns import Turns, parameters_of
 from .watched import Ratio, Watched
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
@@ -61,58 +62,108 @@ def measure(
     optimizer: Optimizer | None,
     target: Target,
     limit: int,
-) -> tuple[list[Layer], Output]:
+) -> tuple[list[Layer], Output, list[Any]]:
     """Runs the first `limit` batches through the model, in evaluation and with its norms in training mode.
 
-    Other modules are in evaluation mode in both, so that dropout is no difference.
+    Other modules are in evaluation mode in both, so that dropout is no difference. The third result are the batches, if
+    there is a loss.
     """
     found = norms(model)
     lazy = [one.name for one in found if isinstance(one.module, _LazyNormBase)]
     check(not lazy, "model", ", ".join(lazy), "norms that know their channels: run a batch through it first")
-    watched = {one.module: Watched(one.module) for one in found}
-    trace, turns = Trace(model, [norm for norm, seen in watched.items() if seen.blind is None]), Turns(optimizer)
-    # As they train: as they are, or all of them if the whole model is in evaluation mode.
-    trained = [one.module for one in found if one.module.training or not model.training]
-    gaps, losses, count, images = Ratio(), [], 0, 0
-    before: dict[nn.Module, nn.Module] = {}
-    _, batches = peeked(batches)
-    with looking(model), _kept_parameters(trained):
-        for count, batch in enumerate(islice(batches, limit), 1):
-            run = Run(model, forward, batch, count)
-            # Forked, so that a model that draws random numbers draws the same ones in both passes.
-            tracing = trace.watching() if count == 1 else nullcontext()
-            with torch.random.fork_rng(), tracing, _hooked(watched, training=False):
-                expected = run()
-            before = _layers_before(trace) if count == 1 else before
-            learned = [] if loss is None or optimizer is None else turns.directions(before.values())
-            with _training(model, trained), _hooked(watched, training=True), torch.set_grad_enabled(bool(learned)):
-                output = run()
-                if loss is not None:
-                    wanted = target(batch)
-                    found_loss = loss(output, wanted)
-                    turns.add(learned, found_loss)
-                    losses.append((float(found_loss.detach()), float(loss(expected, wanted))))
-            _compare(gaps, output, expected)
-            images += _images(batch)
-    layers = []
-    for one in found:
-        seen, layer = watched[one.module], before.get(one.module)
-        reason = why_no_direction(layer) if layer is not None and losses and optimizer is not None else None
+    empty = [name for name, part in model.named_parameters() if part.is_meta]
+    check(not empty, "model", ", ".join(empty[:4]), "parameters with values: these are on the meta device")
+    passes = Passes(model, found, forward, loss, optimizer, target)
+    with looking(model), _kept_parameters(passes.trained):
+        for batch in islice(peeked(batches)[1], limit):
+            passes.add(batch)
+    return passes.layers(), passes.output(), passes.kept
+
+
+class Passes:
+    """What was seen of a model and its norms in the batches that were added.
+
+    Attributes:
+        trained: the norms that train, as they are; all of them if the whole model is in evaluation mode.
+        kept: the batches, if there is a loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        found: list[Found],
+        forward: Forward,
+        loss: Loss | None,
+        optimizer: Optimizer | None,
+        target: Target,
+    ):
+        self.model, self._found = model, found
+        self._forward, self._loss, self._target = forward, loss, target
+        self.trained = [one.module for one in found if one.module.training or not model.training]
+        self.kept: list[Any] = []
+        self._watched = {one.module: Watched(one.module) for one in found}
+        self._trace = Trace(model, [norm for norm, seen in self._watched.items() if seen.blind is None])
+        self._turns = Turns(optimizer if loss is not None else None)
+        self._optimized = None if optimizer is None else parameters_of(optimizer)
+        self._before: dict[nn.Module, nn.Module] = {}
+        self._gaps, self._losses, self._count, self._images = Ratio(), [], 0, 0
+
+    def add(self, batch: Any) -> None:
+        """Run a batch, in evaluation and as the norms train."""
+        self._count += 1
+        first, run = self._count == 1, Run(self.model, self._forward, batch, self._count)
+        # Forked, so that a model that draws random numbers draws the same ones in both passes.
+        tracing = self._trace.watching() if first else nullcontext()
+        with torch.random.fork_rng(), tracing, _hooked(self._watched, training=False):
+            expected = run()
+        if first:
+            self._before = _layers_before(self._trace)
+        learned = self._turns.directions(self._before.values())
+        training = _training(self.model, self.trained), _hooked(self._watched, training=True)
+        with training[0], training[1], torch.set_grad_enabled(bool(learned)):
+            output = run()
+            if self._loss is not None:
+                self._judge(batch, output, expected, learned)
+        _compare(self._gaps, output, expected)
+        self._images += _images(batch)
+
+    def _judge(self, batch: Any, output: Any, expected: Any, learned: list[Tensor]) -> None:
+        """The losses of both outputs, and the gradients."""
+        assert self._loss is not None
+        wanted = self._target(batch)
+        found = self._loss(output, wanted)
+        check_loss(found, "loss's result")
+        self._turns.add(learned, found)
+        self._losses.append((float(found.detach()), float(self._loss(expected, wanted))))
+        self.kept.append(batch)
+
+    def output(self) -> Output:
+        """What became of the model's output."""
+        means = [sum(part) / self._count for part in zip(*self._losses, strict=True)] or [None, None]
+        return Output(self._count, self._images, self._gaps.overall, *means)
+
+    def layers(self) -> list[Layer]:
+        """The figures of every norm, in the order of the model."""
+        shown = [seen for seen in self._watched.values() if seen.images]
+        first = min(shown, key=lambda seen: seen.first_pass_at, default=None)
+        learns = any(parameter.requires_grad for parameter in self.model.parameters())
+        return [self._layer(one, learns, first) for one in self._found]
+
+    def _layer(self, one: Found, model_learns: bool, first: Watched | None) -> Layer:
+        seen, layer = self._watched[one.module], self._before.get(one.module)
+        reason = self._turns.why_not(layer) if layer is not None and self._losses else None
         if reason is not None:
             seen.say(reason)
-        layers.append(
-            figures(
-                seen,
-                one.name,
-                frozen_by_mode=one.module not in trained and not isinstance(one.module, FrozenBatchNorm2d),
-                model_learns=any(parameter.requires_grad for parameter in model.parameters()),
-                optimized=turns.known,
-                closes=one.module in trace.rectified,
-                turn=turns.of(layer),
-            )
+        return figures(
+            seen,
+            one.name,
+            frozen_by_mode=one.module not in self.trained and not is_frozen(one.module),
+            model_learns=model_learns,
+            optimized=self._optimized,
+            closes=one.module in self._trace.rectified,
+            turn=self._turns.of(layer),
+            first=seen is first,
         )
-    means = [sum(part) / count for part in zip(*losses, strict=True)] or [None, None]
-    return layers, Output(count, images, gaps.overall, *means)
 
 
 @contextmanager
@@ -216,6 +267,13 @@ def _training(model: nn.Module, trained: list[nn.Module]) -> Iterator[None]:
 
 
 def _images(batch: Any) -> int:
+    """As many as the first tensor is long; of what detectors take, a list of dicts or of (C, H, W), as many as that."""
+    parts = [*batch] if isinstance(batch, (list, tuple)) else [batch]
+    if parts and parts[0] is not batch and all(isinstance(part, Mapping) for part in parts):
+        return len(parts)
+    first = parts[0] if parts else None
+    if isinstance(first, list) and first and all(isinstance(part, Tensor) and part.dim() == 3 for part in first):
+        return len(first)
     return next((len(part) for part in tensors(batch) if part.dim() > 0), 0)
 
 

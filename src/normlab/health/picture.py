@@ -31,7 +31,7 @@ def draw(layers: Sequence[Layer], lines: Sequence[str]) -> Figure:
     _draw_deviations(left, layers)
     _draw_shares(right, layers)
     left.set_yticks(range(len(layers)), names, fontsize=8)
-    left.set_ylim(len(layers) - 0.5, -0.5)
+    left.set_ylim(max(len(layers), 1) - 0.5, -0.5)
     under.text(0.01, 0.98, text, va="top", ha="left", fontsize=9, family="monospace")
     return figure
 

@@ -9,21 +9,24 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.optim import Optimizer
 
 
-class Turns:
-    """How far a step of an optimizer turns weights, from their gradients in each batch.
+def parameters_of(optimizer: Optimizer) -> set[int]:
+    """The ids of the parameters that it has."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
-    Attributes:
-        known: ids of the parameters that it has; None without one.
-    """
+
+class Turns:
+    """How far a step of an optimizer turns weights, from their gradients in each batch; nothing without one."""
 
     def __init__(self, optimizer: Optimizer | None):
         groups = [] if optimizer is None else optimizer.param_groups
+        self._optimizer = optimizer
         self._group = {id(parameter): group for group in groups for parameter in group["params"]}
-        self.known = None if optimizer is None else set(self._group)
         self._lengths: dict[int, list[float]] = {}  # of the gradients
 
     def directions(self, layers: Iterable[nn.Module]) -> list[Tensor]:
         """The parameters that give the layers' weights their directions, each once, as far as they learn."""
+        if self._optimizer is None:
+            return []
         found = [part for layer in layers if (part := direction(layer)) is not None and part.requires_grad]
         return list({id(part): part for part in found}.values())
 
@@ -40,6 +43,8 @@ class Turns:
         if layer is None or weight is None or id(weight) not in self._group or id(weight) not in self._lengths:
             return None
         group, lengths = self._group[id(weight)], self._lengths[id(weight)]
+        if not _is_known(group):
+            return None
         step = sum(lengths) / len(lengths) / (1 - group.get("momentum", 0.0))
         kept = layer._buffers.get("weight_mask")  # of torch.nn.utils.prune
         values = weight.detach() if kept is None else weight.detach() * kept
@@ -47,6 +52,20 @@ class Turns:
             step = (weight.numel() if kept is None else float(kept.sum())) ** 0.5
         length = float(values.norm())
         return float(group["lr"]) * step / length if length > 0 else float("inf")
+
+    def why_not(self, layer: nn.Module) -> str | None:
+        """Why the turn of this layer's weight is not measured, or None."""
+        if self._optimizer is None:
+            return None
+        group = self._group.get(id(direction(layer)))
+        if group is not None and not _is_known(group):
+            return f"turn: how long a step of {type(self._optimizer).__name__} is, is not known here"
+        return why_no_direction(layer)
+
+
+def _is_known(group: dict[str, Any]) -> bool:
+    """Whether its optimizer steps along the gradient, as SGD, or by about lr for each weight, as Adam and Lion."""
+    return "betas" in group or "dampening" in group
 
 
 def direction(layer: nn.Module) -> Tensor | None:

@@ -1,5 +1,6 @@
 """What one norm is given and puts out, gathered batch by batch."""
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import wraps
@@ -14,6 +15,7 @@ from ..surgery.moments import Moments
 from ..surgery.trace import input_of
 from .foreign import Unmeasured, channel_dim, follows_statistics, is_plain, output_like, run, why_opaque
 
+CALLS = itertools.count(1)
 LARGE_MAP = 64  # values of a channel of an image, from which on its mean says how bright the image is
 
 
@@ -103,7 +105,8 @@ class Watched:
         self.calls: list[Moments] = []  # of the first, second, … call in a pass
         self.calls_in_training: list[Moments] = []
         self.batches: list[tuple[Moments, Tensor, Tensor]] = []  # of which call; mean and variance
-        self.images: list[Tensor] = []  # the means of each image's channels, (N, C)
+        self.images: list[Tensor] = []  # mean and deviation of each image's channels, (2, N, C)
+        self.first_pass_at = 0  # its place among all norms by the time of their first call
         self.gaps = Ratio()
         self.largest: Tensor | None = None
         self.values: int | None = None
@@ -135,7 +138,9 @@ class Watched:
         self._next(self.calls).add(values.T)
         self.given.add(values.T)
         if seen.dim == 1 and seen.x.dim() > 2 and seen.mask is None and seen.x[0, 0].numel() >= LARGE_MAP:
-            self.images.append(seen.x.detach().double().flatten(2).mean(2))
+            self.first_pass_at = self.first_pass_at or next(CALLS)
+            maps = seen.x.detach().double().flatten(2)
+            self.images.append(torch.stack([maps.mean(2), maps.std(2, correction=0)]))
 
     @looks
     def evaluated(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

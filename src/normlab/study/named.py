@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 from ..errors import InputError, check, unknown
@@ -31,7 +31,7 @@ def find_named(argument: str, name: str) -> Any:
     with told(f"{argument}={name!r} cannot be imported"):
         loaded = _file(Path(module)) if module.endswith(".py") else _module(module)
     if not hasattr(loaded, attribute):
-        own = [one for one, thing in vars(loaded).items() if getattr(thing, "__module__", None) == loaded.__name__]
+        own = [one for one, thing in vars(loaded).items() if not one.startswith("_") and _is_own(thing, loaded)]
         raise unknown(argument, name, [f"{module}:{one}" for one in own] or ["a name of another module"])
     return getattr(loaded, attribute)
 
@@ -106,6 +106,12 @@ def _file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _is_own(thing: Any, module: ModuleType) -> bool:
+    """Whether it is no module, and no class or function that was imported from one."""
+    made = isinstance(thing, type | FunctionType | BuiltinFunctionType)
+    return not isinstance(thing, ModuleType) and (not made or thing.__module__ == module.__name__)
 
 
 def _make_importable(folder: Path) -> None:

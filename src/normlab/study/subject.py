@@ -48,7 +48,9 @@ def of_run(folder: Path, batch_size: int | None, data_dir: Path | None) -> Subje
     records = RunStore(folder / RECORDS).read()
     check(bool(records), "model", str(folder), "a folder that normlab train wrote, or module:name of a model")
     settings = records[-1]["settings"]
-    learner = build_learner(Trial.from_dict(settings | ({"batch_size": batch_size} if batch_size else {})), data_dir)
+    learner = build_learner(
+        Trial.from_dict(settings | ({} if batch_size is None else {"batch_size": batch_size})), data_dir
+    )
     run = read_weights(folder / WEIGHTS).run
     check(run in (None, records[-1]["key"]), "run of the weights", run, f"{records[-1]['key']}, {AGAIN}")
     notes = load_weights(learner.model, folder / WEIGHTS)

@@ -20,7 +20,17 @@ from ..surgery._card import CARD
 from .store import write_whole
 
 # Under which keys training scripts keep the state of a model, the likeliest first.
-STATE_KEYS = ("state_dict", "model_state_dict", "model", "model_state", "net", "network", "module", "weights")
+STATE_KEYS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "model_state",
+    "net",
+    "network",
+    "network_weights",
+    "module",
+    "weights",
+)
 NAMED = 6  # keys in a message
 RUN = "normlab.run"  # the key of a trial's key in the metadata
 

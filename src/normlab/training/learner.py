@@ -130,7 +130,7 @@ class Learner:
         self.output = self.model(self.inputs)
         self._emit("after_pred")
         self.loss = self.loss_func(self.output, self.targets)
-        _check_loss(self.loss)
+        check_loss(self.loss, "loss_func's result")
         self._emit("after_loss")
         if self.training:
             self.loss.backward()
@@ -207,10 +207,15 @@ def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
     return closure is not None and closure.default is closure.empty
 
 
-def _check_loss(loss: Any) -> None:
+def check_loss(loss: Any, name: str) -> None:
+    """A loss is a tensor of one value.
+
+    Raises:
+        InputError: it is not; `name` says what of.
+    """
     single = isinstance(loss, Tensor) and loss.numel() == 1
     what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-    check(single, "loss_func's result", what, "a tensor of one value, such as the sum or mean of its parts")
+    check(single, name, what, "a tensor of one value, such as the sum or mean of its parts")
 
 
 def _length(batches: Any) -> int | None:

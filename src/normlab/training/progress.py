@@ -1,11 +1,15 @@
 """How far a fit is: a bar on a terminal, plain lines elsewhere."""
 
+import random
 import time
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+# rich draws a number when it is imported, and a training that imports this room shall draw what it drew without.
+_drawn = random.getstate()
+from rich.console import Console  # noqa: E402
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 
-from .events import Callback
+random.setstate(_drawn)
+from .events import Callback  # noqa: E402
 
 BAR_SECONDS = 0.1
 LINE_SECONDS = 30.0
