@@ -514,3 +514,28 @@ def test_a_model_of_several_inputs_and_outputs():
     found = normlab.diagnose(Two(), pairs, forward=lambda model, batch: model(**batch))
     assert found.layers[0].name == "norm"
     assert found.output.images == 32
+
+
+def test_a_network_whose_statistics_settled_before_they_were_measured_is_seen():
+    """0 and 1 that were loaded as if they had had their time: such a network learned nothing."""
+    segresnet = pytest.importorskip("monai.networks.nets").SegResNet
+    torch.manual_seed(0)
+    sizes = {"blocks_down": (1, 1, 1), "blocks_up": (1, 1)}
+    model = normlab.convert(segresnet(2, 8, 1, 1, norm=("batch", {}), **sizes), "running").model
+    images = [torch.randn(2, 1, 32, 32) for _ in range(8)]
+    assert "settled too early" not in [finding.fault for finding in normlab.diagnose(model, images).findings]
+    settled = [module for module in model.modules() if isinstance(module, normlab.nn.RunningBatchNorm2d)]
+    for norm in settled:
+        norm.share.fill_(0.01)
+        norm.num_batches_tracked.fill_(1000)
+    model.train()
+    (finding,) = [one for one in normlab.diagnose(model, images).findings if one.fault == "settled too early"]
+    assert len(finding.modules) > len(settled) / 2
+    exec(finding.command, {"model": model})
+    assert all(float(norm.share) == 1 for norm in settled)
+
+
+def test_a_model_without_norms_has_a_picture_too(tmp_path, recwarn):
+    normlab.diagnose(nn.Conv2d(1, 1, 3), [torch.zeros(1, 1, 4, 4)]).save(tmp_path / "d.png")
+    assert (tmp_path / "d.png").stat().st_size > 0
+    assert not recwarn.list

@@ -89,3 +89,11 @@ def test_a_function_that_fails_is_told_with_its_line(here):
 def test_ctrl_c_in_the_users_code_is_ctrl_c():
     with pytest.raises(KeyboardInterrupt), told("model failed"):
         raise KeyboardInterrupt
+
+
+def test_a_name_that_is_not_there_is_answered_with_those_that_the_file_made(here):
+    """Also things that no class or function of the file is the type of, such as a model; not what it imported."""
+    text = "from functools import partial\nimport math\nfrom fractions import Fraction\n"
+    (here / "nets_z.py").write_text(f"{text}net = Fraction(1)\ndef make(): pass\n_hidden = 1\n")
+    with pytest.raises(InputError, match=r"Did you mean '.*:net'\? Accepted: \S*:net, \S*:make\.$"):
+        find_named("model", f"{here}/nets_z.py:nett")

@@ -151,3 +151,10 @@ def test_a_card_that_is_damaged_is_refused(tmp_path):
     save_file(net().state_dict(), tmp_path / "w.safetensors", metadata={"normlab.card": "{"})
     with pytest.raises(InputError, match=r"card: expected JSON that normlab\.card made"):
         load_weights(net(), tmp_path / "w.safetensors")
+
+
+def test_what_nnunet_saves_is_read(tmp_path):
+    model, here = trained(), net()
+    torch.save({"network_weights": model.state_dict(), "current_epoch": 3}, tmp_path / "checkpoint_best.pth")
+    assert load_weights(here, tmp_path / "checkpoint_best.pth") == []
+    assert all(torch.equal(part, here.state_dict()[name]) for name, part in model.state_dict().items())

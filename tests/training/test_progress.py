@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -150,3 +152,14 @@ def test_a_second_fit_is_shown_like_the_first():
     trained.fit(1)
     trained.fit(1)
     assert [line[:7] for line in log.getvalue().splitlines()] == ["epoch 1", "epoch 1"]
+
+
+def test_importing_the_room_leaves_random_numbers_as_they_were():
+    """A training that diagnoses or prints a report in between draws what it would have drawn without."""
+    code = (
+        "import random; random.seed(0); state = random.getstate(); import normlab, torch;"
+        "report = normlab.convert(torch.nn.Sequential(torch.nn.BatchNorm2d(2)), 'running').report;"
+        "str(report), str(normlab.diagnose(torch.nn.BatchNorm2d(2), 2 * [torch.randn(2, 2, 3, 3)]));"
+        "assert random.getstate() == state"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
