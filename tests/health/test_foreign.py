@@ -461,3 +461,13 @@ def test_a_loader_that_shuffles_leaves_the_generators_as_they_were():
         before = torch.get_rng_state()
         normlab.diagnose(model, batches, **options)
         assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("off", "value"), [(2, 0.0), (4, 0.0), (6, 0.0), (6, 1e-9)])
+def test_channels_that_were_slimmed_away_are_off_however_many(off, value):
+    model = classifier(nn.BatchNorm2d(8))
+    model[1].weight.data[:off] = value
+    found = normlab.diagnose(model, [torch.randn(8, 3, 8, 8) for _ in range(2)])
+    assert found.layers[0].off == off / 8
+    assert "channels switched off" in [finding.fault for finding in found.findings]
+    assert "output constant" not in [finding.fault for finding in found.findings]

@@ -158,3 +158,20 @@ def test_what_nnunet_saves_is_read(tmp_path):
     torch.save({"network_weights": model.state_dict(), "current_epoch": 3}, tmp_path / "checkpoint_best.pth")
     assert load_weights(here, tmp_path / "checkpoint_best.pth") == []
     assert all(torch.equal(part, here.state_dict()[name]) for name, part in model.state_dict().items())
+
+
+def test_a_checkpoint_of_lightning_is_read_where_one_part_of_it_is_the_model(tmp_path):
+    class Module(nn.Module):
+        def __init__(self, **parts):
+            super().__init__()
+            self.parts = nn.ModuleDict(parts)
+
+    path, model = tmp_path / "last.ckpt", trained()
+    torch.save({"state_dict": Module(model=model, loss=nn.Linear(1, 1)).state_dict()}, path)
+    here = net()
+    (note,) = load_weights(here, path)
+    assert note.endswith("left over, not in the model: parts.loss.weight, parts.loss.bias.")
+    assert all(torch.equal(part, here.state_dict()[name]) for name, part in model.state_dict().items())
+    torch.save({"state_dict": Module(student=model, teacher=net()).state_dict()}, path)
+    with pytest.raises(InputError, match=r"missing: .*left over: parts\.student\."):
+        load_weights(net(), path)

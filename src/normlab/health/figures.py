@@ -12,7 +12,7 @@ from ..surgery.probe import is_affine
 from .layer import Layer
 from .watched import Watched, mean_and_var
 
-OFF = 1e-3  # of the median |γ|
+OFF = 1e-3  # of the mean |γ|; the median is 0 where half of them are off
 
 
 def figures(
@@ -191,7 +191,7 @@ def _off(norm: nn.Module) -> Tensor | None:
     if not isinstance(weight, Tensor) or weight.numel() == 0 or not weight.is_floating_point():
         return None
     size = weight.detach().abs().flatten().double()
-    return size < OFF * size.median() if size.any() else size == 0
+    return size < OFF * size.mean() if size.any() else size == 0
 
 
 def _eps(norm: nn.Module) -> float:

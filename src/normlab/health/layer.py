@@ -24,7 +24,7 @@ class Layer:
             the deviation of that in training.
         typical_gap: the median of the channels.
         constant: share of channels whose variance is below eps.
-        off: share of channels whose γ is below 1/1000 of the median.
+        off: share of channels whose γ is below 1/1000 of the mean.
         closed: share of channels that the activation after it lets nothing through of.
         silent: share of channels that vary, but not any more after the norm.
         updates: of its statistics so far.

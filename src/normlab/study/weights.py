@@ -4,7 +4,7 @@ import json
 import re
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +58,8 @@ def save_weights(model: nn.Module, path: Path, run: str) -> None:
 def load_weights(model: nn.Module, path: Path) -> list[str]:
     """Load a state into a model; returns what is odd: keys that are left over, and how norms differ from their card.
 
-    Names count without the prefixes of DataParallel (`module.`) and torch.compile (`_orig_mod.`).
+    Names count without the prefixes of DataParallel (`module.`) and torch.compile (`_orig_mod.`), and without one that
+    all of the model has there, such as `model.` in the checkpoints of Lightning.
 
     Args:
         model: it is changed.
@@ -146,15 +147,25 @@ def _renamed(path: Path, state: Mapping[str, Any], model: nn.Module) -> dict[str
     """With the model's own prefixes in place of those in the file; other keys as they are."""
     here = {plain_name(key): key for key in model.state_dict()}
     own = set(here.values())
-    names = [key if key in own else here.get(plain_name(key), key) for key in state]
+    prefix = _prefix({plain_name(key) for key in state}, here)
+    names = [key if key in own else here.get(plain_name(key).removeprefix(prefix), key) for key in state]
     _refuse(path, "twice there, with a prefix and without", [key for key, n in Counter(names).items() if n > 1])
     renamed = OrderedDict(zip(names, state.values(), strict=True))
     metadata = getattr(state, "_metadata", None)  # the versions of modules, by which they read older states
     if metadata is not None:
         places = {plain_name(name): name for name, _ in model.named_modules()}
-        versions = {places.get(plain_name(name), name): version for name, version in metadata.items()}
+        plain = {name: f"{plain_name(name)}.".removeprefix(prefix).removesuffix(".") for name in metadata}
+        versions = {places.get(plain[name], name): version for name, version in metadata.items()}
         renamed._metadata = versions  # pyright: ignore[reportAttributeAccessIssue]
     return renamed
+
+
+def _prefix(names: Collection[str], here: Collection[str]) -> str:
+    """What stands before every name of the model there; nothing if it is there without, or behind several."""
+    first = next(iter(here), "")
+    found = {name.removesuffix(first) for name in names if name.endswith(f".{first}")}
+    fits = [prefix for prefix in found if all(prefix + key in names for key in here)]
+    return fits[0] if len(fits) == 1 and not set(here) <= set(names) else ""
 
 
 def _differ(part: Tensor, here: Tensor) -> bool:
