@@ -1,13 +1,13 @@
-"""Fine-tuning at batch 2 what batch norm was trained with at batch 64: which norms should the network go on with?
+"""Fine-tuning at batch 2 of networks that batch norm trained at batch 64: which norms should they go on with?
 
     python studies/finetune/study.py train                         # the two networks, with torch.nn.BatchNorm2d
     python studies/finetune/study.py screen  [--batch-sizes 2 …]   # learning rates, on a seed of their own
     python studies/finetune/study.py confirm [--batch-sizes 2 …]   # five other seeds at the best rate, test images
-    python studies/finetune/study.py why                           # two looks at causes, printed
+    python studies/finetune/study.py why                           # print two looks at causes
     python studies/finetune/study.py report                        # the tables of README.md, and finetune.png
 
-README.md says what is compared and why. Runs are kept as they end, in `results.jsonl`; a command started again goes on
-where it stopped. A run takes one thread. The trained networks are kept in `runs/finetune`.
+README.md says what is compared and why. Each run is kept in `results.jsonl` as it ends. A command started again makes
+the runs that are missing. A run takes one thread. The trained networks are kept in `runs/finetune`.
 """
 
 import argparse
@@ -45,7 +45,7 @@ TRAINED_ON, TRAINED_AT, TRAINED_EPOCHS, TRAINED_LR = 40_000, 64, 5, 0.05
 IMAGES, EPOCHS = 2_000, 1
 TO_CHOOSE, TO_JUDGE = 2_000, 5_000  # images held out, for screening and for confirmation
 SCREENING, CONFIRMATION = 0, (1, 2, 3, 4, 5)  # seeds
-# Screening starts with the four in the middle, and goes on while the best is the lowest or highest that was tried.
+# Screening starts with the four in the middle. It goes on while the best is the lowest or the highest.
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 FIRST_RATES = RATES[4:8]
 
@@ -149,7 +149,7 @@ def train(case: Case, data_dir: str | None) -> Record:
 
 
 def fine_tune(trial: Trial, data_dir: str | None, *callbacks: Callback) -> Record:
-    """Go on with a trained network in one of the ways: `trial.norm` names the way, `trial.data` the case."""
+    """Go on with a trained network. `trial.norm` names the way, `trial.data` the case."""
     torch.set_num_threads(1)
     case = CASES[trial.data]
     x, y, x_held_out, y_held_out = target_images(case, trial.seed, data_dir)
@@ -163,7 +163,7 @@ def fine_tune(trial: Trial, data_dir: str | None, *callbacks: Callback) -> Recor
 def fit(
     trial: Trial, model: nn.Module, x: Tensor, y: Tensor, x_held_out: Tensor, y_held_out: Tensor, *callbacks: Callback
 ) -> Record:
-    """Train on `x` as `trial` says, by SGD with momentum; at the end the accuracy on what is held out."""
+    """Train on `x` as `trial` says, by SGD with momentum. Measure the accuracy on what is held out at the end."""
     recorder, guard = Recorder(), StopWhenDiverged()
     schedule = ScheduleParameter("lr", make_schedule(trial.schedule, trial.lr))
     learner = Learner(
@@ -190,7 +190,7 @@ def fit(
 
 
 def share_right(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The accuracy in evaluation mode."""
+    """The accuracy, in evaluation mode."""
     model.eval()
     with torch.no_grad():
         found = torch.cat([model(batch).argmax(1) for batch in x.split(250)])
@@ -201,7 +201,7 @@ def share_right(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def new_network(case: Case) -> nn.Module:
-    """With torch's own batch norm."""
+    """A network of the case, with torch's own batch norm."""
     model = build_model(case.model, "batch", num_classes=10, in_channels=1)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BatchNorm2d):
@@ -210,7 +210,7 @@ def new_network(case: Case) -> nn.Module:
 
 
 def trained_network(case: Case) -> nn.Module:
-    """As it was kept; with a new last layer, drawn from torch's global seed, if the classes are others."""
+    """The network that `train` kept. Where classes are new, so is its last layer, drawn from torch's global seed."""
     model = new_network(case)
     state = torch.load(network_file(case), weights_only=True)
     last = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
@@ -224,9 +224,9 @@ def network_file(case: Case) -> Path:
 
 
 def target_images(case: Case, seed: int, data_dir: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A seed's own images to train on, of those no network was trained on; validation images to screen, or test images.
+    """A seed's own images to train on, and images held out: validation images in screening, else test images.
 
-    All are normalised as the network's training images were.
+    No network was trained on any of them. All are normalised as the network's training images were.
     """
     screening = seed == SCREENING
     data = images_of(case.target, data_dir, "validation" if screening else "test")
@@ -240,7 +240,7 @@ def target_images(case: Case, seed: int, data_dir: str | None) -> tuple[Tensor, 
 
 
 def normalized(images: Tensor, case: Case, data_dir: str | None) -> Tensor:
-    """By mean and deviation of the images that the network was trained on."""
+    """The images, by mean and deviation of those that the network was trained on."""
     mean, deviation = scale_of(case.source, data_dir)
     return (images - mean) / deviation
 
@@ -260,9 +260,9 @@ def images_of(name: str, data_dir: str | None, held_out: str) -> ImageData:
 
 
 def to_screen(groups: Iterable[Group], case: str, way: str, batch_size: int) -> list[Trial]:
-    """The first rates; then the next one, while the best of those that were tried is the lowest or the highest.
+    """The first rates. Then the next one, while the best so far is the lowest or the highest.
 
-    No more if none of them came to an end.
+    If no run ended, there are no more.
     """
     scores = {one.settings["lr"]: one.score for one in groups}
     if not scores:
@@ -278,7 +278,7 @@ def to_screen(groups: Iterable[Group], case: str, way: str, batch_size: int) -> 
 def to_confirm(
     groups: Iterable[Group], case: str, way: str, batch_size: int, rates: Iterable[float] = ()
 ) -> list[Trial]:
-    """The best rate, and others that are asked for, with fresh seeds."""
+    """The best rate and the ones in `rates`, with fresh seeds."""
     leader = best(groups)
     if leader is None:
         return []
@@ -291,7 +291,7 @@ def settings(case: str, way: str, batch_size: int, lr: float, seed: int) -> Tria
 
 
 def runs(seeds: Iterable[int]) -> list[Record]:
-    """The runs of fine-tuning with these seeds that there are."""
+    """The kept runs of fine-tuning with these seeds."""
     return [
         record
         for record in STORE.read()
@@ -318,7 +318,7 @@ def run(
     data_dir: str | None,
     workers: int,
 ) -> bool:
-    """Make the runs chosen by what was screened, of those the store does not hold; whether there were any."""
+    """Make the runs that `choose` picks and the store does not hold. Returns whether there were any."""
     kept = {record["key"] for record in STORE.read()}
     trials = [
         trial
@@ -340,7 +340,7 @@ def job(trial: Trial, data_dir: str | None) -> Job:
 
 
 def show_recalibrated(data_dir: str | None) -> None:
-    """What `recalibrate` makes of the main case's network: the loss on the images that it is given."""
+    """Print the loss of the main case's network on its new images, before and after `recalibrate`."""
     case = CASES["camera"]
     x, y, _, _ = target_images(case, SCREENING, data_dir)
     model = trained_network(case)
@@ -358,7 +358,7 @@ def show_recalibrated(data_dir: str | None) -> None:
 
 
 def show_statistics(data_dir: str | None) -> None:
-    """Test accuracy of running batch norm in the second case, and with statistics measured after the training."""
+    """Print the test accuracy of running batch norm in the second case: as it is, and recalibrated after training."""
     for batch_size, lr in ((2, 0.003), (2, 0.01), (1, 0.003)):
         own, measured = [], []
         for seed in CONFIRMATION:
@@ -377,7 +377,7 @@ def show_statistics(data_dir: str | None) -> None:
 
 
 def report() -> None:
-    """Write the tables of README.md anew, between its two marks, and the picture."""
+    """Write the tables of README.md, between its two marks, and the picture."""
     readme = FOLDER / "README.md"
     head, _, rest = readme.read_text().partition(BEGIN)
     tail = rest.partition(END)[2]
@@ -402,7 +402,7 @@ def sizes() -> list[int]:
 
 
 def table(case: str, batch_size: int) -> str:
-    """Test accuracy of each way at its best rate, and how far it is from that of running batch norm, seed by seed."""
+    """Test accuracy of each way at its best rate, and its distance from running batch norm, seed by seed."""
     lines = [
         "| | rate | before | training accuracy | test accuracy | `running` minus it |",
         "|---|---|---|---|---|---|",
@@ -441,14 +441,14 @@ def by_rate(seeds: Iterable[int], case: str, way: str, batch_size: int) -> dict[
 
 
 def accuracies(case: str, way: str, batch_size: int) -> dict[int, float]:
-    """By seed, of the runs that finished."""
+    """The accuracy of each run that finished, by seed."""
     members = confirmed(case, way, batch_size)
     found = {record["settings"]["seed"]: final(record, "accuracy") for record in members.records} if members else {}
     return {seed: value for seed, value in found.items() if value is not None}
 
 
 def made_with() -> str:
-    """The networks, versions and machines."""
+    """A line each on the networks, and on versions and machines."""
     records = [record for record in STORE.read() if record["status"] != "failed"]
     sources = {(case.source, case.model): f"`{name}`" for name, case in CASES.items()}
     trained = [
@@ -467,7 +467,7 @@ def made_with() -> str:
 
 
 def write_picture(path: Path) -> None:
-    """Errors on the test images, and on the validation images by learning rate, one case above the other."""
+    """Draw errors on the test images, and on the validation images by learning rate. Each case has a row."""
     figure = Figure(figsize=(11, 4.5 * len(CASES)), layout="constrained")
     for row, case in zip(figure.subplots(len(CASES), 2, squeeze=False), CASES, strict=True):
         draw_errors(row[0], case)
@@ -518,7 +518,7 @@ def draw_screening(axes: Axes, case: str, size: int) -> None:
 
 
 def scale_errors(axis: Axis) -> None:
-    """The few numbers that errors have on a logarithmic scale."""
+    """Put a few plain numbers on a logarithmic axis of errors."""
     axis.set_major_locator(FixedLocator([0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9]))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
@@ -527,12 +527,12 @@ def scale_errors(axis: Axis) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["train", "screen", "confirm", "why", "report"])
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[2])
-    parser.add_argument("--rates", nargs="+", type=float, default=[], help="of confirmation, beside the best")
-    parser.add_argument("--data-dir")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("part", choices=["train", "screen", "confirm", "why", "report"], help="what to do")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="cases to run")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[2], help="images a step")
+    parser.add_argument("--rates", nargs="+", type=float, default=[], help="rates that confirm runs beside the best")
+    parser.add_argument("--data-dir", help="folder of the data sets")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     a = parser.parse_args()
     if a.part == "train":
         for case in a.cases:

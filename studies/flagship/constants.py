@@ -1,12 +1,17 @@
-"""What the two constants of running batch norm do that depend on the size of the batch: hypothesis 27 in NOTES.md.
+"""What two constants of running batch norm do, both of which depend on the size of the batch.
 
     python studies/flagship/constants.py
 
-γ and β learn at √(N/S) of the learning rate, at most 1, and the share of a batch in the averages of gradients grows
-where the cosine of innovation and push is above T/N. Other values of S and T, at batch 2, 8 and 32, on the lesson's net
-at a constant rate of 1 (MNIST, one epoch, where γ and β that move fast do harm) and on the net and images of
-`contrast.py` (4,000 images, few steps, where slow ones do). Runs are kept as they end, in `constants.jsonl`; a command
-started again goes on where it stopped. A table at the end: accuracy, mean and deviation over three seeds.
+With N images, γ and β learn at √(N/S) of the learning rate, at most 1. A batch's share in the averages of gradients
+grows where the cosine of innovation and push is above T/N. Other values of S and T are tried at batch 2, 8 and 32, on
+two nets:
+
+- the lesson's net, MNIST, one epoch, a constant rate of 1, where γ and β that move fast do harm;
+- the net and images of `contrast.py`, 4,000 images, where γ and β that move slowly do harm.
+
+Each run is kept in `constants.jsonl` as it ends. A command started again makes the runs that are missing. At the end
+the script prints accuracy and training loss, mean and deviation over three seeds. NOTES.md has them under "γ and β
+learn at √(N/64)".
 """
 
 import argparse
@@ -27,7 +32,15 @@ from normlab.study.trial import run_trial
 from normlab.training import Callback
 
 STORE = RunStore(Path(__file__).parent / "constants.jsonl")
-CONSTANTS = ((64, 0.2), (8, 0.2), (16, 0.2), (32, 0.2), (200, 0.2), (64, 0.0), (64, 0.6))  # S and T; first what is kept
+CONSTANTS = (
+    (64, 0.2),
+    (8, 0.2),
+    (16, 0.2),
+    (32, 0.2),
+    (200, 0.2),
+    (64, 0.0),
+    (64, 0.6),
+)  # S and T; the first pair is the rule's
 PEAKS = {2: 0.1, 8: 0.4, 32: 1.6}
 SEEDS = range(3)
 
@@ -58,7 +71,7 @@ def make_job(net: str, images: float, drift: float, batch_size: int, seed: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     a = parser.parse_args()
     kept = {record["key"] for record in STORE.read() if record["status"] != "failed"}
     settings = [(net, *constants, size) for net in ("convnet", "resnet") for size in PEAKS for constants in CONSTANTS]

@@ -1,10 +1,11 @@
-"""A residual net on images of very different contrast, at batch 2: what hypothesis 25 in NOTES.md was found with.
+"""A residual net on images of very different contrast, at batch 2.
 
     python studies/flagship/contrast.py [--norms running group batch]
 
-4,000 images of MNIST, each multiplied by exp(.7 z) and shifted by .7 z', z and z' drawn from the normal distribution;
-one epoch, one-cycle, plain SGD. Runs are kept as they end, in `contrast.jsonl`; a command started again goes on where
-it stopped. A table at the end: accuracy on 2,000 test images, treated alike, mean and deviation over three seeds.
+4,000 images of MNIST are each multiplied by exp(0.7 z) and shifted by 0.7 z', with z and z' from the normal
+distribution. Training is one epoch of plain SGD, one-cycle. Each run is kept in `contrast.jsonl` as it ends. A
+command started again makes the runs that are missing. At the end the script prints the accuracy on 2,000 test images,
+made in the same way: mean and deviation over three seeds. NOTES.md has it under "The own part of B".
 """
 
 import argparse
@@ -70,8 +71,8 @@ def key(norm: str, lr: float, seed: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--norms", nargs="+", default=("running", "group", "batch"))
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--norms", nargs="+", default=("running", "group", "batch"), help="norms to run")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     a = parser.parse_args()
     kept = {record["key"] for record in STORE.read() if record["status"] != "failed"}
     jobs = [

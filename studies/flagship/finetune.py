@@ -1,12 +1,12 @@
-"""Fine-tuning at batch 1 and 2: a net with batch norm, trained on MNIST at batch 128, goes on to Fashion-MNIST.
+"""Fine-tuning at batch 1 and 2: a net with batch norm, trained on MNIST at batch 128, learns Fashion-MNIST.
 
     python studies/flagship/finetune.py [--batch-sizes 2 1] [--norms …]
 
-The lesson's net is trained for one epoch with batch norm; then it gets other norms, with γ and β and, where they have
-any, the running statistics of its batch norms, and a new last layer; and it learns 5,000 images of Fashion-MNIST in one
-epoch, one-cycle, plain SGD. `frozen` is batch norm in evaluation mode whose γ and β learn; `scratch` starts running
-batch norm from nothing. Runs are kept as they end, in `finetune.jsonl`; a command started again goes on where it
-stopped.
+The lesson's net is trained for one epoch with batch norm. Then it gets other norms and a new last layer. The norms
+take over γ and β, and running statistics where they have any. The net learns 5,000 images of Fashion-MNIST in one
+epoch of plain SGD, one-cycle. `frozen` is batch norm in evaluation mode whose γ and β learn. `scratch` is running
+batch norm that takes nothing over. Each run is kept in `finetune.jsonl` as it ends. A command started again makes the
+runs that are missing. `studies/finetune` is the later and larger study.
 """
 
 import argparse
@@ -63,10 +63,10 @@ def finetune(trial: Trial, data_dir: str | None, tell: Callback) -> Record:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--norms", nargs="+", default=NORMS, choices=NORMS)
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=(2, 1))
-    parser.add_argument("--data-dir")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--norms", nargs="+", default=NORMS, choices=NORMS, help="norms to run")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=(2, 1), help="images a step")
+    parser.add_argument("--data-dir", help="folder of the data sets")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     a = parser.parse_args()
     kept = {record["key"] for record in STORE.read() if record["status"] != "failed"}
     trials = [

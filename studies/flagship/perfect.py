@@ -1,11 +1,11 @@
-"""What learning at batch 2 would be with perfect statistics: what hypothesis 26 in NOTES.md was found with.
+"""What a net would learn at batch 2 with perfect statistics.
 
     python studies/flagship/perfect.py
 
-Each step passes 32 images forward and backward, so that means, variances and the averages of the gradients are those of
-32; but only the first two images have a part in the gradient of weights, γ and β. In the runs named `own` the averages
-of the gradients are those of each pair. Net, images and schedule are those of `contrast.py`. Runs are kept as they end,
-in `perfect.jsonl`; a command started again goes on where it stopped.
+Each step passes 32 images forward and backward. Means, variances and averages of gradients are those of 32. Only the
+first two images have a part in the gradient of weights, γ and β. In the runs named `own` the averages of gradients
+are those of each pair. Net, images and schedule are those of `contrast.py`. Each run is kept in `perfect.jsonl` as it
+ends. A command started again makes the runs that are missing. NOTES.md has them under "The share in A and B".
 """
 
 import argparse
@@ -34,7 +34,7 @@ SPACE = (0, 2, 3)
 
 
 class _Normalize(torch.autograd.Function):
-    """Batch norm of a pool of images, in which the gradients of γ and β are those of the first few."""
+    """Batch norm of a pool of images. The gradients of γ and β are those of the first few."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, own: bool) -> Tensor:
@@ -82,7 +82,7 @@ class PoolNorm(nn.Module):
 
 
 class FewStep(nn.Module):
-    """A convolution or linear layer in which only the first few images have a part in the gradient of the weight."""
+    """A convolution or linear layer. Only the first few images have a part in the gradient of its weight."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -94,7 +94,7 @@ class FewStep(nn.Module):
         constants = {name: value.detach() for name, value in self.layer.named_parameters()}
         y = torch.func.functional_call(self.layer, constants, x)
         of_few = self.layer(x[:STEPPED].detach())
-        nothing = (of_few - of_few.detach()) * (POOL / STEPPED)  # zero, but for its gradient
+        nothing = (of_few - of_few.detach()) * (POOL / STEPPED)  # zero, but it has a gradient
         return torch.cat([y[:STEPPED] + nothing, y[STEPPED:]])
 
 
@@ -149,7 +149,7 @@ def key(own: bool, lr: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     a = parser.parse_args()
     kept = {record["key"] for record in STORE.read() if record["status"] != "failed"}
     jobs = [

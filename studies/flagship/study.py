@@ -1,14 +1,14 @@
-"""Running batch norm against every rival, the same settings for every norm, plain SGD.
+"""Running batch norm beside every other norm, with the same settings for each, by plain SGD.
 
-    python studies/flagship/study.py screen  [--batch-sizes 2 1 …] [--norms …]   # one seed, few images, all settings
-    python studies/flagship/study.py confirm [--data fashion_mnist] …            # best two settings, all images, seeds
-    python studies/flagship/study.py bars                                        # running against group, high rates
-    python studies/flagship/study.py table                                       # what there is, as tables, pictures
+    python studies/flagship/study.py screen  [--batch-sizes 2 1 …] [--norms …]   # all settings, few images, one seed
+    python studies/flagship/study.py confirm [--data fashion_mnist] …            # the best two, all images, more seeds
+    python studies/flagship/study.py bars                                        # running and group at high rates
+    python studies/flagship/study.py table                                       # tables and pictures of what there is
 
-The lesson's net learns MNIST or Fashion-MNIST in one epoch, a residual net CIFAR-10 in three. A setting is a learning
-rate, a schedule and whether the gradient's norm is clipped at 1. `screen` tries all of them, on MNIST for both of its
-kind; `confirm` takes the two best of each norm and batch size. Runs are kept as they end, in `screen-DATA.jsonl` and
-`confirm-DATA.jsonl`; a command started again goes on where it stopped.
+The lesson's net learns MNIST or Fashion-MNIST in one epoch. A residual net learns CIFAR-10 in three. A setting is a
+learning rate, a schedule, and whether the norm of the gradient is clipped at 1. `screen` tries every setting; for
+Fashion-MNIST it does so on MNIST. `confirm` takes the two best settings of each norm and batch size. Each run is kept
+as it ends, in `screen-DATA.jsonl` or `confirm-DATA.jsonl`. A command started again makes the runs that are missing.
 """
 
 import argparse
@@ -32,8 +32,8 @@ BATCH_SIZES = (2, 1, 4, 8, 32, 128, 512)
 LRS = (0.01, 0.03, 0.1, 0.3, 1.0)
 SCHEDULES = ("constant", "one-cycle")
 CLIPS = (None, 1.0)
-TWICE_CHANCE = 0.2  # of ten classes; what does not come this far in the screening is not confirmed
-# Images in the screening, at a batch size up to 8 and above. On CIFAR-10 5,000 chose rates too high for a whole run.
+TWICE_CHANCE = 0.2  # of ten classes; settings below this in the screening are not confirmed
+# Images in the screening: at a batch size up to 8, and above. On CIFAR-10, 5,000 chose rates too high for a whole run.
 FEW_IMAGES = {"mnist": (5_000, None), "cifar10": (20_000, 20_000)}
 NORMS_STUDIED = [name for name in NORMS if name != "sync"]  # in one process sync is batch norm
 MOST_SEEDS = ("running", "group")
@@ -54,7 +54,7 @@ def screening(norms: Iterable[str], batch_sizes: Iterable[int], data: str, sched
 def confirmation(
     groups: list[Group], norms: Iterable[str], batch_sizes: Iterable[int], data: str, most: int, settings: int
 ) -> list[Trial]:
-    """The best `settings` of each norm and batch size that were screened, on all images, three or `most` seeds."""
+    """The best screened `settings` of each norm and batch size, on all images, with `most` seeds or three."""
     trials = []
     for norm, size in itertools.product(norms, batch_sizes):
         screened = [g for g in groups if (g.settings["norm"], g.settings["batch_size"]) == (norm, size)]
@@ -66,7 +66,7 @@ def confirmation(
 
 
 def high_rates() -> list[Trial]:
-    """Batch 2 at constant rates at which others diverge, on all images; at 1 also clipped."""
+    """Batch 2, all images, constant rates at which other norms diverge; a rate of 1 with clipping too."""
     settings = [(0.4, None), (1.0, None), (1.0, 1.0)]
     return [
         Trial(norm, 2, lr, seed, schedule="constant", clip=clip)
@@ -75,13 +75,13 @@ def high_rates() -> list[Trial]:
 
 
 def run(trials: list[Trial], store: RunStore, data_dir: str | None, workers: int) -> None:
-    """Those that the store does not hold yet."""
+    """Run the trials that the store does not hold yet."""
     kept = {record["key"] for record in store.read() if record["status"] != "failed"}
     run_jobs([make_job(trial, data_dir) for trial in trials if trial.key not in kept], store, workers, Console())
 
 
 def tables() -> str:
-    """Best accuracy, and share of settings that train, norm by batch size, of each store there is; writes pictures."""
+    """Tables of each store: best accuracy and share of settings that train. Writes its picture too."""
     made_by = "Made by `python studies/flagship/study.py table`. A run trains if it gets half of the images right."
     parts = [f"# Results so far\n\n{made_by}\n"]
     for path in (*sorted(FOLDER.glob("screen-*.jsonl")), *sorted(FOLDER.glob("confirm-*.jsonl")), FINE_TUNED):
@@ -124,15 +124,19 @@ def _share_cell(groups: list[Group]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["screen", "confirm", "bars", "table"])
-    parser.add_argument("--norms", nargs="+", default=NORMS_STUDIED, choices=list(NORMS))
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
-    parser.add_argument("--data", default="mnist", choices=list(TASKS))
-    parser.add_argument("--schedules", nargs="+", default=SCHEDULES, choices=SCHEDULES, help="of screening")
-    parser.add_argument("--settings", type=int, default=2, help="of confirmation, the best so many")
-    parser.add_argument("--seeds", type=int, default=5, help="of confirmation, at most; but for running and group, 3")
-    parser.add_argument("--data-dir")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("part", choices=["screen", "confirm", "bars", "table"], help="what to do, see above")
+    parser.add_argument("--norms", nargs="+", default=NORMS_STUDIED, choices=list(NORMS), help="norms to run")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES, help="images a step")
+    parser.add_argument("--data", default="mnist", choices=list(TASKS), help="data set")
+    parser.add_argument(
+        "--schedules", nargs="+", default=SCHEDULES, choices=SCHEDULES, help="schedules that screen tries"
+    )
+    parser.add_argument("--settings", type=int, default=2, help="how many of the best settings confirm takes")
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="seeds of confirm: for running and group; other norms have at most 3"
+    )
+    parser.add_argument("--data-dir", help="folder of the data sets")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     a = parser.parse_args()
     screened = RunStore(FOLDER / f"screen-{SCREENED_ON[a.data]}.jsonl")
     if a.part == "screen":

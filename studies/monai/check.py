@@ -1,7 +1,7 @@
 """Surgery on every network of MONAI: converted there and back, folded, exported.
 
-    python studies/monai/check.py              all that results.jsonl does not have yet, then the table in README.md
-    python studies/monai/check.py UNet VNet    these, again
+    python studies/monai/check.py              # networks that results.jsonl does not have; then the table in README.md
+    python studies/monai/check.py UNet VNet    # these again
 
 `pip install -c constraints.txt -e ".[dev]"` brings what it needs. The networks are in `networks.py`.
 """
@@ -32,18 +32,30 @@ from normlab.surgery import Report, Row, convert, fold
 STORE = RunStore(Path(__file__).parent / "results.jsonl")
 TABLE = Path(__file__).parent / "README.md"
 NORMS = {f"torch.nn.modules.{name}" for name in ("batchnorm", "instancenorm", "normalization")}
-TOLERANCE = 1e-5  # of a difference, over the largest value
+TOLERANCE = 1e-5  # the largest difference, over the largest value
 Inputs = tuple[Any, ...]
 
 INTRODUCTION = """
 # Surgery on MONAI's networks
-Made by `python studies/monai/check.py`, which says what is measured; every run is a line of
-[results.jsonl](results.jsonl), with versions. Networks are small, with γ, β and statistics by chance, batch norm where
-they can have it. Each goes from torch's batch norm to `running`, to `batch`, to `running` and to `batch`: the state
-dict stays the same from first to last, the outputs of `batch` are the same bit by bit, and so is all after `undo`. Then
-the original is folded, exported and run by ONNX Runtime. Differences are the largest of any value over the largest
-value of its output; status is "ok" up to 1e-5, where every norm has its line in both reports and the outputs do depend
-on the statistics.
+
+Does surgery hold on every network of MONAI? Made by `python studies/monai/check.py`. Each run is a line of
+[results.jsonl](results.jsonl), with its versions.
+
+The networks are small. They have batch norm where they can have it, and random γ, β and statistics. Each network goes
+through these steps:
+
+1. It is converted from torch's batch norm to `running`, to `batch`, to `running` and to `batch`.
+2. All of that is undone.
+3. The original is folded, exported, and run by ONNX Runtime.
+
+A difference is the largest of any value, over the largest value of its output. The status is "ok" where all of this
+holds:
+
+- The state dict stays the same from first to last. Both outputs of `batch` are the same bit by bit. So are the outputs
+  after `undo`.
+- The outputs of `running`, of the folded network and of ONNX Runtime differ by 1e-5 at most.
+- Every norm has its line in both reports.
+- The outputs do depend on the statistics.
 """
 HEAD = (
     "| network | | norms | converted | to another function | left | folded | not folded | fold | ONNX | status |",
@@ -53,7 +65,7 @@ REASONS = ("| network | why |", "|---|---|")
 
 
 def built(name: str, dims: int) -> tuple[nn.Module, Inputs]:
-    """A network of the table, settled, and inputs."""
+    """A network of the table after `settled`, and its inputs."""
     torch.manual_seed(0)
     network = NETWORKS[name]
     model, inputs = network.build(dims), network.inputs(dims)
@@ -61,9 +73,9 @@ def built(name: str, dims: int) -> tuple[nn.Module, Inputs]:
 
 
 def settled(model: nn.Module, inputs: Inputs) -> nn.Module:
-    """In evaluation mode, with γ and β by chance, and statistics by chance around those of the inputs.
+    """The model in evaluation mode, with random γ and β, and random statistics around those of the inputs.
 
-    So are parameters that are all 0, as of last layers that are to give nothing at first.
+    Parameters that are all 0 become random too. Some last layers begin so, and would give nothing.
     """
     torch.manual_seed(1)
     averages = [module for module in model.modules() if getattr(module, "running_mean", None) is not None]
@@ -82,13 +94,13 @@ def settled(model: nn.Module, inputs: Inputs) -> nn.Module:
         for module, momentum in zip(averages, momenta, strict=True):
             module.momentum = momentum
             module.running_mean += 0.3 * module.running_var.sqrt() * torch.randn_like(module.running_mean)
-            # Of two values a channel, as in the last maps, some variances are next to nothing by chance.
+            # With two values a channel, as in the last maps, some variances are next to nothing by chance.
             module.running_var += module.running_var.mean() * torch.empty_like(module.running_var).uniform_(0.5, 2)
     return model.eval()
 
 
 def is_norm(module: nn.Module) -> bool:
-    """By other means than those of the package: what it must not forget."""
+    """Whether it is a norm. The package is not asked: it is tested for norms that it forgets."""
     classes = {kind.__module__ for kind in type(module).__mro__}
     return bool(classes & NORMS) or hasattr(module, "running_mean")
 
@@ -99,14 +111,14 @@ def fresh(inputs: Inputs) -> Inputs:
 
 
 def outputs(model: nn.Module, inputs: Inputs, seed: int = 2) -> list[Tensor]:
-    """In evaluation mode; the same seed for networks that draw numbers."""
+    """The outputs in evaluation mode. Networks that draw numbers get the same seed."""
     torch.manual_seed(seed)
     with torch.no_grad():
         return [leaf for leaf in tree_leaves(model.eval()(*fresh(inputs))) if torch.is_tensor(leaf)]
 
 
 def difference(some: list[Tensor], others: list[Tensor]) -> float:
-    """The largest of any value, over the largest value of its tensor; NaN if there is one."""
+    """The largest difference of any value, over the largest value of its tensor. NaN if there is one."""
     pairs = [(one.double(), other.double()) for one, other in zip(some, others, strict=True) if one.numel()]
     shares = [(one - other).abs().max() / one.abs().max().clamp(min=1e-30) for one, other in pairs]
     return torch.stack(shares).max().item()
@@ -121,13 +133,13 @@ def same_state(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def unlisted(model: nn.Module, report: Report) -> list[str]:
-    """Norms that the report has no line for."""
+    """The norms that have no line in the report."""
     modules = model.named_modules(remove_duplicate=False)
     return [name for name, module in modules if is_norm(module) and not any(names(row, {name}) for row in report)]
 
 
 def names(row: Row, modules: set[str]) -> bool:
-    """Whether a line is of one of these: of a module used twice it has both names, of some there are commas in them."""
+    """Whether a line is about one of these modules. A module used twice has both names in it, with a comma."""
     return any(f", {name}, " in f", {row.name}, " for name in modules)
 
 
@@ -138,9 +150,9 @@ def batch_norms(model: nn.Module) -> set[str]:
 def check_conversion(model: nn.Module, inputs: Inputs) -> Record:
     """From torch's batch norm to `running`, to `batch`, to `running`, to `batch`, and all of it undone.
 
-    torch's kernel rounds otherwise than those here. So torch's network and the one converted are compared by the
-    difference of their outputs; `batch` and what comes back from `running`, and what `undo` restores, bit by bit.
-    Norms of other kinds become other functions: where there are some, that is done for the report alone.
+    torch's kernel rounds differently. So torch's network and the converted one are compared by the difference of their
+    outputs. `batch` is compared bit by bit with what comes back from `running`, and so is what `undo` restores. Norms
+    of other kinds become other functions. Where there are some, they are converted for the report alone.
     """
     there, own = convert(model, "running"), batch_norms(model)
     report = there.report
@@ -169,7 +181,7 @@ def check_conversion(model: nn.Module, inputs: Inputs) -> Record:
 
 
 def depends(model: nn.Module, before: list[Tensor], inputs: Inputs) -> bool:
-    """Whether the outputs, without which nothing was seen, are others when the statistics are; they stay others."""
+    """Whether the outputs change with the statistics; if not, nothing was tested. The statistics stay changed."""
     for name, part in model.named_buffers():
         if name.endswith("running_var"):
             part *= 2
@@ -177,7 +189,7 @@ def depends(model: nn.Module, before: list[Tensor], inputs: Inputs) -> bool:
 
 
 def check_fold(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Record]:
-    """The folded network too; why a norm other than batch norm is not folded needs no word."""
+    """The folded network, and its figures. Reasons are kept for batch norms alone."""
     folded, report = fold(model, *inputs)
     own = batch_norms(model)
     return folded, {
@@ -189,19 +201,19 @@ def check_fold(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Record]:
 
 
 def check_onnx(folded: nn.Module, inputs: Inputs) -> Record:
-    """The folded network in ONNX Runtime, or why not."""
+    """The difference of the folded network in ONNX Runtime, or the reason why there is none."""
     expected = outputs(folded, inputs)
     if not same(expected, outputs(folded, inputs, seed=3)):
         return {"onnx_difference": None, "no_onnx": "draws random numbers"}
     try:
         actual = in_onnx_runtime(folded, inputs)
-    except Exception as error:  # whatever torch's exporter or the runtime says of a network is the result
+    except Exception as error:  # what the exporter or the runtime says is the result
         return {"onnx_difference": None, "no_onnx": first_line(error)}
     return {"onnx_difference": difference(expected, actual)}
 
 
 def in_onnx_runtime(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """The outputs of a network exported."""
+    """The outputs of the network, exported and run by ONNX Runtime."""
     import onnxruntime
 
     model = model.eval()
@@ -217,14 +229,14 @@ def in_onnx_runtime(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first cause, in a line."""
+    """The first cause of an error, in a line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
 
 
 def check(name: str, dims: int, onnx: bool = True) -> Record:
-    """All of them for one network."""
+    """The figures of all checks for one network."""
     model, inputs = built(name, dims)
     record = check_conversion(model, inputs)
     folded, fold_record = check_fold(model, inputs)
@@ -232,7 +244,7 @@ def check(name: str, dims: int, onnx: bool = True) -> Record:
 
 
 def below_the_bar(record: Record) -> list[str]:
-    """What does not hold: there and back without any change, folded and exported to 1e-5, a line for every norm."""
+    """The names of what does not hold; README.md lists what should."""
     exact = [key for key in ("same_outputs", "same_state", "undone") if not record[key]]
     near = [key for key, value in record.items() if key.endswith("_difference") and not near_zero(value)]
     counts = ["converted"] if record["converted"] != record["batch_norms"] else []
@@ -242,12 +254,12 @@ def below_the_bar(record: Record) -> list[str]:
 
 
 def near_zero(value: float | None) -> bool:
-    """None: not measured, for a reason that is kept."""
+    """Whether a difference is within the tolerance. None was not measured, and its reason is kept."""
     return value is None or value <= TOLERANCE
 
 
 def kept(name: str, dims: int) -> Record:
-    """What is kept in results.jsonl."""
+    """The record for results.jsonl."""
     start = time.perf_counter()
     record = check(name, dims)
     packages = {package: version(package) for package in ("torch", "monai", "onnxruntime")}
@@ -261,7 +273,7 @@ def kept(name: str, dims: int) -> Record:
 
 
 def table(records: list[Record]) -> str:
-    """In Markdown, sorted by name."""
+    """The page in Markdown, sorted by name."""
     last = {(record["settings"]["network"], record["settings"]["dims"]): record for record in records}
     rows = [row(name, dims, last[name, dims]) for name, dims in sorted(last)]
     without = ["Without batch norm:", "", *REASONS, *listed(WITHOUT_BATCH_NORM)]
@@ -292,7 +304,7 @@ def row(name: str, dims: int, record: Record) -> str:
 
 
 def reasons(notes: dict[str, str]) -> str:
-    """How often each, without names."""
+    """How often each reason is given, without the names of layers."""
     plain = [
         re.sub(r": by .*", "", re.sub(r"\S+, the layer before it", "the layer before it", why))
         for why in notes.values()
@@ -302,10 +314,12 @@ def reasons(notes: dict[str, str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="*", choices=[*NETWORKS, []], metavar="NETWORK")
+    parser.add_argument(
+        "networks", nargs="*", choices=[*NETWORKS, []], metavar="NETWORK", help="networks to check again"
+    )
     chosen = parser.parse_args().networks
     logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")  # of MONAI and of torch's exporter, about themselves
+    warnings.simplefilter("ignore")  # MONAI and torch's exporter warn about themselves
     done = {tuple(record["settings"].values()) for record in STORE.read()}
     for name in chosen or NETWORKS:
         for dims in NETWORKS[name].dims:

@@ -22,17 +22,17 @@ BERT = SimpleNamespace(
 
 
 def images(dims: int, side: int = 16, channels: int = 1, number: int = 2) -> Tensor:
-    """Of noise, `(number, channels, side, …)`."""
+    """Images of noise, `(number, channels, side, …)`."""
     return torch.randn(number, channels, *[side] * dims)
 
 
 def one(side: int = 16, channels: int = 1) -> Callable[[int], tuple[Any, ...]]:
-    """The inputs of a network that takes images and nothing else."""
+    """The inputs of a network that takes images alone."""
     return lambda dims: (images(dims, side, channels),)
 
 
 class Network(NamedTuple):
-    """How to build one for so many space dimensions, what it is given, and the dimensions it has."""
+    """How to build a network for a number of space dimensions, its inputs, and the numbers of dimensions to try."""
 
     build: Callable[[int], nn.Module]
     inputs: Callable[[int], tuple[Any, ...]] = one()
@@ -40,7 +40,7 @@ class Network(NamedTuple):
 
 
 def dints(space: type[nn.Module]) -> Callable[[int], nn.Module]:
-    """A network of two blocks and two depths, of every cell there is, for search or for use."""
+    """A network of two blocks and two depths with every cell, for search or for use."""
     options = {"channel_mul": 0.25, "num_blocks": 2, "num_depths": 2, "norm_name": "batch"}
 
     def build(dims: int) -> nn.Module:
@@ -263,7 +263,7 @@ NETWORKS = {
         )
     ),
 }
-# Those that have none of batch norm's kind, and why.
+# Networks without batch norm, and why.
 WITHOUT_BATCH_NORM = {
     "AutoencoderKL": "group norm",
     "BertAttention": "no norm",
@@ -287,7 +287,7 @@ WITHOUT_BATCH_NORM = {
     "ViTAutoEnc": "layer norm",
     "VQVAE": "no norm",
 }
-# Those that are not built.
+# Networks that are not built, and why.
 MISSING = {
     "BertPreTrainedModel": "abstract: has no layers and no forward",
     "DAF3D": "needs torchvision",
@@ -301,5 +301,5 @@ MISSING = {
 
 
 def public() -> set[str]:
-    """The names of MONAI's network classes, each by its own, without aliases."""
+    """The names of MONAI's network classes, without aliases."""
     return {kind.__name__ for kind in vars(nets).values() if isinstance(kind, type) and issubclass(kind, nn.Module)}
