@@ -6,8 +6,8 @@ A run's record carries a training curve of 100 points. A picture draws the curve
 axis reaches to the lowest and the highest loss of all curves. This script takes the other curves away, and fields
 that are null. Numbers keep nine digits, more than float32 has.
 
-The screening has 2,900 runs, which only choose settings. Their numbers keep six digits. They lose versions, machine
-and date too: `studies/README.md` says these once. A file that was cut before does not change.
+The screening has 2,900 runs, which only choose settings. Their numbers keep six digits. They lose versions, machine,
+date and count of parameters too; `studies/README.md` has the first three. A file that was cut before does not change.
 """
 
 import json
