@@ -2,6 +2,8 @@
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import TypeGuard
 
 
 class InputError(ValueError):
@@ -17,7 +19,24 @@ def unknown(argument: str, value: object, accepted: Iterable[str]) -> InputError
     return InputError(f"{argument}={value!r} is unknown.{hint} Accepted: {', '.join(names)}.")
 
 
-def check(condition: bool, argument: str, value: object, accepted: str) -> None:
-    """Raise an InputError that names `argument`, its `value` and what is `accepted` unless `condition` holds."""
+def check(condition: bool, argument: str, value: object, accepted: str, cure: str = "") -> None:
+    """Raise an InputError that names `argument`, its `value`, what is `accepted` and the `cure`, unless `condition`."""
     if not condition:
-        raise InputError(f"{argument}={value!r} is not usable. Accepted: {accepted}.")
+        raise InputError(f"{argument}={value!r} is not usable. Accepted: {accepted}.{cure and ' '}{cure}")
+
+
+def check_no_class(argument: str, value: object, arguments: str = "") -> None:
+    """Raise an InputError that says how to make an instance, with these `arguments`, if `value` is a class."""
+    if isinstance(value, type):
+        name = value.__name__
+        raise InputError(f"{argument}: expected an instance, got the class {name}. Write {name}({arguments}).")
+
+
+def is_whole(value: object, least: int = 0) -> bool:
+    """Whether it is a whole number, at least so large; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def is_real(value: object) -> TypeGuard[float]:
+    """Whether it is a number; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)

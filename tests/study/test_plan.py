@@ -18,6 +18,16 @@ from normlab.study.plan import Trial, grid
         ({"images": 0}, "images=0"),
         ({"clip": 0.0}, "clip=0.0"),
         ({"schedule": "onecycle"}, "Did you mean 'one-cycle'"),
+        ({"norm": 5}, "norm=5"),
+        ({"data": None}, "data=None"),
+        ({"model": ["convnet"]}, "model="),
+        ({"batch_size": "2"}, "batch_size='2'"),
+        ({"batch_size": 2.0}, "batch_size=2.0"),
+        ({"lr": "0.1"}, "lr='0.1'"),
+        ({"seed": None}, "seed=None"),
+        ({"epochs": 1.5}, "epochs=1.5"),
+        ({"images": "all"}, "images='all'"),
+        ({"clip": True}, "clip=True"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(wrong, named):
@@ -35,6 +45,20 @@ def test_a_grid_has_every_combination_once():
     trials = grid(["batch", "group"], [2, 32], [0.1, 0.4, 0.1], [0, 1], Trial(epochs=3))
     assert len(trials) == len(set(trials)) == 2 * 2 * 2 * 2
     assert {trial.epochs for trial in trials} == {3}
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        (("batch", [2], [0.1], [0]), r"norms='batch' is not usable. Accepted: a list. Write norms=\['batch'\]"),
+        ((["batch"], 2, [0.1], [0]), r"batch_sizes=2 .* Write batch_sizes=\[2\]"),
+        ((["batch"], [2], 0.1, [0]), r"lrs=0.1 .* Write lrs=\[0.1\]"),
+        ((["batch"], [2], [0.1], []), r"seeds=\[\] is not usable. Accepted: one value or more"),
+    ],
+)
+def test_a_grid_is_of_lists(lists, message):
+    with pytest.raises(InputError, match=message):
+        grid(*lists, Trial())
 
 
 def test_a_record_gives_its_trial_back():

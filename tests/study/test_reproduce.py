@@ -113,5 +113,18 @@ def test_an_unknown_row_is_named(tmp_path):
         reproduce(tmp_path, rows=["R13"])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": []}, r"seeds=\[\] is not usable. Accepted: one whole number"),
+        ({"seeds": [0.5]}, r"seeds=\[0.5\] is not usable"),
+        ({"workers": 0}, "workers=0 is not usable. Accepted: a whole number from 1"),
+    ],
+)
+def test_no_seeds_and_no_workers_are_refused(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        reproduce(tmp_path, rows=["R7"], **options)
+
+
 def test_running_rows_cost_most_so_that_they_start_first():
     assert make_job(BY_ID["R11"], 0).cost > make_job(BY_ID["R9"], 0).cost > make_job(BY_ID["R1"], 0).cost

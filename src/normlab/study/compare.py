@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..data import load_dataset
-from ..errors import InputError, check
+from ..errors import InputError, check, is_whole
 from ..models import build_model
 from ..training import Callback
 from .executors import Job, run_jobs
@@ -52,7 +52,7 @@ def compare(
     console = console or Console()
     folder = Path(folder)
     store = RunStore(folder / "runs.jsonl")
-    check(workers >= 1, "workers", workers, "a whole number from 1")
+    check(is_whole(workers, 1), "workers", workers, "a whole number from 1")
     for trial in trials:
         check_trial(trial, data_dir)
     check_writable(folder)

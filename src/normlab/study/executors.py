@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..errors import InputError, check
+from ..errors import InputError, check, is_whole
 from ..training import Callback
 from .store import Record, RunStore
 
@@ -57,7 +57,7 @@ def run_jobs(jobs: Sequence[Job], store: RunStore, workers: int, console: Consol
     Raises:
         InputError: a worker process was killed from outside.
     """
-    check(workers >= 1, "workers", workers, "a whole number from 1")
+    check(is_whole(workers, 1), "workers", workers, "a whole number from 1")
     jobs = sorted(jobs, key=lambda job: -job.cost)
     if not jobs:
         return

@@ -5,7 +5,7 @@ import itertools
 import json
 from dataclasses import asdict, dataclass, fields
 
-from ..errors import check, unknown
+from ..errors import check, is_real, is_whole, unknown
 
 SCHEDULES = ("constant", "one-cycle", "linear")
 
@@ -40,12 +40,15 @@ class Trial:
     clip: float | None = None
 
     def __post_init__(self) -> None:
-        check(self.batch_size >= 1, "batch_size", self.batch_size, "a whole number from 1")
-        check(0 < self.lr < float("inf"), "lr", self.lr, "a number above 0")
-        check(self.seed >= 0, "seed", self.seed, "a whole number from 0")
-        check(self.epochs >= 1, "epochs", self.epochs, "a whole number from 1")
-        check(self.images is None or self.images >= 1, "images", self.images, "a whole number from 1, or none for all")
-        check(self.clip is None or self.clip > 0, "clip", self.clip, "a number above 0, or none for no clipping")
+        for name in ("norm", "data", "model"):
+            check(isinstance(getattr(self, name), str), name, getattr(self, name), "a name (normlab list)")
+        check(is_whole(self.batch_size, 1), "batch_size", self.batch_size, "a whole number from 1")
+        check(is_real(self.lr) and 0 < self.lr < float("inf"), "lr", self.lr, "a number above 0")
+        check(is_whole(self.seed), "seed", self.seed, "a whole number from 0")
+        check(is_whole(self.epochs, 1), "epochs", self.epochs, "a whole number from 1")
+        images, clip = self.images, self.clip
+        check(images is None or is_whole(images, 1), "images", images, "a whole number from 1, or none for all")
+        check(clip is None or (is_real(clip) and clip > 0), "clip", clip, "a number above 0, or none for no clipping")
         if self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)
 
@@ -67,6 +70,8 @@ def grid(norms: list[str], batch_sizes: list[int], lrs: list[float], seeds: list
         InputError: an empty list, or a value out of range.
     """
     for name, values in {"norms": norms, "batch_sizes": batch_sizes, "lrs": lrs, "seeds": seeds}.items():
+        several = isinstance(values, list | tuple | range)
+        check(several, name, values, "a list", "" if several else f"Write {name}=[{values!r}].")
         check(bool(values), name, values, "one value or more")
     rest = asdict(base)
     combinations = itertools.product(batch_sizes, norms, lrs, seeds)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import lesson
-from ..errors import unknown
+from ..errors import check, is_whole, unknown
 from ..training import Callback, StopWhenDiverged, schedules
 from .compare import check_writable
 from .executors import Job, run_jobs
@@ -110,6 +110,8 @@ def reproduce(
         InputError: an unknown row, or a folder that cannot be written.
     """
     console, folder = console or Console(), Path(folder)
+    check(bool(seeds) and all(map(is_whole, seeds)), "seeds", seeds, "one whole number from 0, or more")
+    check(is_whole(workers, 1), "workers", workers, "a whole number from 1")
     by_id = {row.id: row for row in ROWS}
     for name in rows:
         if name not in by_id:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from ..errors import InputError, check, unknown
+from ..errors import InputError, check, check_no_class, is_real, is_whole, unknown
 from .batches import call_each, count_samples
 from .events import Callback, CancelTrain
 from .metrics import Metric, MetricMean, SampleMean
-from .schedules import Schedule
+from .schedules import Schedule, check_schedule
 
 # Steps between two looks at the losses: each look makes a GPU wait.
 LOOK_EVERY = 32
@@ -29,10 +29,14 @@ class Metrics(Callback):
         **metrics: functions of output and targets, by name; see `mean_over_samples` for fast ones.
 
     Raises:
-        InputError: a metric cannot take the model's output, or gives no single figure.
+        InputError: a metric is no function, cannot take the model's output, or gives no single figure.
     """
 
     def __init__(self, **metrics: Metric):
+        for name, metric in metrics.items():
+            fits = callable(metric) and not isinstance(metric, type)
+            check(fits, f"Metrics({name}=…): metric", metric, "a function of output and targets")
+        check("loss" not in metrics, "Metrics: name", "loss", "any other; the loss is always there")
         self.metrics = metrics
 
     def begin_epoch(self) -> None:
@@ -103,11 +107,19 @@ class ScheduleParameter(Callback):
     Args:
         name: of the hyper-parameter, as in the optimizer's groups: `lr`, `momentum`, `weight_decay`.
         schedule: a function of the position 0..1, or one for each parameter group.
+
+    Raises:
+        InputError: a schedule is no function of one position; in `fit`, the optimizer has no such hyper-parameter, or
+            other groups than schedules.
     """
 
     order = 1
 
     def __init__(self, name: str, schedule: Schedule | Sequence[Schedule]):
+        check(isinstance(name, str), "ScheduleParameter: name", name, "a name such as 'lr'")
+        where = f"ScheduleParameter({name!r}): schedule"
+        for one in schedule if isinstance(schedule, list | tuple) else [schedule]:
+            check_schedule(where, one)
         self.parameter, self.schedule = name, schedule
 
     def begin_fit(self) -> None:
@@ -128,7 +140,11 @@ class ScheduleParameter(Callback):
             )
         position = learner.position / learner.num_epochs
         for group, schedule in self._scheduled:
-            group[self.parameter] = schedule(position)
+            value = schedule(position)
+            if value is None or callable(value):
+                where = f"ScheduleParameter({self.parameter!r}): schedule's result"
+                check(False, where, value, "a value, as schedules.constant(0.1) gives at each position")
+            group[self.parameter] = value
 
 
 class FindLearningRate(Callback):
@@ -146,8 +162,9 @@ class FindLearningRate(Callback):
     _before: "_Snapshot | None" = None
 
     def __init__(self, max_steps: int = 100, min_lr: float = 1e-6, max_lr: float = 10.0):
-        check(max_steps >= 1, "max_steps", max_steps, "a whole number from 1")
-        check(0 < min_lr < max_lr, "min_lr", min_lr, f"a number above 0 and below max_lr={max_lr}")
+        check(is_whole(max_steps, 1), "max_steps", max_steps, "a whole number from 1")
+        check(is_real(max_lr), "max_lr", max_lr, "a number above min_lr")
+        check(is_real(min_lr) and 0 < min_lr < max_lr, "min_lr", min_lr, f"a number above 0 and below max_lr={max_lr}")
         self.max_steps, self.min_lr, self.max_lr = max_steps, min_lr, max_lr
 
     def begin_fit(self) -> None:
@@ -207,7 +224,11 @@ class ToDevice(Callback):
     """Moves the model at the beginning, and each batch, to a device; also what is in tuples, lists and dicts."""
 
     def __init__(self, device: torch.device | str):
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            check(device != "gpu", "device", device, "'cuda', 'cuda:1', 'mps', 'cpu'", "Write 'cuda'.")
+            raise InputError(f"device={device!r} is not usable. Accepted: 'cpu', 'cuda', 'cuda:1', 'mps'.") from error
 
     def begin_fit(self) -> None:
         self.learner.model.to(self.device)
@@ -224,6 +245,8 @@ class TransformInputs(Callback):
     order = 2
 
     def __init__(self, transform: Callable[[Any], Any]):
+        check_no_class("TransformInputs: transform", transform)
+        check(callable(transform), "TransformInputs: transform", transform, "a function of the inputs")
         self.transform = transform
 
     def begin_batch(self) -> None:
@@ -234,7 +257,7 @@ class ClipGradients(Callback):
     """Scales the whole gradient down to the norm `max_norm` where it is larger."""
 
     def __init__(self, max_norm: float):
-        check(max_norm > 0, "max_norm", max_norm, "a number above 0")
+        check(is_real(max_norm) and max_norm > 0, "max_norm", max_norm, "a number above 0")
         self.max_norm = max_norm
 
     def after_backward(self) -> None:

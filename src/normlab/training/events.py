@@ -1,6 +1,11 @@
 """What a callback is: an object whose methods are named after the events it wants to hear."""
 
+import difflib
+import inspect
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from ..errors import InputError, check_no_class
 
 if TYPE_CHECKING:
     from .learner import Learner
@@ -55,3 +60,64 @@ class CancelEpoch(Exception):
 
 class CancelTrain(Exception):
     """Ends the fit in good order."""
+
+
+# What a method's name begins with that was meant for an event, here or in other libraries.
+_MEANT = ("begin_", "after_", "before_")
+_NEAR = 0.8  # similarity from which on any other name is an event misspelt
+
+
+def check_callbacks(callbacks: Any) -> list[Any]:
+    """The callbacks as a list.
+
+    Raises:
+        InputError: one is a class, no callback, has a method that is meant for an event but named after none, or a
+            method of an event that needs arguments.
+    """
+    check_no_class("callbacks", callbacks)
+    if not isinstance(callbacks, Iterable):
+        name = type(callbacks).__name__
+        raise InputError(f"callbacks: expected a list of callbacks, got one {name}. Write callbacks=[…].")
+    callbacks = list(callbacks)
+    for number, callback in enumerate(callbacks):
+        _check_callback(f"callbacks[{number}]", callback)
+    return callbacks
+
+
+def _check_callback(argument: str, callback: Any) -> None:
+    check_no_class(argument, callback)
+    kind = type(callback)
+    if not hasattr(callback, "order"):
+        raise InputError(
+            f"{argument}: expected a normlab.training.Callback, got {kind.__name__}. "
+            "Derive a class from Callback, with a method for each event."
+        )
+    foreign = set(dir(kind)) - set(dir(Callback)) - set(EVENTS)
+    for name in sorted(name for name in foreign if name[0] != "_" and callable(getattr(kind, name, None))):
+        if name.startswith(_MEANT) or difflib.get_close_matches(name, EVENTS, 1, _NEAR):
+            near = difflib.get_close_matches(name.replace("before_", "begin_"), EVENTS, 1, 0.5)
+            raise InputError(
+                f"{argument}: {kind.__name__}.{name} is no event.{f' Did you mean {near[0]!r}?' if near else ''} "
+                f"Events: {', '.join(EVENTS)}. A helper's name may begin with an underscore."
+            )
+    for event in EVENTS:
+        if hasattr(kind, event):
+            _check_event(argument, f"{kind.__name__}.{event}", getattr(callback, event))
+
+
+def _check_event(argument: str, name: str, method: Any) -> None:
+    if not callable(method):
+        raise InputError(f"{argument}: {name} is no method, but {method!r}. Leave it out, or define a method.")
+    try:
+        needed = [one for one in inspect.signature(method).parameters.values() if _is_needed(one)]
+    except (TypeError, ValueError):  # it does not say what it takes
+        return
+    if needed:
+        raise InputError(
+            f"{argument}: {name} needs {', '.join(one.name for one in needed)}, and events give no arguments. "
+            "Read what it needs from self.learner."
+        )
+
+
+def _is_needed(one: inspect.Parameter) -> bool:
+    return one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)

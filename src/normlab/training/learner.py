@@ -1,17 +1,17 @@
 """The training loop."""
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import check
+from ..errors import InputError, check, check_no_class, is_whole
 from .batches import call_each, split_batch
 from .compiled import CompiledGradients
-from .events import EVENTS, CancelBatch, CancelEpoch, CancelTrain, Listener
+from .events import EVENTS, CancelBatch, CancelEpoch, CancelTrain, Listener, check_callbacks
 
 
 class Learner:
@@ -43,8 +43,9 @@ class Learner:
             after it, and what a callback makes of output or loss there no longer changes the gradients.
 
     Raises:
-        InputError: `compile` with a torch that cannot compile gradients; in `fit`, a batch that is neither pair nor
-            dict, or a loss that is not one value.
+        InputError: an argument is not what it should be: a class in place of an instance, a callback whose method is
+            named after no event; `compile` with a torch that cannot compile gradients; in `fit`, an optimizer of
+            another model, no batches, a batch that is neither pair nor dict, or a loss that is not one value.
     """
 
     _compiled: CompiledGradients | None = None
@@ -60,8 +61,9 @@ class Learner:
         callbacks: Sequence[Listener] = (),
         compile: bool = False,
     ):
+        _check_parts(model, train, valid, loss_func, optimizer)
         self.model, self.train, self.valid = model, train, valid
-        self.loss_func, self.optimizer, self.callbacks = loss_func, optimizer, list(callbacks)
+        self.loss_func, self.optimizer, self.callbacks = loss_func, optimizer, check_callbacks(callbacks)
         self._compiled = CompiledGradients() if compile else None
         self._reset(0)
 
@@ -74,7 +76,8 @@ class Learner:
 
     def fit(self, epochs: int) -> list[dict[str, Any]]:
         """Train for so many epochs, each followed by a validation; returns `history`."""
-        check(epochs >= 1, "epochs", epochs, "a whole number from 1")
+        check(is_whole(epochs, 1), "epochs", epochs, "a whole number from 1")
+        _check_optimizer_of(self.optimizer, self.model)
         self._reset(epochs)
         self._listen()
         self._closure = _needs_closure(self.optimizer)
@@ -106,9 +109,13 @@ class Learner:
             self._emit(beginning)
             batches = getattr(self, part)  # not before: a callback may give others
             self.num_batches = _length(batches)
+            empty = True
             for self.batch, batch in enumerate(batches):
+                empty = False
                 self.inputs, self.targets = split_batch(batch)
                 self._run_batch()
+            if empty:
+                _check_may_be_empty(part, batches, self.epoch)
         except CancelEpoch:
             self._emit("after_cancel_epoch")
 
@@ -188,7 +195,7 @@ class Learner:
 
     def _listen(self) -> None:
         """Collect the callbacks' methods by event, once a fit: the loop then calls only what is there."""
-        callbacks = sorted(self.callbacks, key=attrgetter("order"))
+        callbacks = sorted(check_callbacks(self.callbacks), key=attrgetter("order"))
         for callback in callbacks:
             callback.learner = self
         self._listeners = {
@@ -199,6 +206,49 @@ class Learner:
     def _emit(self, event: str) -> None:
         for listener in self._listeners[event]:
             listener()
+
+
+def _check_parts(model: Any, train: Any, valid: Any, loss_func: Any, optimizer: Any) -> None:
+    """Each of a learner's arguments, by what the loop asks of it."""
+    check_no_class("model", model)
+    parts = all(callable(getattr(model, name, None)) for name in ("__call__", "train", "eval"))
+    check(parts, "model", _kind(model), "a torch.nn.Module")
+    for name, batches in (("train", train), ("valid", valid)):
+        iterable = hasattr(type(batches), "__iter__") or hasattr(type(batches), "__getitem__")
+        fits = iterable and not isinstance(batches, str | bytes | Tensor)
+        check(
+            fits or (batches is None and name == "valid"),
+            name,
+            _kind(batches),
+            "batches: a DataLoader, or a list of pairs",
+        )
+    check_no_class("loss_func", loss_func)
+    check(callable(loss_func), "loss_func", loss_func, "a function of output and targets, as nn.MSELoss()")
+    check_no_class("optimizer", optimizer, "model.parameters(), …")
+    known = hasattr(optimizer, "param_groups") and hasattr(optimizer, "step")
+    check(known, "optimizer", _kind(optimizer), "a torch.optim.Optimizer", "Write SGD(model.parameters(), lr=0.1).")
+
+
+def _kind(value: Any) -> str:
+    return value if isinstance(value, str) else type(value).__name__
+
+
+def _check_optimizer_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """An optimizer that holds no parameter of the model would train nothing."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    own = [id(parameter) for parameter in model.parameters()]
+    if own and held.isdisjoint(own):
+        raise InputError(
+            f"optimizer: expected the parameters of the model, got {len(held)} of which the model has none. "
+            "Make the optimizer after the model was changed: SGD(model.parameters(), lr=0.1)."
+        )
+
+
+def _check_may_be_empty(part: str, batches: Any, epoch: int) -> None:
+    once = isinstance(batches, Iterator)
+    if once or part == "train":
+        cure = "An iterator gives its batches once: give a list or a DataLoader." if once else "Look at the data set."
+        raise InputError(f"{part}: expected one batch or more, got none in epoch {epoch + 1}. {cure}")
 
 
 def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:

@@ -9,6 +9,7 @@ from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 
 random.setstate(_drawn)
+from ..errors import check  # noqa: E402
 from .events import Callback  # noqa: E402
 
 BAR_SECONDS = 0.1
@@ -27,6 +28,8 @@ class ShowProgress(Callback):
     order = 10  # after the callbacks that fill the history
 
     def __init__(self, console: Console | None = None):
+        fits = console is None or isinstance(console, Console)
+        check(fits, "ShowProgress: console", console, "a rich.console.Console", "Write Console(file=…).")
         self.console = console or Console()
         self._bar: Progress | None = None
 
