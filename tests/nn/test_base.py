@@ -15,8 +15,8 @@ from normlab.nn import NORMS, build_norm
 from normlab.nn.base import PreciseStatistics, RunningStatistics, recomputing, remember, settle
 
 TRACKING = [name for name in NORMS if getattr(build_norm(name, 3), "num_batches_tracked", None) is not None]
-# With parameters or buffers of their own that a batch norm's state lacks.
-OF_OTHER_STATES = ("online", "switchable", "evonorm_b0")
+# With parameters of their own that a batch norm's state lacks.
+OF_OTHER_STATES = ("switchable", "evonorm_b0")
 
 # --- remember ---------------------------------------------------------------------------------------------------------
 

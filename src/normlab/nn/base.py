@@ -1,6 +1,7 @@
 """What every norm with running statistics does alike: what it accepts, and how its buffers are kept."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from operator import is_
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import InputError, check
 from ..kernels import dispatch, operators
+from . import functional as F
 from .call import call, for_script
 
 # Of `torch.jit.trace`, to which a comparison of sizes would be a constant.
@@ -203,11 +205,15 @@ class PreciseStatistics(OnKernels):
 
 
 class RunningStatistics(PreciseStatistics, _NormBase):
-    """A norm of (N, C, *space) with buffers `running_mean`, `running_var` and `num_batches_tracked`, as in torch.
+    """The template of a norm of (N, C, *space) with running statistics.
 
-    It checks the shape of its input, and keeps the statistics in float32 at least, also when the module is cast to
-    half precision. Its attributes are torch's: with `track_running_stats` switched off a batch in training changes no
-    statistics, and the output is that of training all the same.
+    It has torch's `running_mean`, `running_var` and `num_batches_tracked`. A norm writes its formula, `in_training`,
+    and `in_evaluation` if that is not by mean and variance alone. It declares what else it remembers in `first_state`,
+    and what else it learns in `first_parameters`. Options that these two read are set before the base is constructed.
+
+    The base checks the shape of an input, knows the modes, resets, copies, loads and casts. Statistics stay in float32
+    at least, also when the module is cast to half precision. With `track_running_stats` switched off a batch in
+    training changes no statistics, and the output is that of training all the same.
 
     An activation checkpoint runs a layer again with the statistics as its last call left them. So a layer that was
     called several times before the backward pass, in a checkpoint each time, has another gradient than without.
@@ -227,12 +233,14 @@ class RunningStatistics(PreciseStatistics, _NormBase):
         InputError: an argument or the shape of an input is out of range.
     """
 
+    __jit_ignored_attributes__ = ("_known", "_scripted", "_of_last_batch")  # TorchScript has no type for them
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    accepted_dims: tuple[int, ...] = (4,)
+    accepted_dims: tuple[int, ...] = (4,)  # of a tensor
     averages = False  # whether `momentum` is what it is in torch's batch norm
     needs_statistics = True
+    _of_last_batch: Any = None  # see `once`
 
     def __init__(
         self,
@@ -254,8 +262,92 @@ class RunningStatistics(PreciseStatistics, _NormBase):
             tracks = "True: this norm needs its statistics. Switch it off for a while later, by the attribute"
             check(track_running_stats, "track_running_stats", track_running_stats, tracks)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, bias=bias)
+        with nullcontext() if device is None else torch.device(device):
+            for name, (size, start) in self.first_parameters().items():
+                self.register_parameter(name, nn.Parameter(torch.full((size,), start)))
+            for name, value in self.first_state().items() if track_running_stats else ():
+                self.register_buffer(name, value)
         if dtype is not None:
             self.to(dtype)
+
+    def first_state(self) -> dict[str, Tensor]:
+        """The buffers beside torch's, as they are before any batch."""
+        return {}
+
+    def settled_state(self) -> dict[str, Tensor]:
+        """What of `first_state` is different once the state of a trained batch norm was loaded."""
+        return {}
+
+    def first_parameters(self) -> dict[str, tuple[int, float]]:
+        """What is learned beside γ and β: how many numbers, and the value of each at first."""
+        return {}
+
+    def in_training(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The norm of a batch by its own statistics, which enter the running ones.
+
+        Args:
+            x: (N, C, *space), not empty.
+            mask: (N, 1, *space), True where a value counts; None for all.
+        """
+        raise NotImplementedError
+
+    def in_evaluation(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The norm of a batch by the running statistics. The batch may be empty; see `in_training`."""
+        mean, var = F.unless_none((self.running_mean, self.running_var), x)
+        return F.normalize(x, mean, var, self.weight, self.bias, self.eps)
+
+    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        self._check_input_dim(x)
+        return self.in_evaluation(x, mask) if self._by_running_ones(x) else self.in_training(x, mask)
+
+    def _by_running_ones(self, x: Tensor) -> bool:
+        """Whether a batch is normalised by the running statistics: an empty one has none of its own."""
+        return x.numel() == 0 or not (self.training or self.running_var is None)
+
+    def once(self, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns, or in a checkpoint's second pass over a batch, what it returned in the first."""
+        if self._of_last_batch is None or not recomputing():
+            self._of_last_batch = compute()
+        return self._of_last_batch
+
+    def _own(self, *buffers: Tensor) -> tuple[Tensor, ...]:
+        """Buffers that a backward pass writes, or copies of them while nothing is to be tracked."""
+        return buffers if self.track_running_stats else tuple(buffer.clone() for buffer in buffers)
+
+    def remember_moments(self, mean: Tensor, var: Tensor, n: int | Tensor) -> None:
+        """Moves the running statistics towards the mean and biased variance of `n` values a channel; see `averaged`."""
+        kept = self.running_mean, self.running_var
+        if kept[1] is None:
+            return
+        values = averaged(kept, (mean.detach().flatten(), var.detach().flatten()), n, self._share())
+        updates = [(buffer, value) for buffer, value in zip(kept, values, strict=True) if buffer is not None]
+        self._keep(*updates, (self.num_batches_tracked, self.num_batches_tracked + (n > 0)))
+
+    def reset_running_stats(self) -> None:
+        """Forget every batch."""
+        super().reset_running_stats()
+        with torch.device("cpu"):
+            for name, value in self.first_state().items():
+                if name in self._buffers:  # torch's constructor resets before it is there
+                    self.get_buffer(name).copy_(value)
+
+    def reset_parameters(self) -> None:
+        """Forget every batch, and set what is learned to what it was at first."""
+        super().reset_parameters()
+        for name, (_, start) in self.first_parameters().items():
+            if name in self._parameters:  # likewise
+                nn.init.constant_(self.get_parameter(name), start)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if prefix + "running_mean" in state_dict:  # a batch norm's state lacks the rest
+            settled = {} if is_fresh(state_dict, prefix) else self.settled_state()
+            for name, value in (self.first_state() | settled).items():
+                state_dict.setdefault(prefix + name, value)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no pass to run again.
+        return {name: value for name, value in super().__getstate__().items() if name != "_of_last_batch"}
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self.accepted_dims or not (is_tracing() or input.shape[1] == self.num_features):
@@ -271,3 +363,20 @@ class RunningStatistics(PreciseStatistics, _NormBase):
             raise RuntimeError("This norm is scripted for evaluation: call eval() before.")
         mean, var = self.running_mean, self.running_var
         return nn.functional.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+def averaged(kept: tuple[Any, Tensor], new: tuple[Tensor, Tensor], n: Any, share: Any) -> tuple[Any, Tensor]:
+    """A running mean and variance in which a batch of `n` values a channel has the weight `share`.
+
+    The variance of the batch is biased, the running one is not. One value says nothing of the variance, which then
+    stays; none says nothing at all.
+
+    Args:
+        kept: μ and σ², (C,); the mean may be None.
+        new: those of the batch.
+        n: an int or a 0-d tensor.
+        share: a number or a 0-d tensor.
+    """
+    of_mean, of_var = share * (n > 0), share * (n > 1)
+    mean = None if kept[0] is None else (1 - of_mean) * kept[0] + of_mean * new[0]
+    return mean, (1 - of_var) * kept[1] + of_var * n / F.at_least_one(n - 1) * new[1]

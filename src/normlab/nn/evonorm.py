@@ -61,7 +61,58 @@ class EvoNormS0(PerImageNorm):
         return f"{super().extra_repr()}, num_groups={self.num_groups}, eps={self.eps}"
 
 
-class EvoNorm2dB0(RunningStatistics):
+class EvoNormB0(RunningStatistics):
+    """EvoNorm-B0 of (N, C, *space); see `EvoNorm2dB0`."""
+
+    _scripted: Any = None
+    averages, needs_statistics = True, False
+    v: nn.Parameter
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ):
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.register_buffer("running_mean", None)
+
+    def first_parameters(self) -> dict[str, tuple[int, float]]:
+        return {"v": (self.num_features, 1.0)}
+
+    def reset_running_stats(self) -> None:
+        """Forget every batch: variance 1, count 0."""
+        if self.running_var is not None:
+            self.running_var.fill_(1)
+            self.num_batches_tracked.zero_()
+
+    def in_training(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        mean, var, count = F.batch_moments(x, mask)
+        kept = self.running_var
+        if self.training:
+            self.remember_moments(mean, var, count)
+        if mask is not None:
+            var = F.unless_empty(count, (var, var), (None, kept))[1]
+        return evonorm_b0(x, self.v, var.flatten(), self.weight, self.bias, self.eps, mask)
+
+    def in_evaluation(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        var = x.new_ones(()) if self.running_var is None else self.running_var
+        return evonorm_b0(x, self.v, var, self.weight, self.bias, self.eps, mask)
+
+
+class EvoNorm1dB0(EvoNormB0):
+    """EvoNorm-B0 of (N, C) or (N, C, L); see `EvoNorm2dB0`. Without space σ_I² is 0."""
+
+    accepted_dims = (2, 3)
+
+
+class EvoNorm2dB0(EvoNormB0):
     """EvoNorm-B0 of (N, C, H, W): y = γ x / max(√(σ_B² + eps), v x + √(σ_I² + eps)) + β.
 
     σ_I² is the biased variance over space, per channel of each image. σ_B² is per channel: in training the biased
@@ -88,64 +139,10 @@ class EvoNorm2dB0(RunningStatistics):
     Source: Liu, Brock, Simonyan and Le 2020, "Evolving Normalization-Activation Layers", EvoNorm-B0.
     """
 
-    _scripted: Any = None
-    averages, needs_statistics = True, False
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-    ):
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-        self.register_buffer("running_mean", None)
-        self.v = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
-
-    def reset_running_stats(self) -> None:
-        """Forget every batch: variance 1, count 0."""
-        if self.running_var is not None:
-            self.running_var.fill_(1)
-            self.num_batches_tracked.zero_()
-
-    def reset_parameters(self) -> None:
-        """Forget every batch, and set v and γ to 1, β to 0."""
-        super().reset_parameters()
-        if "v" in self._parameters:  # torch's constructor resets once before it is there
-            nn.init.ones_(self.v)
-
-    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        self._check_input_dim(x)
-        kept = self.running_var
-        if x.numel() == 0 or not (self.training or kept is None):
-            var = x.new_ones(()) if kept is None else kept
-            return evonorm_b0(x, self.v, var, self.weight, self.bias, self.eps, mask)
-        _, var, count = F.batch_moments(x, mask)
-        if self.training and kept is not None:
-            self._remember(var.detach().flatten(), count)
-        if mask is not None:
-            var = F.unless_empty(count, (var, var), (None, kept))[1]
-        return evonorm_b0(x, self.v, var.flatten(), self.weight, self.bias, self.eps, mask)
-
-    def _remember(self, var: Tensor, n: int | Tensor) -> None:
-        kept, batches = self.running_var, self.num_batches_tracked
-        share = self._share() * (n > 1)  # one value says nothing of the variance
-        new = (1 - share) * kept + share * n / F.at_least_one(n - 1) * var
-        self._keep((kept, new), (batches, batches + (n > 0)))
+    accepted_dims = (4,)
 
 
-class EvoNorm1dB0(EvoNorm2dB0):
-    """EvoNorm-B0 of (N, C) or (N, C, L); see `EvoNorm2dB0`. Without space σ_I² is 0."""
-
-    accepted_dims = (2, 3)
-
-
-class EvoNorm3dB0(EvoNorm2dB0):
+class EvoNorm3dB0(EvoNormB0):
     """EvoNorm-B0 of (N, C, D, H, W); see `EvoNorm2dB0`."""
 
     accepted_dims = (5,)

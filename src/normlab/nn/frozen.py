@@ -4,11 +4,53 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import fused, operators
-from . import functional as F
 from .base import RunningStatistics
 
 
-class FrozenBatchNorm2d(RunningStatistics):
+class FrozenBatchNorm(RunningStatistics):
+    """Frozen batch norm of (N, C, *space); see `FrozenBatchNorm2d`."""
+
+    _checks_memory = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ):
+        super().__init__(num_features, eps, 0.1, affine, track_running_stats, device, dtype, bias=bias)
+
+    def _by_running_ones(self, x: Tensor) -> bool:
+        return True
+
+    def in_evaluation(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        taken = self._taken(x) if operators.preferred(x, reduces=False) else None
+        if taken is not None:
+            weight, bias = taken[:2]
+            return fused.frozen_norm(x, self.running_mean, self.running_var, weight, bias, self.eps, slope=1.0)
+        self._check_memory(x)
+        return super().in_evaluation(x, mask)
+
+    def _scripted(self, input: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        return nn.functional.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, affine={self.affine}"
+
+
+class FrozenBatchNorm1d(FrozenBatchNorm):
+    """Frozen batch norm of (N, C) or (N, C, L); see `FrozenBatchNorm2d`."""
+
+    accepted_dims = (2, 3)
+
+
+class FrozenBatchNorm2d(FrozenBatchNorm):
     """Batch norm of (N, C, H, W) with constant statistics: y = γ (x − μ) / √(σ² + eps) + β, per channel.
 
     μ and σ² are `running_mean` and `running_var`, in training as in evaluation: no batch changes them, whatever mode
@@ -31,46 +73,10 @@ class FrozenBatchNorm2d(RunningStatistics):
     detection, where a batch is one or two images.
     """
 
-    _checks_memory = True
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-    ):
-        super().__init__(num_features, eps, 0.1, affine, track_running_stats, device, dtype, bias=bias)
-
-    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        self._check_input_dim(x)
-        mean, var = self.running_mean, self.running_var
-        taken = self._taken(x) if operators.preferred(x, reduces=False) else None
-        if taken is not None:
-            weight, bias = taken[:2]
-            return fused.frozen_norm(x, mean, var, weight, bias, self.eps, slope=1.0)
-        self._check_memory(x)
-        return F.normalize(x, F.per_channel(mean, x), F.per_channel(var, x), self.weight, self.bias, self.eps)
-
-    def _scripted(self, input: Tensor) -> Tensor:
-        mean, var = self.running_mean, self.running_var
-        return nn.functional.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps}, affine={self.affine}"
+    accepted_dims = (4,)
 
 
-class FrozenBatchNorm1d(FrozenBatchNorm2d):
-    """Frozen batch norm of (N, C) or (N, C, L); see `FrozenBatchNorm2d`."""
-
-    accepted_dims = (2, 3)
-
-
-class FrozenBatchNorm3d(FrozenBatchNorm2d):
+class FrozenBatchNorm3d(FrozenBatchNorm):
     """Frozen batch norm of (N, C, D, H, W); see `FrozenBatchNorm2d`."""
 
     accepted_dims = (5,)

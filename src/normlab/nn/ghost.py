@@ -5,10 +5,61 @@ from torch import Tensor
 
 from ..errors import check
 from . import functional as F
-from .base import RunningStatistics
+from .base import RunningStatistics, averaged
 
 
-class GhostBatchNorm2d(RunningStatistics):
+class GhostBatchNorm(RunningStatistics):
+    """Ghost batch norm of (N, C, *space); see `GhostBatchNorm2d`."""
+
+    averages, needs_statistics = True, False
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        virtual_batch_size: int = 32,
+        *,
+        bias: bool = True,
+    ):
+        check(virtual_batch_size >= 1, "virtual_batch_size", virtual_batch_size, "a whole number from 1")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.virtual_batch_size = virtual_batch_size
+
+    def in_training(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        kept = self.running_mean, self.running_var
+        y, statistics = ghost_batch_norm(x, self.virtual_batch_size, self.weight, self.bias, self.eps, mask, kept)
+        if self.running_mean is not None:
+            self._remember(statistics)
+        return y
+
+    @torch.no_grad()
+    def _remember(self, statistics: list[tuple[Tensor, Tensor, int | Tensor]]) -> None:
+        kept, batches = (self.running_mean, self.running_var), self.num_batches_tracked
+        entered = False
+        for part, (mean, var, n) in enumerate(statistics):
+            share = self.momentum
+            if share is None:  # as if each part had been a batch
+                share = (batches * len(statistics) + part + 1).reciprocal()
+            kept = averaged(kept, (mean, var), n, share)
+            entered = entered | (n > 0)
+        self._keep((self.running_mean, kept[0]), (self.running_var, kept[1]), (batches, batches + entered))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, virtual_batch_size={self.virtual_batch_size}"
+
+
+class GhostBatchNorm1d(GhostBatchNorm):
+    """Ghost batch norm of (N, C) or (N, C, L); see `GhostBatchNorm2d`."""
+
+    accepted_dims = (2, 3)
+
+
+class GhostBatchNorm2d(GhostBatchNorm):
     """Ghost batch norm of (N, C, H, W): y = γ (x − μ_B) / √(σ_B² + eps) + β, per channel and virtual batch B.
 
     In training the batch is cut, in order, into virtual batches of `virtual_batch_size` images; the last one holds
@@ -39,61 +90,10 @@ class GhostBatchNorm2d(RunningStatistics):
     too take in the virtual batches one after another, but σ_B in the place of σ_B².
     """
 
-    averages, needs_statistics = True, False
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        virtual_batch_size: int = 32,
-        *,
-        bias: bool = True,
-    ):
-        check(virtual_batch_size >= 1, "virtual_batch_size", virtual_batch_size, "a whole number from 1")
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-        self.virtual_batch_size = virtual_batch_size
-
-    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        self._check_input_dim(x)
-        kept = self.running_mean, self.running_var
-        if x.numel() == 0 or not (self.training or self.running_mean is None):
-            mean, var = F.unless_none(kept, x)
-            return F.normalize(x, mean, var, self.weight, self.bias, self.eps)
-        y, statistics = ghost_batch_norm(x, self.virtual_batch_size, self.weight, self.bias, self.eps, mask, kept)
-        if self.running_mean is not None:
-            self._remember(statistics)
-        return y
-
-    @torch.no_grad()
-    def _remember(self, statistics: list[tuple[Tensor, Tensor, int | Tensor]]) -> None:
-        mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
-        entered = False
-        for part, (part_mean, part_var, n) in enumerate(statistics):
-            share = self.momentum
-            if share is None:  # as if each part had been a batch
-                share = (batches * len(statistics) + part + 1).reciprocal()
-            of_mean, of_var = share * (n > 0), share * (n > 1)  # one value says nothing of the variance
-            mean = (1 - of_mean) * mean + of_mean * part_mean
-            var = (1 - of_var) * var + of_var * n / F.at_least_one(n - 1) * part_var
-            entered = entered | (n > 0)
-        self._keep((self.running_mean, mean), (self.running_var, var), (batches, batches + entered))
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, virtual_batch_size={self.virtual_batch_size}"
+    accepted_dims = (4,)
 
 
-class GhostBatchNorm1d(GhostBatchNorm2d):
-    """Ghost batch norm of (N, C) or (N, C, L); see `GhostBatchNorm2d`."""
-
-    accepted_dims = (2, 3)
-
-
-class GhostBatchNorm3d(GhostBatchNorm2d):
+class GhostBatchNorm3d(GhostBatchNorm):
     """Ghost batch norm of (N, C, D, H, W); see `GhostBatchNorm2d`."""
 
     accepted_dims = (5,)

@@ -8,11 +8,92 @@ from torch import Tensor
 from ..errors import check
 from ..kernels.ops import write
 from . import functional as F
-from .base import RunningStatistics, recomputing, settle
+from .base import RunningStatistics, settle
 from .per_image import in_float32, scale_shift
 
 
-class MovingAverageBatchNorm2d(RunningStatistics):
+class MovingAverageBatchNorm(RunningStatistics):
+    """Moving-average batch norm of (N, C, *space); see `MovingAverageBatchNorm2d`."""
+
+    momentum: float
+    recent_moments: Tensor
+    recent_products: Tensor
+    num_gradients_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.02,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        buffer_size: int = 16,
+        warmup_iters: int = 100,
+        correction_iters: int = 1000,
+        max_correction: float = 5.0,
+    ):
+        check(buffer_size >= 1, "buffer_size", buffer_size, "a whole number from 1")
+        check(warmup_iters >= buffer_size, "warmup_iters", warmup_iters, f"a whole number from {buffer_size=}")
+        check(correction_iters >= 0, "correction_iters", correction_iters, "a whole number from 0")
+        check(max_correction >= 1, "max_correction", max_correction, "a number from 1")
+        self.buffer_size, self.warmup_iters = buffer_size, warmup_iters
+        self.correction_iters, self.max_correction = correction_iters, max_correction
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+
+    def first_state(self) -> dict[str, Tensor]:
+        moments, products = (torch.zeros(self.buffer_size, self.num_features) for _ in range(2))
+        counted = torch.zeros((), dtype=torch.long)
+        return {"recent_moments": moments, "recent_products": products, "num_gradients_tracked": counted}
+
+    def in_training(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        scales = (F.per_channel(scale, x) for scale in self.once(lambda: self._track(x.detach(), mask)))
+        averages = self._own(self.recent_products, self.num_gradients_tracked)
+        y = _Divide.apply(x, *scales, mask, *averages, self.warmup_iters)
+        return scale_shift(y, self.weight, self.bias).to(x.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
+        if mean is not None and var is not None and prefix + "recent_moments" not in state_dict:  # a batch norm's state
+            state_dict[prefix + "running_mean"] = torch.zeros_like(mean)
+            state_dict[prefix + "running_var"] = torch.addcmul(var, mean, mean)
+            # The simple averages have seen nothing: they are used after the warm-up only.
+            state_dict[prefix + "num_batches_tracked"] = torch.tensor(0)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _track(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+        """1/χ and r of this batch, which enters the statistics."""
+        moment = _mean(in_float32(x).square(), mask).to(self.running_var.dtype)
+        counts: Any = True
+        if mask is not None:
+            counts = mask.any()
+            moment = torch.where(counts, moment, self.running_var)
+        recent = torch.cat([self.recent_moments[1:], moment[None]])
+        batches = self.num_batches_tracked
+        used = torch.where(batches < self.warmup_iters, moment, recent.mean(0))
+        r = ((used + self.eps) / (self.running_var + self.eps)).sqrt()
+        r = r.clamp(1 / self.max_correction, self.max_correction)
+        r = torch.where(batches < self.correction_iters, torch.ones_like(r), r)
+        if mask is not None:
+            recent = torch.where(counts, recent, self.recent_moments)
+        self._keep(
+            (self.recent_moments, recent),
+            (self.running_var, torch.lerp(self.running_var, used, self.momentum * counts)),
+            (self.num_batches_tracked, batches + counts),
+        )
+        return settle((used + self.eps).rsqrt(), r)
+
+
+class MovingAverageBatchNorm1d(MovingAverageBatchNorm):
+    """Moving-average batch norm of (N, C) or (N, C, L); see `MovingAverageBatchNorm2d`."""
+
+    accepted_dims = (2, 3)
+
+
+class MovingAverageBatchNorm2d(MovingAverageBatchNorm):
     """Moving-average batch norm (MABN) of (N, C, H, W): y = γ r x / χ + β, per channel, for centred convolutions.
 
     Nothing is subtracted: the convolution before it has weights of mean 0 (`CenteredConv2d`). With q_B the mean of x²
@@ -54,107 +135,10 @@ class MovingAverageBatchNorm2d(RunningStatistics):
     section 4; warm-up and constants from the authors' code, megvii-model/MABN.
     """
 
-    momentum: float
-    recent_moments: Tensor
-    recent_products: Tensor
-    num_gradients_tracked: Tensor
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.02,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-        buffer_size: int = 16,
-        warmup_iters: int = 100,
-        correction_iters: int = 1000,
-        max_correction: float = 5.0,
-    ):
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, bias=bias)
-        check(buffer_size >= 1, "buffer_size", buffer_size, "a whole number from 1")
-        check(warmup_iters >= buffer_size, "warmup_iters", warmup_iters, f"a whole number from {buffer_size=}")
-        check(correction_iters >= 0, "correction_iters", correction_iters, "a whole number from 0")
-        check(max_correction >= 1, "max_correction", max_correction, "a number from 1")
-        self.warmup_iters, self.correction_iters, self.max_correction = warmup_iters, correction_iters, max_correction
-        self.register_buffer("recent_moments", torch.zeros(buffer_size, num_features, device=device))
-        self.register_buffer("recent_products", torch.zeros(buffer_size, num_features, device=device))
-        self.register_buffer("num_gradients_tracked", torch.zeros((), dtype=torch.long, device=device))
-        self._scales: tuple[Tensor, ...] | None = None  # of the last batch, for a checkpoint's second run
-        if dtype is not None:
-            self.to(dtype)
-
-    def reset_running_stats(self) -> None:
-        """Forget every batch: second moment 1, counts 0."""
-        super().reset_running_stats()
-        if "num_gradients_tracked" in self._buffers:  # torch's constructor resets once before it is there
-            self.recent_moments.zero_()
-            self.recent_products.zero_()
-            self.num_gradients_tracked.zero_()
-
-    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        self._check_input_dim(x)
-        if not self.training or x.numel() == 0:  # an empty batch has nothing to add
-            mean, var = (F.per_channel(statistic, x) for statistic in (self.running_mean, self.running_var))
-            return F.normalize(x, mean, var, self.weight, self.bias, self.eps)
-        if self._scales is None or not recomputing():
-            self._scales = self._track(x.detach(), mask)
-        averages = self.recent_products, self.num_gradients_tracked
-        if not self.track_running_stats:
-            averages = tuple(part.clone() for part in averages)
-        scales = (F.per_channel(scale, x) for scale in self._scales)
-        y = _Divide.apply(x, *scales, mask, *averages, self.warmup_iters)
-        return scale_shift(y, self.weight, self.bias).to(x.dtype)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
-        if mean is not None and var is not None and prefix + "recent_moments" not in state_dict:  # a batch norm's state
-            state_dict[prefix + "running_mean"] = torch.zeros_like(mean)
-            state_dict[prefix + "running_var"] = torch.addcmul(var, mean, mean)
-            # The simple averages have seen nothing: they are used after the warm-up only.
-            for name in ("num_batches_tracked", "num_gradients_tracked"):
-                state_dict[prefix + name] = torch.tensor(0)
-            for name in ("recent_moments", "recent_products"):
-                state_dict[prefix + name] = torch.zeros_like(self.get_buffer(name))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_scales": None}  # a copy has no pass to run again
-
-    def _track(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
-        """1/χ and r of this batch, which enters the statistics."""
-        moment = _mean(in_float32(x).square(), mask).to(self.running_var.dtype)
-        counts: Any = True
-        if mask is not None:
-            counts = mask.any()
-            moment = torch.where(counts, moment, self.running_var)
-        recent = torch.cat([self.recent_moments[1:], moment[None]])
-        batches = self.num_batches_tracked
-        used = torch.where(batches < self.warmup_iters, moment, recent.mean(0))
-        r = ((used + self.eps) / (self.running_var + self.eps)).sqrt()
-        r = r.clamp(1 / self.max_correction, self.max_correction)
-        r = torch.where(batches < self.correction_iters, torch.ones_like(r), r)
-        if mask is not None:
-            recent = torch.where(counts, recent, self.recent_moments)
-        self._keep(
-            (self.recent_moments, recent),
-            (self.running_var, torch.lerp(self.running_var, used, self.momentum * counts)),
-            (self.num_batches_tracked, batches + counts),
-        )
-        return settle((used + self.eps).rsqrt(), r)
+    accepted_dims = (4,)
 
 
-class MovingAverageBatchNorm1d(MovingAverageBatchNorm2d):
-    """Moving-average batch norm of (N, C) or (N, C, L); see `MovingAverageBatchNorm2d`."""
-
-    accepted_dims = (2, 3)
-
-
-class MovingAverageBatchNorm3d(MovingAverageBatchNorm2d):
+class MovingAverageBatchNorm3d(MovingAverageBatchNorm):
     """Moving-average batch norm of (N, C, D, H, W); see `MovingAverageBatchNorm2d`."""
 
     accepted_dims = (5,)

@@ -8,14 +8,97 @@ from torch import Tensor
 from ..errors import check
 from ..kernels.ops import write
 from . import functional as F
-from .base import RunningStatistics, recomputing, settle
+from .base import RunningStatistics, settle
 from .per_image import in_float32, scale_shift
 
 GUARDS = ("scale", "clamp", "none")
 CLAMP = 5.0  # the authors'
 
 
-class OnlineNorm2d(RunningStatistics):
+class OnlineNorm(RunningStatistics):
+    """Online norm of (N, C, *space); see `OnlineNorm2d`."""
+
+    _scripted: Any = None
+    momentum: float
+    error_product: Tensor
+    error_mean: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.001,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        backward_momentum: float = 0.01,
+        guard: str = "scale",
+    ):
+        check(0 < backward_momentum <= 1, "backward_momentum", backward_momentum, "a number above 0, to 1")
+        check(guard in GUARDS, "guard", guard, ", ".join(GUARDS))
+        self.backward_momentum, self.guard = backward_momentum, guard
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+
+    def first_state(self) -> dict[str, Tensor]:
+        return {name: torch.zeros(self.num_features) for name in ("error_product", "error_mean")}
+
+    def in_training(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        flat = x.reshape(*x.shape[:2], -1)
+        over = None if mask is None else mask.reshape(x.shape[0], 1, -1)
+        statistics = self.once(lambda: self._track(flat.detach(), over))
+        errors = self._own(self.error_product, self.error_mean)
+        y = _NormalizeInTurn.apply(flat, *statistics, over, *errors, self.backward_momentum)
+        y = scale_shift(y.reshape(x.shape), self.weight, self.bias)
+        return self._guarded(y, mask).to(x.dtype)
+
+    def in_evaluation(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self._guarded(super().in_evaluation(in_float32(x), mask), mask).to(x.dtype)
+
+    def _track(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+        """μ and 1/σ before each image, (N, C, 1), of `x`, (N, C, L), whose images enter the statistics."""
+        counts: Any = True
+        if mask is None:
+            moments = F.moments(x, (2,))
+            share: float | Tensor = self.momentum
+        else:
+            *moments, count = F.masked_moments(x, mask, (2,))
+            counts = mask.any()
+            share = self.momentum * (count[..., 0] > 0)  # an image of which nothing counts changes nothing
+        mean, var = (part[..., 0].to(self.running_mean.dtype) for part in moments)
+        keep = 1 - share
+        decay = torch.full_like(mean, 1) * keep
+        means = _recur(decay, share * mean, self.running_mean)
+        distance = mean - means[:-1]
+        variances = _recur(decay, share * (var + keep * distance.square()), self.running_var)
+        self._keep(
+            (self.running_mean, means[-1]),
+            (self.running_var, variances[-1]),
+            (self.num_batches_tracked, self.num_batches_tracked + counts),
+        )
+        return settle(means[:-1, :, None], (variances[:-1, :, None] + self.eps).rsqrt())
+
+    def _guarded(self, y: Tensor, mask: Tensor | None) -> Tensor:
+        if self.guard == "scale":
+            square, dims = y.square(), tuple(range(1, y.dim()))
+            if mask is None:
+                mean_square = square.mean(dims, keepdim=True)
+            else:
+                counts = mask.expand(y.shape).sum(dims, keepdim=True)
+                mean_square = torch.where(mask, square, 0).sum(dims, keepdim=True) / counts.clamp(min=1) + (counts == 0)
+            return y * (mean_square + self.eps).rsqrt()
+        return y.clamp(-CLAMP, CLAMP) if self.guard == "clamp" else y
+
+
+class OnlineNorm1d(OnlineNorm):
+    """Online norm of (N, C) or (N, C, L); see `OnlineNorm2d`."""
+
+    accepted_dims = (2, 3)
+
+
+class OnlineNorm2d(OnlineNorm):
     """Online norm of (N, C, H, W): y = (x − μ) / σ with the statistics before each image, then γ y + β and a guard.
 
     In training the images of a batch pass one after the other, as if each were a batch of its own. With m and v the
@@ -55,104 +138,10 @@ class OnlineNorm2d(RunningStatistics):
     from the authors' code, Cerebras/online-normalization.
     """
 
-    _scripted: Any = None
-    momentum: float
-    error_product: Tensor
-    error_mean: Tensor
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.001,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-        backward_momentum: float = 0.01,
-        guard: str = "scale",
-    ):
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, bias=bias)
-        check(0 < backward_momentum <= 1, "backward_momentum", backward_momentum, "a number above 0, to 1")
-        check(guard in GUARDS, "guard", guard, ", ".join(GUARDS))
-        self.backward_momentum, self.guard = backward_momentum, guard
-        self.register_buffer("error_product", torch.zeros(num_features, device=device))
-        self.register_buffer("error_mean", torch.zeros(num_features, device=device))
-        self._statistics: tuple[Tensor, ...] | None = None  # of the last batch, for a checkpoint's second run
-        if dtype is not None:
-            self.to(dtype)
-
-    def reset_running_stats(self) -> None:
-        """Forget every image: mean 0, variance 1, errors 0."""
-        super().reset_running_stats()
-        if "error_mean" in self._buffers:  # torch's constructor resets once before it is there
-            self.error_product.zero_()
-            self.error_mean.zero_()
-
-    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        self._check_input_dim(x)
-        if not self.training or x.numel() == 0:  # an empty batch has nothing to add
-            mean, var = (F.per_channel(statistic, x) for statistic in (self.running_mean, self.running_var))
-            y = F.normalize(in_float32(x), mean, var, self.weight, self.bias, self.eps)
-        else:
-            flat = x.reshape(*x.shape[:2], -1)
-            over = None if mask is None else mask.reshape(x.shape[0], 1, -1)
-            if self._statistics is None or not recomputing():
-                self._statistics = self._track(flat.detach(), over)
-            errors = self.error_product, self.error_mean
-            if not self.track_running_stats:
-                errors = tuple(part.clone() for part in errors)
-            y = _NormalizeInTurn.apply(flat, *self._statistics, over, *errors, self.backward_momentum)
-            y = scale_shift(y.reshape(x.shape), self.weight, self.bias)
-        return self._guarded(y, mask).to(x.dtype)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_statistics": None}  # a copy has no pass to run again
-
-    def _track(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
-        """μ and 1/σ before each image, (N, C, 1), of `x`, (N, C, L), whose images enter the statistics."""
-        counts: Any = True
-        if mask is None:
-            moments = F.moments(x, (2,))
-            share: float | Tensor = self.momentum
-        else:
-            *moments, count = F.masked_moments(x, mask, (2,))
-            counts = mask.any()
-            share = self.momentum * (count[..., 0] > 0)  # an image of which nothing counts changes nothing
-        mean, var = (part[..., 0].to(self.running_mean.dtype) for part in moments)
-        keep = 1 - share
-        decay = torch.full_like(mean, 1) * keep
-        means = _recur(decay, share * mean, self.running_mean)
-        distance = mean - means[:-1]
-        variances = _recur(decay, share * (var + keep * distance.square()), self.running_var)
-        self._keep(
-            (self.running_mean, means[-1]),
-            (self.running_var, variances[-1]),
-            (self.num_batches_tracked, self.num_batches_tracked + counts),
-        )
-        return settle(means[:-1, :, None], (variances[:-1, :, None] + self.eps).rsqrt())
-
-    def _guarded(self, y: Tensor, mask: Tensor | None) -> Tensor:
-        if self.guard == "scale":
-            square, dims = y.square(), tuple(range(1, y.dim()))
-            if mask is None:
-                mean_square = square.mean(dims, keepdim=True)
-            else:
-                counts = mask.expand(y.shape).sum(dims, keepdim=True)
-                mean_square = torch.where(mask, square, 0).sum(dims, keepdim=True) / counts.clamp(min=1) + (counts == 0)
-            return y * (mean_square + self.eps).rsqrt()
-        return y.clamp(-CLAMP, CLAMP) if self.guard == "clamp" else y
+    accepted_dims = (4,)
 
 
-class OnlineNorm1d(OnlineNorm2d):
-    """Online norm of (N, C) or (N, C, L); see `OnlineNorm2d`."""
-
-    accepted_dims = (2, 3)
-
-
-class OnlineNorm3d(OnlineNorm2d):
+class OnlineNorm3d(OnlineNorm):
     """Online norm of (N, C, D, H, W); see `OnlineNorm2d`."""
 
     accepted_dims = (5,)

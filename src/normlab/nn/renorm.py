@@ -1,18 +1,95 @@
 """Batch renorm: batch norm, corrected towards the running statistics that evaluation will use."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..errors import check
 from ..kernels import dispatch, fused
 from . import functional as F
-from .base import RunningStatistics, recomputing, settle
+from .base import RunningStatistics, settle
 from .per_image import in_float32
 
 
-class BatchRenorm2d(RunningStatistics):
+class BatchRenorm(RunningStatistics):
+    """Batch renorm of (N, C, *space); see `BatchRenorm2d`."""
+
+    averages = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        r_ramp: tuple[int, int] = (5000, 40000),
+        d_ramp: tuple[int, int] = (5000, 25000),
+    ):
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        check(r_max >= 1, "r_max", r_max, "a number from 1")
+        check(d_max >= 0, "d_max", d_max, "a number from 0")
+        for name, ramp in (("r_ramp", r_ramp), ("d_ramp", d_ramp)):
+            check(len(ramp) == 2 and 0 <= ramp[0] < ramp[1], name, ramp, "two numbers of batches, from 0, ascending")
+        self.r_max, self.d_max, self.r_ramp, self.d_ramp = r_max, d_max, r_ramp, d_ramp
+
+    def in_training(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None and not torch.compiler.is_compiling() and self._taken(x):
+            mean, var = dispatch.channel_moments(x)
+            return fused.batch_norm_of(
+                x, mean, var, *self._corrected(mean, var, x.numel() // self.num_features), self.eps
+            )
+        values = in_float32(x)  # once, so that its gradients add up before rounding
+        count: int | Tensor = x.numel() // self.num_features
+        if mask is None:
+            mean, var = F.moments(values, (0, *range(2, x.dim())))
+        else:
+            mean, var, count = F.masked_moments(values, mask)
+            mean, var = F.unless_empty(count, (mean, var), (self.running_mean, self.running_var))
+        weight, bias = self._corrected(mean.detach().flatten(), var.detach().flatten(), count)
+        return F.normalize(values, mean, var, weight, bias, self.eps).to(x.dtype)
+
+    def _corrected(self, mean: Tensor, var: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor | None]:
+        """What takes the place of γ and β for a batch of this mean and variance, which enters the running ones."""
+        r, d = self.once(lambda: self._correct(mean, var, count))
+        if self.weight is None:
+            return r, d
+        return r * self.weight, d * self.weight if self.bias is None else d * self.weight + self.bias
+
+    def _correct(self, batch_mean: Tensor, batch_var: Tensor, n: int | Tensor) -> tuple[Tensor, ...]:
+        """The r and d of a batch of `n` values a channel, which enters the running statistics."""
+        std, batch_std = ((var + self.eps).sqrt() for var in (self.running_var, batch_var))
+        distance = batch_mean - self.running_mean
+        r_limit = 1 + (self.r_max - 1) * self._ramped(*self.r_ramp)
+        d_limit = self.d_max * self._ramped(*self.d_ramp)
+        r = (batch_std / std).clamp(1 / r_limit, r_limit)
+        d = (distance / std).clamp(-d_limit, d_limit)
+        share = self._share()
+        new_std = torch.lerp(std, batch_std.to(std.dtype), share * (n > 1))
+        self._keep(
+            (self.running_mean, self.running_mean + share * distance),
+            (self.running_var, (new_std.square() - self.eps).clamp(min=0)),
+            (self.num_batches_tracked, self.num_batches_tracked + (n > 0)),
+        )
+        return settle(r, d)
+
+    def _ramped(self, start: int, end: int) -> Tensor:
+        passed = (self.num_batches_tracked - start).to(self.running_var.dtype)
+        return (passed / (end - start)).clamp(0, 1)
+
+
+class BatchRenorm1d(BatchRenorm):
+    """Batch renorm of (N, C) or (N, C, L); see `BatchRenorm2d`."""
+
+    accepted_dims = (2, 3)
+
+
+class BatchRenorm2d(BatchRenorm):
     """Batch renorm of (N, C, H, W): y = γ (r (x − μ_B) / σ_B + d) + β, per channel.
 
     In training μ_B and σ_B = √(σ²_B + eps), σ²_B biased, are those of the batch, over batch and space, and the gradient
@@ -49,93 +126,10 @@ class BatchRenorm2d(RunningStatistics):
     Source: Ioffe 2017, "Batch Renormalization", algorithm 1 and section 4.
     """
 
-    averages = True
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-        r_max: float = 3.0,
-        d_max: float = 5.0,
-        r_ramp: tuple[int, int] = (5000, 40000),
-        d_ramp: tuple[int, int] = (5000, 25000),
-    ):
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-        check(r_max >= 1, "r_max", r_max, "a number from 1")
-        check(d_max >= 0, "d_max", d_max, "a number from 0")
-        for name, ramp in (("r_ramp", r_ramp), ("d_ramp", d_ramp)):
-            check(len(ramp) == 2 and 0 <= ramp[0] < ramp[1], name, ramp, "two numbers of batches, from 0, ascending")
-        self.r_max, self.d_max, self.r_ramp, self.d_ramp = r_max, d_max, r_ramp, d_ramp
-        self._correction: tuple[Tensor, ...] | None = None  # the last r and d, for a checkpoint's second run
-
-    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        self._check_input_dim(x)
-        if not self.training or x.numel() == 0:  # an empty batch has nothing to add
-            mean, var = (F.per_channel(statistic, x) for statistic in (self.running_mean, self.running_var))
-            return F.normalize(x, mean, var, self.weight, self.bias, self.eps)
-        if mask is None and not torch.compiler.is_compiling() and self._taken(x):
-            mean, var = dispatch.channel_moments(x)
-            return fused.batch_norm_of(
-                x, mean, var, *self._corrected(mean, var, x.numel() // self.num_features), self.eps
-            )
-        values = in_float32(x)  # once, so that its gradients add up before rounding
-        count: int | Tensor = x.numel() // self.num_features
-        if mask is None:
-            mean, var = F.moments(values, (0, *range(2, x.dim())))
-        else:
-            mean, var, count = F.masked_moments(values, mask)
-            mean, var = F.unless_empty(count, (mean, var), (self.running_mean, self.running_var))
-        weight, bias = self._corrected(mean.detach().flatten(), var.detach().flatten(), count)
-        return F.normalize(values, mean, var, weight, bias, self.eps).to(x.dtype)
-
-    def _corrected(self, mean: Tensor, var: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor | None]:
-        """What takes the place of γ and β for a batch of this mean and variance, which enters the running ones."""
-        if self._correction is None or not recomputing():
-            self._correction = self._correct(mean, var, count)
-        r, d = self._correction
-        if self.weight is None:
-            return r, d
-        return r * self.weight, d * self.weight if self.bias is None else d * self.weight + self.bias
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_correction": None}  # a copy has no pass to run again
-
-    def _correct(self, batch_mean: Tensor, batch_var: Tensor, n: int | Tensor) -> tuple[Tensor, ...]:
-        """The r and d of a batch of `n` values a channel, which enters the running statistics."""
-        std, batch_std = ((var + self.eps).sqrt() for var in (self.running_var, batch_var))
-        distance = batch_mean - self.running_mean
-        r_limit = 1 + (self.r_max - 1) * self._ramped(*self.r_ramp)
-        d_limit = self.d_max * self._ramped(*self.d_ramp)
-        r = (batch_std / std).clamp(1 / r_limit, r_limit)
-        d = (distance / std).clamp(-d_limit, d_limit)
-        share = self._share()
-        new_std = torch.lerp(std, batch_std.to(std.dtype), share * (n > 1))
-        self._keep(
-            (self.running_mean, self.running_mean + share * distance),
-            (self.running_var, (new_std.square() - self.eps).clamp(min=0)),
-            (self.num_batches_tracked, self.num_batches_tracked + (n > 0)),
-        )
-        return settle(r, d)
-
-    def _ramped(self, start: int, end: int) -> Tensor:
-        passed = (self.num_batches_tracked - start).to(self.running_var.dtype)
-        return (passed / (end - start)).clamp(0, 1)
+    accepted_dims = (4,)
 
 
-class BatchRenorm1d(BatchRenorm2d):
-    """Batch renorm of (N, C) or (N, C, L); see `BatchRenorm2d`."""
-
-    accepted_dims = (2, 3)
-
-
-class BatchRenorm3d(BatchRenorm2d):
+class BatchRenorm3d(BatchRenorm):
     """Batch renorm of (N, C, D, H, W); see `BatchRenorm2d`."""
 
     accepted_dims = (5,)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import functional as F
@@ -14,7 +13,49 @@ from .per_image import instance_moments
 Moments = tuple[Tensor, Tensor]
 
 
-class SwitchableNorm2d(RunningStatistics):
+class SwitchableNorm(RunningStatistics):
+    """Switchable norm of (N, C, *space); see `SwitchableNorm2d`."""
+
+    _scripted: Any = None
+    averages, needs_statistics = True, False
+    mean_weight: nn.Parameter
+    var_weight: nn.Parameter
+
+    def first_parameters(self) -> dict[str, tuple[int, float]]:
+        return {"mean_weight": (3, 1.0), "var_weight": (3, 1.0)}
+
+    def in_training(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            y, batch = switchable_norm(x, *self._mixture())
+            count: int | Tensor = x.numel() // self.num_features
+        else:
+            mean, var, count = F.masked_moments(x, mask)
+            batch = mean, var
+            kept = F.unless_empty(count, batch, (self.running_mean, self.running_var))
+            y, _ = switchable_norm(x, *self._mixture(), batch=kept, mask=mask)
+        if self.training:
+            self.remember_moments(*batch, count)
+        return y
+
+    def in_evaluation(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        # Copies, because the gradient of the mixture needs them as they are now.
+        mean, var = (part.clone() for part in F.unless_none((self.running_mean, self.running_var), x))
+        return switchable_norm(x, *self._mixture(), batch=(mean, var), mask=mask)[0]
+
+    def _mixture(self) -> tuple[Any, ...]:
+        return self.mean_weight, self.var_weight, self.weight, self.bias, self.eps
+
+
+class SwitchableNorm1d(SwitchableNorm):
+    """Switchable norm of (N, C) or (N, C, L); see `SwitchableNorm2d`.
+
+    (N, C) has no space for an instance part: there the mixture is of layer and batch alone, as in the authors' code.
+    """
+
+    accepted_dims = (2, 3)
+
+
+class SwitchableNorm2d(SwitchableNorm):
     """Switchable norm of (N, C, H, W): y = γ (x − Σₖ wₖ μₖ) / √(Σₖ w'ₖ σₖ² + eps) + β, k = instance, layer, batch.
 
     The means and biased variances are taken over space (instance), over channels and space (layer), over batch and
@@ -45,70 +86,10 @@ class SwitchableNorm2d(RunningStatistics):
     equations 3 to 5.
     """
 
-    _scripted: Any = None
-    averages, needs_statistics = True, False
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-    ):
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-        self.mean_weight = nn.Parameter(torch.ones(3, device=device, dtype=dtype))
-        self.var_weight = nn.Parameter(torch.ones(3, device=device, dtype=dtype))
-
-    def reset_parameters(self) -> None:
-        """Forget every batch, set γ to 1, β to 0 and the mixture to thirds."""
-        super().reset_parameters()
-        if "var_weight" in self._parameters:  # torch's constructor resets once before it is there
-            nn.init.ones_(self.mean_weight)
-            nn.init.ones_(self.var_weight)
-
-    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        self._check_input_dim(x)
-        mixture = (self.mean_weight, self.var_weight, self.weight, self.bias, self.eps)
-        kept = self.running_mean, self.running_var
-        if x.numel() == 0 or not (self.training or self.running_mean is None):
-            # Copies, because the gradient of the mixture needs them as they are now.
-            mean, var = (part.clone() for part in F.unless_none(kept, x))
-            return switchable_norm(x, *mixture, batch=(mean, var), mask=mask)[0]
-        if mask is None:
-            y, batch = switchable_norm(x, *mixture)
-            count: int | Tensor = x.numel() // self.num_features
-        else:
-            mean, var, count = F.masked_moments(x, mask)
-            batch = mean, var
-            y, _ = switchable_norm(x, *mixture, batch=F.unless_empty(count, batch, kept), mask=mask)
-        if self.training and self.running_mean is not None:
-            self._remember(*batch, count)
-        return y
-
-    @torch.no_grad()
-    def _remember(self, mean: Tensor, var: Tensor, n: int | Tensor) -> None:
-        share, batches = self._share(), self.num_batches_tracked
-        of_mean, of_var = share * (n > 0), share * (n > 1)  # one value says nothing of the variance
-        new_mean = (1 - of_mean) * self.running_mean + of_mean * mean.flatten()
-        new_var = (1 - of_var) * self.running_var + of_var * n / F.at_least_one(n - 1) * var.flatten()
-        self._keep((self.running_mean, new_mean), (self.running_var, new_var), (batches, batches + (n > 0)))
+    accepted_dims = (4,)
 
 
-class SwitchableNorm1d(SwitchableNorm2d):
-    """Switchable norm of (N, C) or (N, C, L); see `SwitchableNorm2d`.
-
-    (N, C) has no space for an instance part: there the mixture is of layer and batch alone, as in the authors' code.
-    """
-
-    accepted_dims = (2, 3)
-
-
-class SwitchableNorm3d(SwitchableNorm2d):
+class SwitchableNorm3d(SwitchableNorm):
     """Switchable norm of (N, C, D, H, W); see `SwitchableNorm2d`."""
 
     accepted_dims = (5,)

@@ -13,7 +13,75 @@ from . import functional as F
 from .base import RunningStatistics
 
 
-class SyncBatchNorm2d(RunningStatistics):
+class SyncBatchNorm(RunningStatistics):
+    """Sync batch norm of (N, C, *space); see `SyncBatchNorm2d`."""
+
+    averages, needs_statistics = True, False
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ):
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.process_group = process_group
+
+    def _by_running_ones(self, x: Tensor) -> bool:
+        return not self.training  # each rank takes part in training, with an empty batch too
+
+    def in_training(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        taken = self._taken_by_kernels(x, mask)
+        if taken is not None:
+            moments = _gathered(*dispatch.channel_moments(x), x.numel() // x.shape[1], self.process_group)
+            self._average(*moments)
+            if not _are_several(self.process_group):
+                return fused.batch_norm_of(x, *moments[:2], *taken[:2], eps=self.eps)
+            total = partial(_summed, group=self.process_group)
+            return fused.batch_norm_over_ranks(x, moments, *taken[:2], eps=self.eps, total=total)
+        mean, var, count = moments_over_ranks(x, self.process_group, mask)
+        self._average(mean.detach(), var.detach(), count)
+        if mask is not None:
+            mean, var = F.unless_empty(count, (mean, var), (self.running_mean, self.running_var))
+        return self._normalized(x, mean, var)
+
+    def in_evaluation(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        if mean is None:  # of this rank alone, as in torch
+            mean, var, _ = _moments(x, mask)
+            return self._normalized(x, mean, var)
+        taken = self._taken_by_kernels(x, mask)
+        if taken is not None:
+            return fused.frozen_norm(x, mean, var, *taken[:2], eps=self.eps, slope=1.0)
+        return self._normalized(x, mean, var)
+
+    def _taken_by_kernels(self, x: Tensor, mask: Tensor | None) -> tuple[Any, ...] | None:
+        return None if torch.compiler.is_compiling() or mask is not None else self._taken(x)
+
+    def _normalized(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return F.normalize(x, F.per_channel(mean, x), F.per_channel(var, x), self.weight, self.bias, self.eps)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SyncBatchNorm":
+        memo[id(self.process_group)] = self.process_group  # ranks are shared, and cannot be copied
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+
+class SyncBatchNorm1d(SyncBatchNorm):
+    """Sync batch norm of (N, C) or (N, C, L); see `SyncBatchNorm2d`."""
+
+    accepted_dims = (2, 3)
+
+
+class SyncBatchNorm2d(SyncBatchNorm):
     """Batch norm of (N, C, H, W) over all ranks: y = γ (x − μ) / √(σ² + eps) + β, per channel.
 
     In training μ and σ² are the mean and the biased variance over batch and space of every rank, and the gradient
@@ -51,61 +119,10 @@ class SyncBatchNorm2d(RunningStatistics):
     Formulae and a Pairwise Algorithm for Computing Sample Variances".
     """
 
-    averages, needs_statistics = True, False
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        process_group: dist.ProcessGroup | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-    ):
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-        self.process_group = process_group
-
-    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        self._check_input_dim(x)
-        taken = None if torch.compiler.is_compiling() or mask is not None else self._taken(x)
-        mean, var = self.running_mean, self.running_var
-        if not self.training and mean is None:  # of this rank alone, as in torch
-            mean, var, _ = _moments(x, mask)
-        elif not self.training:
-            if taken is not None:
-                return fused.frozen_norm(x, mean, var, *taken[:2], eps=self.eps, slope=1.0)
-        elif taken is not None:
-            moments = _gathered(*dispatch.channel_moments(x), x.numel() // x.shape[1], self.process_group)
-            self._average(*moments)
-            if not _are_several(self.process_group):
-                return fused.batch_norm_of(x, *moments[:2], *taken[:2], eps=self.eps)
-            total = partial(_summed, group=self.process_group)
-            return fused.batch_norm_over_ranks(x, moments, *taken[:2], eps=self.eps, total=total)
-        else:
-            mean, var, count = moments_over_ranks(x, self.process_group, mask)
-            self._average(mean.detach(), var.detach(), count)
-            if mask is not None:
-                mean, var = F.unless_empty(count, (mean, var), (self.running_mean, self.running_var))
-        return F.normalize(x, F.per_channel(mean, x), F.per_channel(var, x), self.weight, self.bias, self.eps)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "SyncBatchNorm2d":
-        memo[id(self.process_group)] = self.process_group  # ranks are shared, and cannot be copied
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
+    accepted_dims = (4,)
 
 
-class SyncBatchNorm1d(SyncBatchNorm2d):
-    """Sync batch norm of (N, C) or (N, C, L); see `SyncBatchNorm2d`."""
-
-    accepted_dims = (2, 3)
-
-
-class SyncBatchNorm3d(SyncBatchNorm2d):
+class SyncBatchNorm3d(SyncBatchNorm):
     """Sync batch norm of (N, C, D, H, W); see `SyncBatchNorm2d`."""
 
     accepted_dims = (5,)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import check
-from ..nn import FrozenBatchNorm2d, MovingAverageBatchNorm2d
 from ..nn.activation import SLOPES
+from ..nn.frozen import FrozenBatchNorm
+from ..nn.mabn import MovingAverageBatchNorm
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 CONVOLUTIONS |= {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
@@ -339,8 +340,8 @@ def statistics_kind(norm: nn.Module) -> str | None:
     moves them. None: something else, or it could not be run.
     """
     if library(type(norm)):
-        if isinstance(norm, (FrozenBatchNorm2d, MovingAverageBatchNorm2d)):
-            return "constant" if isinstance(norm, FrozenBatchNorm2d) else "squares"
+        if isinstance(norm, (FrozenBatchNorm, MovingAverageBatchNorm)):
+            return "constant" if isinstance(norm, FrozenBatchNorm) else "squares"
         return "images" if isinstance(norm, nn.modules.instancenorm._InstanceNorm) else "pooled"
     if is_constant(norm):
         return "constant"
