@@ -4,7 +4,6 @@ import ast
 import importlib
 import inspect
 import pkgutil
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import normlab
 ROOT = Path(normlab.__file__).parent
 FLOORS = [
     {"errors"},
-    {"choice"},
+    {"choice", "files"},
     {"kernels", "training", "observe", "data", "notebook"},
     {"nn"},
     {"surgery", "models"},
@@ -22,6 +21,7 @@ FLOORS = [
     {"study"},
     {"cli"},
 ]
+OPTIONAL = ("pytorch_lightning", "triton")
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -57,9 +57,12 @@ def public_objects():
     for module in pkgutil.walk_packages(normlab.__path__, "normlab."):
         if module.name.endswith("__main__"):
             continue
-        if module.name.endswith("lightning") and find_spec("pytorch_lightning") is None:
-            continue  # an adapter to what is not installed
-        loaded = importlib.import_module(module.name)
+        try:
+            loaded = importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            if error.name not in OPTIONAL:
+                raise
+            continue  # made for what is not installed
         yield module.name, loaded
         for name, thing in vars(loaded).items():
             own = getattr(thing, "__module__", None) == module.name
@@ -69,3 +72,7 @@ def public_objects():
 
 def test_everything_public_has_a_docstring():
     assert not [name for name, thing in public_objects() if not inspect.getdoc(thing)]
+
+
+def test_type_checkers_read_the_package():
+    assert (ROOT / "py.typed").exists()

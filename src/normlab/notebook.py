@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from .errors import InputError, check
+from .files import write_whole
 
 _MARK = re.compile(r"\s*#\s*\|?\s*export\s*(\n|$)")
 _NAME = re.compile(r"(\d+[a-z]?)_.+\.ipynb$")
@@ -24,11 +25,8 @@ def export_notebook(path: str | Path) -> Path:
     cells = [_MARK.sub("", cell, count=1).strip() for cell in code_cells(path) if _MARK.match(cell)]
     check(bool(cells), "notebook", str(path), "a notebook with cells whose first line is #export")
     module = path.parent / "exp" / f"nb_{name[1]}.py"
-    module.parent.mkdir(exist_ok=True)
-    beside = module.with_suffix(".part")
     head = f"# Made from {path.name} by its #export cells; edit the notebook instead."
-    beside.write_text("\n\n".join([head, *cells]) + "\n", encoding="utf-8")
-    beside.replace(module)
+    write_whole(module, ("\n\n".join([head, *cells]) + "\n").encode())
     return module
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import check
+from ..files import write_whole
 from ..surgery.effect import Batches, Forward, first_input
 from .candidates import Candidate, best, candidates, gain, listed
 from .faults import FAR, FAULTS, RECALIBRATE, Fault
@@ -80,10 +81,10 @@ class Diagnosis:
         return _plain({"healthy": self.healthy, **asdict(self)})
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON (`.json`) or as a picture (`.png`), beside first and then renamed.
+        """Write it as JSON (`.json`) or as a picture (`.png`), whole or not at all.
 
         Raises:
-            InputError: another ending.
+            InputError: another ending, or the file cannot be written.
         """
         path = Path(path)
         check(path.suffix in (".json", ".png"), "path", str(path), "a name that ends in .json or .png")
@@ -93,10 +94,7 @@ class Diagnosis:
 
             save(draw(self.layers, self.lines()), path)
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(json.dumps(self.to_dict(), indent=1))
-        beside.replace(path)
+        write_whole(path, json.dumps(self.to_dict(), indent=1).encode())
 
     def __rich__(self) -> Any:
         from rich.console import Group

@@ -11,7 +11,7 @@ SETTLED = 0.05  # share of a batch: the statistics reach back over twenty and mo
 MOVES_AWAY = 2.0  # radians that a weight turns while statistics are renewed: they are then of another net
 VERY_FAR = 2.0  # a few channels that seldom speak are easily as far off as FAR, and do no harm
 RECALIBRATE = "normlab.recalibrate(model, batches)"
-Effect: TypeAlias = Callable[[Layer], float | None]
+Judge: TypeAlias = Callable[[Layer], float | None]
 
 
 class Fault(NamedTuple):
@@ -27,7 +27,7 @@ class Fault(NamedTuple):
     """
 
     name: str
-    effect: Effect
+    effect: Judge
     verdict: str
     remedy: str
     command: str

@@ -1,6 +1,5 @@
-"""Where results are kept: one JSON object a line, appended as each run ends; and pages and pictures, whole or not."""
+"""Where results are kept: one JSON object a line, appended as each run ends."""
 
-import contextlib
 import json
 import math
 import os
@@ -10,6 +9,9 @@ from typing import Any, BinaryIO
 from filelock import FileLock
 
 from ..errors import InputError
+from ..files import write_whole
+
+__all__ = ["Record", "RunStore", "write_whole"]
 
 Record = dict[str, Any]
 
@@ -89,20 +91,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write beside, then rename, so that a reader never sees half a file.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise InputError(f"{path} cannot be written: {error.strerror}. Choose another folder.") from error
