@@ -3,7 +3,7 @@
     python studies/flagship/constants.py
 
 With N images, γ and β learn at √(N/S) of the learning rate, at most 1. A batch's share in the averages of gradients
-grows where the cosine of innovation and push is above T/N. Other values of S and T are tried at batch 2, 8 and 32, on
+grows where the cosine of innovation and drift is above T/N. Other values of S and T are tried at batch 2, 8 and 32, on
 two nets:
 
 - the lesson's net, MNIST, one epoch, a constant rate of 1, where γ and β that move fast do harm;
@@ -22,8 +22,7 @@ from pathlib import Path
 from contrast import train_residual_net
 from rich.console import Console
 
-from normlab.kernels import native, ops
-from normlab.nn import running
+from normlab.kernels import native
 from normlab.study.executors import Job, run_jobs
 from normlab.study.plan import Trial
 from normlab.study.store import Record, RunStore
@@ -46,16 +45,13 @@ SEEDS = range(3)
 
 
 def train(net: str, images: float, drift: float, batch_size: int, seed: int, tell: Callback) -> Record:
-    running.TOLERATED_DRIFT = drift
-    ops.STEADY_IMAGES = images
-    if native.kernels is not None:
-        native.kernels.set_constants(ops.STEPS_REMEMBERED, images, ops.ALONG, ops.PULL)
     name = key(net, images, drift, batch_size, seed)
-    if net == "resnet":
-        record = train_residual_net(name, "running", batch_size, PEAKS[batch_size], seed, tell)
-    else:
-        trial = Trial("running", batch_size, 1.0, seed, schedule="constant")
-        record = {**run_trial(trial, callbacks=(tell,)), "key": name}
+    with native.use_constants(tolerated_drift=drift, steady_images=images):
+        if net == "resnet":
+            record = train_residual_net(name, "running", batch_size, PEAKS[batch_size], seed, tell)
+        else:
+            trial = Trial("running", batch_size, 1.0, seed, schedule="constant")
+            record = {**run_trial(trial, callbacks=(tell,)), "key": name}
     return {**record, "settings": {**record["settings"], "model": net, "S": images, "T": drift}}
 
 

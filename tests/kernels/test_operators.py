@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from checks import assert_close, layouts, operators_in_python, step, with_drawn_parameters
 from normlab.kernels import dispatch, native, operators
-from normlab.kernels.ops import GradientMemory
+from normlab.kernels.running import READ, State
 from normlab.nn import BatchNorm2d, GroupNorm, RunningBatchNorm2d, build_norm
 
 pytestmark = pytest.mark.skipif(native.PATH.startswith("composed"), reason=native.PATH)
@@ -25,16 +25,16 @@ def arguments(name, x, affine):
     grad, residual = torch.randn_like(x), torch.randn(x.shape).to(x.dtype) if affine else None
     saved, of_groups = torch.rand(2, C) + 0.5, torch.rand(2, len(x) * GROUPS) + 0.5
     statistics = torch.zeros(C), torch.ones(C), torch.tensor(3)
-    memory = GradientMemory.empty(C)
+    state = State.empty(C)
     return {
         "batch_forward": (x, weight, bias, residual, *statistics, SLOPE, 0.1, EPS),
         "frozen_forward": (x, weight, bias, residual, *statistics[:2], SLOPE, EPS),
         "batch_backward": (grad, x, weight, bias, saved, SLOPE, 1.0),
         "running_forward": (
-            *(x, weight, bias, residual, *statistics, torch.ones(()), torch.zeros(C), torch.ones(()), *memory[:2]),
-            *(SLOPE, 0.1, EPS, 0.001, 0.01, 0.2, not affine),
+            *(x, weight, bias, residual, *statistics, *state[READ][3:]),
+            *(SLOPE, 0.1, EPS, not affine),
         ),
-        "running_backward": (grad, x, weight, bias, saved, torch.tensor(0.5), *memory, SLOPE, 0.006, affine),
+        "running_backward": (grad, x, weight, bias, saved, torch.tensor(0.5), *state.memory, SLOPE, 0.006, affine),
         "group_forward": (x, weight, bias, GROUPS, SLOPE, EPS),
         "group_backward": (grad, x, weight, bias, of_groups, GROUPS, SLOPE),
     }[name]
@@ -129,7 +129,7 @@ WRONG = {  # the operator, its argument's index, what it becomes, what is said
     "every other weight": ("batch_forward", 1, lambda weight: weight.repeat_interleave(2)[::2], "weight must be"),
     "a mean without a count": ("batch_forward", 6, lambda _: None, "all there, or none"),
     "a count of float32": ("running_forward", 6, lambda count: count.float(), "num_batches_tracked must be .* int64"),
-    "a short average": ("running_forward", 10, lambda average: average[0], f"average must be .* {2 * C}"),
+    "a short average": ("running_forward", 10, lambda average: average[0], f"gradient_average must be .* {2 * C}"),
     "a residual of another type": ("frozen_forward", 3, lambda residual: residual.half(), "residual must have"),
     "a short mean": ("frozen_forward", 4, lambda mean: mean[1:], f"mean must be .* {C}"),
     "a gradient of another type": ("batch_backward", 0, lambda grad: grad.half(), "grad must have"),

@@ -9,7 +9,8 @@ from torch.autograd import gradcheck
 
 import reference
 from checks import assert_close, cases, double, gradients, statistics_dtype
-from normlab.kernels.ops import GradientMemory, normalize_with_memory, normalize_with_share
+from normlab.kernels.plain import normalize_with_share
+from normlab.kernels.running import State, normalize_with_memory
 from normlab.nn import functional as F
 
 EXAMPLES = settings(max_examples=100, deadline=None)
@@ -33,7 +34,7 @@ def test_fast_equals_plain_equals_float64(case, alpha, total):
         return normalize_with_share(x, after.mean, after.var, weight, bias, share, share, EPS)
 
     def plain_function(x, weight, bias):
-        return F.running_batch_norm(x, state, weight, bias, EPS, alpha)[0]
+        return F.lesson_running_batch_norm(x, state, weight, bias, EPS, alpha)[0]
 
     fast, plain = (gradients(function, grad, x, *parameters) for function in (fast_function, plain_function))
     values = double([x, grad, after.mean, after.var, *parameters, share, share])
@@ -182,10 +183,10 @@ def test_with_memory_at_rate_one_it_is_batch_norm(case):
     x, grad, *parameters = case
     channels, dtype = x.shape[1], statistics_dtype(x.dtype)
     mean, var = (part.view(-1) for part in F.moments(x, (0, *range(2, x.dim()))))
-    memory = GradientMemory(*(part.to(dtype) for part in GradientMemory.empty(channels)))
+    state = State._make(part.to(dtype) for part in State.empty(channels))
 
     def fast_function(x, weight, bias):
-        return normalize_with_memory(x, mean, var, weight, bias, torch.ones((), dtype=dtype), memory, None, EPS)
+        return normalize_with_memory(x, mean, var, weight, bias, torch.ones((), dtype=dtype), state.memory, None, EPS)
 
     fast = gradients(fast_function, grad, x, *parameters)
     values = double([x, *parameters])
@@ -195,19 +196,19 @@ def test_with_memory_at_rate_one_it_is_batch_norm(case):
     assert_close(fast, expected, TOLERANCE[x.dtype])
     x_hat = reference.normalize(values[0], *reference.channel_moments(values[0]), None, None, EPS)
     dims, n = [0, *range(2, x.dim())], x.numel() / channels
-    average = torch.stack([(grad.double() * x_hat).sum(dims), grad.double().sum(dims)]) / n
-    assert_close([memory.latest], [average], TOLERANCE[x.dtype])
+    average = torch.stack([grad.double().sum(dims), (grad.double() * x_hat).sum(dims)]) / n
+    assert_close([state.gradient_latest], [average], TOLERANCE[x.dtype])
 
 
 def test_memory_is_written_by_the_backward_pass_alone_and_each_time():
-    x, memory = torch.randn(2, 3, 4), GradientMemory.empty(3)
+    x, state = torch.randn(2, 3, 4), State.empty(3)
     one, zero, rate = torch.ones(3), torch.zeros(3), torch.tensor(0.25)
     weight, bias = one.clone().requires_grad_(), zero.clone().requires_grad_()
-    y = normalize_with_memory(x, zero, one, weight, bias, rate, memory, 1e9, 0.0)
-    assert all(part.abs().max() == 0 for part in memory)
+    y = normalize_with_memory(x, zero, one, weight, bias, rate, state.memory, 1e9, 0.0)
+    assert all(part.abs().max() == 0 for part in state.memory)
     y.sum().backward(retain_graph=True)
-    torch.testing.assert_close(memory.latest[1], torch.full((3,), 1.0))
-    assert memory.average.abs().max() == 0  # the batch enters when its step is known
+    torch.testing.assert_close(state.gradient_latest[0], torch.full((3,), 1.0))
+    assert state.gradient_average.abs().max() == 0  # the batch enters when its step is known
     y.sum().backward()
-    torch.testing.assert_close(memory.average[1], torch.full((3,), 0.25))
-    torch.testing.assert_close(memory.push[1], torch.full((3,), 16.0 * (2 / 64) ** 0.5))
+    torch.testing.assert_close(state.gradient_average[0], torch.full((3,), 0.25))
+    torch.testing.assert_close(state.parameters_gradient[1], torch.full((3,), 16.0 * (2 / 64) ** 0.5))

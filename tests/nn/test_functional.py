@@ -76,7 +76,7 @@ def test_running_batch_norm_is_its_formula(case, alpha, total, min_var):
     new = []
 
     def function(x, weight, bias):
-        y, state_after = F.running_batch_norm(x, state, weight, bias, EPS, alpha, floor)
+        y, state_after = F.lesson_running_batch_norm(x, state, weight, bias, EPS, alpha, floor)
         new.append(state_after)
         return y
 
@@ -107,7 +107,9 @@ def test_eps_is_one_in_a_hundred_thousand_by_default():
     state = some_state(6)
     assert torch.equal(F.batch_norm(x), F.batch_norm(x, eps=1e-5))
     assert torch.equal(F.group_norm(x, 3), F.group_norm(x, 3, eps=1e-5))
-    assert torch.equal(F.running_batch_norm(x, state)[0], F.running_batch_norm(x, state, eps=1e-5, alpha=0.1)[0])
+    assert torch.equal(
+        F.lesson_running_batch_norm(x, state)[0], F.lesson_running_batch_norm(x, state, eps=1e-5, alpha=0.1)[0]
+    )
     assert torch.equal(F.normalize_running(x, state), F.normalize_running(x, state, eps=1e-5))
 
 
@@ -130,8 +132,8 @@ def double_input(*shape: int) -> Tensor:
     [
         lambda x, weight, bias: F.batch_norm(x, weight, bias, 0.1),
         lambda x, weight, bias: F.group_norm(x, 2, weight, bias, 0.1),
-        lambda x, weight, bias: F.running_batch_norm(x, some_constant_state(), weight, bias, 0.1, 0.3)[0],
-        lambda x, weight, bias: F.running_batch_norm(x, empty_state(), weight, bias, 0.1, 0.3)[0],
+        lambda x, weight, bias: F.lesson_running_batch_norm(x, some_constant_state(), weight, bias, 0.1, 0.3)[0],
+        lambda x, weight, bias: F.lesson_running_batch_norm(x, empty_state(), weight, bias, 0.1, 0.3)[0],
         lambda x, weight, bias: F.normalize_running(x, some_constant_state(), weight, bias, 0.1),
     ],
     ids=["batch", "group", "running", "running from empty", "evaluation"],
@@ -197,7 +199,7 @@ def test_alpha_one_is_batch_norm_from_any_state():
     torch.manual_seed(0)
     grad, *inputs = (torch.randn(shape).double() for shape in ((4, 3, 5), (4, 3, 5), (3,), (3,)))
     state = some_state(3, torch.float64)
-    running = gradients(lambda x, *params: F.running_batch_norm(x, state, *params, alpha=1.0)[0], grad, *inputs)
+    running = gradients(lambda x, *params: F.lesson_running_batch_norm(x, state, *params, alpha=1.0)[0], grad, *inputs)
     batch = gradients(F.batch_norm, grad, *inputs)
     for one, other in zip(running, batch, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
@@ -217,7 +219,7 @@ def test_group_norm_of_an_image_does_not_depend_on_the_others(groups):
     [
         F.batch_norm,
         lambda x: F.group_norm(x, 2),
-        lambda x: F.running_batch_norm(x, some_constant_state(), alpha=0.3)[0],
+        lambda x: F.lesson_running_batch_norm(x, some_constant_state(), alpha=0.3)[0],
     ],
     ids=["batch", "group", "running"],
 )

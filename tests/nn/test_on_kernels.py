@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from checks import assert_close, composed, step, with_drawn_parameters
 from normlab.kernels import fused, native
-from normlab.kernels.ops import GradientMemory
+from normlab.kernels.running import State
 from normlab.nn import BatchNorm2d, GroupNorm, RunningBatchNorm2d
 
 pytestmark = pytest.mark.skipif(native.PATH.startswith("composed"), reason=native.PATH)
@@ -112,9 +112,7 @@ def test_what_is_changed_behind_its_back_is_refused_and_not_read():
 
 @pytest.mark.parametrize("changed", [lambda layer: layer, lambda layer: deepcopy(layer).double().float()])
 def test_parts_are_made_in_the_order_of_the_kernels(changed):
-    statistics, memory = fused.RunningStatistics._fields, GradientMemory._fields
-    names = [*statistics, *(f"gradient_{name}" for name in memory)]
-    assert list(changed(NORMS["running"])._buffers) == names
+    assert list(changed(NORMS["running"])._buffers) == list(State._fields)
     assert list(changed(NORMS["batch"])._buffers) == list(fused.BatchStatistics._fields)
     for layer in NORMS.values():
         assert list(changed(layer)._parameters) == ["weight", "bias"]

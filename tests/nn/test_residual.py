@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from checks import assert_close, composed, gradients, layouts, with_drawn_parameters
 from normlab.errors import InputError
 from normlab.kernels import native
-from normlab.kernels.ops import activate
+from normlab.kernels.plain import activate
 from normlab.nn import BatchNorm2d, RunningBatchNorm2d
 from normlab.nn.activation import SLOPES
 

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 import reference
 from checks import assert_close, assert_same_state, composed, layouts, with_drawn_parameters
 from normlab.errors import InputError
+from normlab.kernels import native
+from normlab.kernels.running import State
 from normlab.nn import BatchNorm2d, RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
+from normlab.nn import functional as F
 
 LAYERS = {1: RunningBatchNorm1d, 2: RunningBatchNorm2d, 3: RunningBatchNorm3d}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
@@ -35,7 +38,7 @@ class Formula:
         self.latest_rate, self.step_length = 0.0, 0.0
         self.momentum, self.eps, self.bound = momentum, eps, bound
         self.before: Tensor | None = None
-        self.push = torch.zeros(2 * channels).double()
+        self.parameters_gradient = torch.zeros(2 * channels).double()
         self.rates: list[float] = []
         self.lr = 1.0
 
@@ -68,17 +71,17 @@ class Formula:
             k = met / (10 * self.lr) * (1 - len(x) / (self.lr * self.length))
         share = min(1, math.sqrt(len(x) / 64))
         grad_weight, grad_bias = share * sums[0] + k * weight, share * sums[1] + k * bias
-        self.push = self.push + torch.cat([grad_weight, grad_bias])
+        self.parameters_gradient = self.parameters_gradient + torch.cat([grad_weight, grad_bias])
         return [y, grad_x, grad_weight, grad_bias]
 
     def adapt(self, images: int, m: Tensor, weight: Tensor) -> None:
         """The shares of the batch, by what the distance of its mean from the running one has to do with others."""
         innovation = (m - self.running[0]) / (self.running[1] + self.eps).sqrt()
-        push = (self.average[1] - self.latest[1]) * weight / (self.running[1] + self.eps)
+        drift = (self.average[1] - self.latest[1]) * weight / (self.running[1] + self.eps)
         gain = max(self.momentum, 1 / self.t)
         self.share *= math.exp(gain * cosine(innovation, self.innovation))
         self.share = min(max(self.share, self.momentum / 100), 1.0)
-        self.gradient_share *= math.exp(gain * (cosine(innovation, push) - 0.2 / images))
+        self.gradient_share *= math.exp(gain * (cosine(innovation, drift) - 0.2 / images))
         self.gradient_share = min(max(self.gradient_share, self.momentum / 10), 1.0)
         self.innovation = innovation
 
@@ -90,14 +93,14 @@ class Formula:
         """The learning rate, if γ and β have moved, and what the length of this step says of the last batch."""
         if self.before is not None and not torch.equal(now, self.before):
             moved = now - self.before
-            length = moved.norm().item() / self.push.norm().item()
+            length = moved.norm().item() / self.parameters_gradient.norm().item()
             self.rates.append(length)
             self.lr = math.prod(self.rates) ** (1 / len(self.rates))
-            if moved @ self.push < -0.99 * moved.norm() * self.push.norm():
+            if moved @ self.parameters_gradient < -0.99 * moved.norm() * self.parameters_gradient.norm():
                 r = self.latest_rate
                 self.step_length = (1 - r) * self.step_length + r * length if self.step_length else length
                 self.latest_rate *= length / self.step_length
-            self.push = torch.zeros_like(self.push)
+            self.parameters_gradient = torch.zeros_like(self.parameters_gradient)
         self.before = now.clone()
 
     def factors(self, grad: Tensor, now: Tensor) -> list[float]:
@@ -213,8 +216,8 @@ def gradient_share_above_a_linear_layer(lr: float, mean: float, inputs: int = 2)
 
 
 @pytest.mark.parametrize("kernels", [nullcontext, composed])
-def test_a_batch_has_a_small_share_in_the_averages_of_gradients_unless_its_push_shows(kernels):
-    """A push moves the mean of the norm's input by the squared length of the linear layer's mean input, 0 or 72."""
+def test_a_batch_has_a_small_share_in_the_averages_of_gradients_unless_its_drift_shows(kernels):
+    """A drift moves the mean of the norm's input by the squared length of the linear layer's mean input, 0 or 72."""
     with kernels():
         assert gradient_share_above_a_linear_layer(lr=1.0, mean=0.0) < 0.02
         assert gradient_share_above_a_linear_layer(lr=0.01, mean=3.0) < 0.2
@@ -275,7 +278,7 @@ def test_the_learning_rate_is_measured_also_under_accumulation():
         optimizer.step()
         optimizer.zero_grad()
     layer(torch.randn(2, 4, 3, 3)).sum().backward()
-    assert layer.gradient_measured[0].exp().item() == pytest.approx(0.07, rel=1e-2)
+    assert layer.log_learning_rate.exp().item() == pytest.approx(0.07, rel=1e-2)
 
 
 def test_the_first_step_is_bounded_as_if_the_learning_rate_were_one():
@@ -295,7 +298,7 @@ def test_steps_that_were_clipped_do_not_hide_the_learning_rate():
         optimizer.zero_grad()
         (layer(torch.randn(2, 4, 3, 3)) * torch.randn(2, 4, 3, 3) / 100).sum().backward()
         optimizer.step()
-    assert 0.05 < layer.gradient_measured[0].exp() < 0.1
+    assert 0.05 < layer.log_learning_rate.exp() < 0.1
 
 
 def train_a_linear_classifier(norm: nn.Module, lr: float, steps: int = 300) -> float:
@@ -391,6 +394,106 @@ def test_a_state_without_a_count_of_batches_has_seen_some():
     layer.load_state_dict({**state, "running_mean": torch.ones(2)})
     layer(torch.zeros(1, 2, 1, 1))
     assert layer.running_mean.min() > 0.9  # not thrown away by the first batch
+
+
+# That of a layer after three steps, from before the buffers had the names of `State`.
+OLD_STATE = {
+    "weight": [0.9991774559020996, 0.99726402759552],
+    "bias": [0.00019071309361606836, -0.002042425097897649],
+    "running_mean": [1.818437099456787, 1.4639307260513306],
+    "running_var": [0.2406867891550064, 1.2391303777694702],
+    "num_batches_tracked": 3,
+    "share": 1.0,
+    "innovation": [2.0737204551696777, 0.7452776432037354],
+    "gradient_share": 0.6888319849967957,
+    "gradient_average": [
+        [0.00010959571227431297, 0.0020886606071144342],
+        [0.00019985857943538576, 0.0010234167566522956],
+    ],
+    "gradient_latest": [
+        [0.0008486759033985436, -9.5741605036892e-05],
+        [-0.0006962156039662659, 0.0007748200441710651],
+    ],
+    "gradient_parameters": [
+        [0.9997775554656982, 0.9971963167190552],
+        [-0.00030158564914017916, -0.001494544674642384],
+    ],
+    "gradient_push": [
+        [0.001200208906084299, -0.0001353990810457617],
+        [-0.000984597485512495, 0.0010957609629258513],
+    ],
+    "gradient_measured": [-0.693146824836731, 2.0, 0.22298015654087067, 0.5000003576278687, 0.6888319849967957],
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "0."])
+def test_a_state_with_names_of_before_loads_and_goes_on(prefix):
+    """As the code of then did: its next step is here as that gave it."""
+    state = {prefix + name: torch.tensor(value) for name, value in OLD_STATE.items()}
+    layer = RunningBatchNorm2d(2)
+    (nn.Sequential(layer) if prefix else layer).load_state_dict(state)
+    average, latest = (torch.tensor(OLD_STATE[name]) for name in ("gradient_average", "gradient_latest"))
+    assert torch.equal(layer.gradient_average, average.flip(0))
+    assert torch.equal(layer.gradient_latest, latest.flip(0))
+    assert torch.equal(layer.parameters_before, torch.tensor(OLD_STATE["gradient_parameters"]))
+    assert torch.equal(layer.parameters_gradient, torch.tensor(OLD_STATE["gradient_push"]))
+    names = ("log_learning_rate", "learning_rate_steps", "output_square", "step_length", "latest_gradient_share")
+    for name, value in zip(names, OLD_STATE["gradient_measured"], strict=True):
+        assert torch.equal(getattr(layer, name), torch.tensor(value))
+    assert prefix + "gradient_measured" in state  # the caller's own is as it was
+    x = (torch.arange(8.0).view(1, 2, 2, 2) / 4).requires_grad_()
+    y = layer(x)
+    y.backward(torch.tensor([1.0, -1, 2, 0, 0.5, 1, 0, -2]).view(1, 2, 2, 2))
+    expected = [
+        [
+            *(-1.0019612312316895, -0.6335877776145935, -0.2652144134044647, 0.10315898060798645),
+            *(-0.6910572052001953, -0.2536414861679077, 0.18377423286437988, 0.6211899518966675),
+        ],
+        [
+            *(0.00544326938688755, -0.009316431358456612, 0.013200657442212105, -0.0015590424882248044),
+            *(0.0031648408621549606, 0.008287062868475914, 0.00013026803208049387, -0.016879204660654068),
+        ],
+        [-0.000569162133615464, -0.0011685421923175454],
+        [0.0012649118434637785, -0.0003162279608659446],
+    ]
+    found = [y.detach(), x.grad, layer.weight.grad, layer.bias.grad]
+    assert_close([part.flatten() for part in found], [torch.tensor(part) for part in expected], 1e-5)
+
+
+@pytest.mark.parametrize("kernels", [nullcontext, composed])
+def test_other_constants_are_used_inside_and_forgotten_after(kernels):
+    x, grad = torch.randn(16, 3, 2, 2), torch.randn(16, 3, 2, 2)
+
+    def weight_grad():
+        layer = RunningBatchNorm2d(3, step_bound=None)
+        layer(x).backward(grad)
+        return layer.weight.grad
+
+    with kernels():
+        usual = weight_grad()
+        with native.use_constants(steady_images=16):
+            torch.testing.assert_close(weight_grad(), 2 * usual)
+        assert torch.equal(weight_grad(), usual)
+
+
+@pytest.mark.parametrize("kernels", [nullcontext, composed])
+def test_the_plain_function_is_the_layer(kernels):
+    layer = with_drawn_parameters(RunningBatchNorm2d(3))
+    weight, bias = (part.detach().clone().requires_grad_() for part in (layer.weight, layer.bias))
+    state = State.empty(3)
+    for _ in range(3):
+        x, grad = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+        one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+        with kernels():
+            y = layer(one)
+        y.backward(grad)
+        before = State._make(part.clone() for part in state)
+        found, new = F.running_batch_norm(other, state, weight, bias)
+        found.backward(grad)
+        assert all(map(torch.equal, state, before))
+        state = new
+        assert_close([found.detach(), other.grad], [y.detach(), one.grad], 1e-5)
+    assert_close(list(state), [getattr(layer, name) for name in State._fields], 1e-4)
 
 
 def test_representation():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import native, ops
+from . import native, plain
 
 ON_GPU = os.environ.get(native.SWITCH, "on") != "off" and find_spec("triton") is not None
 PATH_ON_GPU = "Triton kernels" if ON_GPU else f"composed operators (no module triton, or {native.SWITCH}=off)"
@@ -134,7 +134,7 @@ def describe(x: Tensor) -> tuple[Tensor, Description]:
 
 def layout_of(x: Tensor) -> torch.memory_format:
     """The layout in which the kernels take `x`: its own, unless they do not know that."""
-    layout = ops.CHANNELS_LAST.get(x.dim())
+    layout = plain.CHANNELS_LAST.get(x.dim())
     if layout is None or x.is_contiguous() or not x.is_contiguous(memory_format=layout):
         return torch.contiguous_format
     return layout

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import dispatch, operators, ops  # noqa: F401 - `operators` defines them
+from . import dispatch, operators, plain, running  # noqa: F401 - `operators` defines them
 
 # By attribute each would take as long as a part of a kernel does.
 _BATCH_FORWARD, _BATCH_BACKWARD = torch.ops.normlab.batch_forward.default, torch.ops.normlab.batch_backward.default
@@ -28,34 +28,17 @@ class BatchStatistics(NamedTuple):
     num_batches_tracked: Tensor
 
 
-class RunningStatistics(NamedTuple):
-    """Buffers of a running batch norm layer, by their names there: float32, but for `num_batches_tracked`, int64."""
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-    share: Tensor
-    innovation: Tensor
-    gradient_share: Tensor
-
-
 class RunningNumbers(NamedTuple):
-    """The numbers of running batch norm.
+    """The numbers of one running batch norm.
 
     Attributes:
-        momentum: how fast the share adapts.
+        momentum: how fast the shares adapt.
         eps: added to the variance.
-        least_share: below which the share in the statistics does not fall.
-        least_gradient_share: likewise, in the averages of the backward pass.
-        tolerated_drift: N times the cosine of innovation and push at which the latter stays.
         recomputing: this batch is in the statistics already.
     """
 
     momentum: float
     eps: float
-    least_share: float
-    least_gradient_share: float
-    tolerated_drift: float
     recomputing: bool
 
 
@@ -155,8 +138,7 @@ def running_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    statistics: RunningStatistics,
-    memory: ops.GradientMemory,
+    state: running.State,
     numbers: RunningNumbers,
     step_bound: float | None,
     slope: float,
@@ -168,15 +150,14 @@ def running_norm(
         x: (N, C, *space).
         weight: γ, (C,), float32, or None for 1.
         bias: β, likewise, or None for 0.
-        statistics: changed by this call, unless a value would become infinite or NaN.
-        memory: changed by each backward pass; likewise.
+        state: changed by this call and by each backward pass, unless a value would become infinite or NaN.
         numbers: of the layer.
-        step_bound: see `ops.normalize_with_memory`.
+        step_bound: see `running.normalize_with_memory`.
         slope: as in `batch_norm`.
         residual: likewise.
     """
     step_bound = -1.0 if step_bound is None else step_bound
-    return _RunningNorm(x, weight, bias, residual, statistics, memory, slope, numbers, step_bound)
+    return _RunningNorm(x, weight, bias, residual, state, slope, numbers, step_bound)
 
 
 def group_norm(
@@ -260,12 +241,12 @@ class _NormOverRanks(torch.autograd.Function):
 @_quick
 class _RunningNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, kept, memory, slope, numbers, step_bound):  # types: running_norm
-        y, saved, rate = _RUNNING_FORWARD(x, weight, bias, residual, *kept, *memory[:2], slope, *numbers)
+    def forward(ctx, x, weight, bias, residual, state, slope, numbers, step_bound):  # types: running_norm
+        y, saved, rate = _RUNNING_FORWARD(x, weight, bias, residual, *state[running.READ], slope, *numbers)
         added = residual is not None
         ctx.save_for_backward(x, weight, bias, saved, rate, y if added and slope != 1 else None)
         # Memory is not saved: it may change before this backward pass, by that of another batch.
-        ctx.numbers = slope, added, step_bound, memory
+        ctx.numbers = slope, added, step_bound, state[running.MEMORY]
         return y
 
     @staticmethod
@@ -282,7 +263,7 @@ def _running_backward(ctx: Any, *grads: Tensor):
     _, of_weight, of_bias, *_ = ctx.needs_input_grad
     numbers = slope, step_bound, of_weight and of_bias
     found = _RUNNING_BACKWARD(grad, x, weight, bias, saved, rate, *memory, *numbers)
-    return *_wanted(found, weight, bias), grad if added else None, None, None, None, None, None
+    return *_wanted(found, weight, bias), grad if added else None, None, None, None, None
 
 
 _once = once_differentiable(_running_backward)
@@ -301,7 +282,7 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor):
         x, weight, bias, saved = ctx.saved_tensors
         if torch.is_grad_enabled():
-            y = ops.group_norm(x, ctx.num_groups, weight, bias, ctx.eps)
+            y = plain.group_norm(x, ctx.num_groups, weight, bias, ctx.eps)
             return *_again(y, ctx.slope, (x, weight, bias), grads[0]), None, None, None
         found = _GROUP_BACKWARD(grads[0], x, weight, bias, saved, ctx.num_groups, ctx.slope)
         return *_wanted(found, weight, bias), None, None, None
@@ -346,7 +327,7 @@ def _wanted(found: Sequence[Tensor | None], weight: Tensor | None, bias: Tensor 
 
 def _again(y: Tensor, slope: float, inputs: Iterable[Tensor | None], grad: Tensor) -> list[Tensor | None]:
     """The gradients of `inputs`, to be differentiated, where the norm is `y`; None for those that want none."""
-    y = ops.activate(y, slope)
+    y = plain.activate(y, slope)
     wanted = [part for part in inputs if part is not None and part.requires_grad]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
     return [next(found) if part is not None and part.requires_grad else None for part in inputs]

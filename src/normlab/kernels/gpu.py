@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import running, triton_running
 from . import triton as kernels
 
 PROGRAMS = 512  # a sum over a tensor is taken by so many, about: four for each multiprocessor of a large GPU
@@ -138,25 +138,24 @@ def _frozen_forward(shape, x, y, weight, bias, saved, residual, mean, var, slope
 
 
 def _running_forward(
-    shape, x, y, weight, bias, saved, residual, running_mean, running_var, num_batches, share, innovation,
-    gradient_share, average, latest, slope, momentum, eps, least_share, least_gradient_share, tolerated_drift,
-    recomputing,
+    shape, x, y, weight, bias, saved, residual, running_mean, running_var, num_batches_tracked, share, innovation,
+    gradient_share, gradient_average, gradient_latest, slope, momentum, eps, recomputing,
 ):  # fmt: skip
     """Returns the share of this batch in the averages of the backward pass."""
     rate = saved.new_empty(())
     rows = saved[:0] if recomputing else _moments(shape, x)
-    kept = running_mean, running_var, num_batches, share, innovation, gradient_share, average, latest
-    numbers = momentum, eps, least_share, least_gradient_share, tolerated_drift, shape.images
-    to = saved, weight, *kept, rate, *numbers
-    _finish(kernels.finish_running, shape.channels, rows, *to, RECOMPUTING=recomputing)
+    kept = running_mean, running_var, num_batches_tracked, share, innovation, gradient_share
+    to = saved, weight, *kept, gradient_average, gradient_latest, rate, momentum, eps, shape.images
+    constants = {"RECOMPUTING": recomputing, **running.CONSTANTS._asdict()}
+    _finish(triton_running.finish_running, shape.channels, rows, *to, **constants)
     _affine(shape, x, residual, y, saved, weight, bias, _of_channels(shape), slope)
     return rate
 
 
 def _running_backward(
-    shape, g, x, out, weight, bias, saved, weight_grad, bias_grad, average, latest, parameters, push, measured, slope,
-    rate, step_bound, learns,
+    shape, g, x, out, weight, bias, saved, weight_grad, bias_grad, *memory_and_numbers,
 ):  # fmt: skip
+    *memory, slope, rate, step_bound, learns = memory_and_numbers
     parts, bounded = _of_channels(shape), learns and step_bound >= 0
     norm = saved, weight, bias
     rows = _products(shape, g, x, norm, parts, slope, 5, each_image=True)
@@ -164,10 +163,10 @@ def _running_backward(
     coefficients = torch.empty_like(saved)
     factor = saved.new_empty(shape.images) if bounded else None
     block = _power(shape.channels)
-    kernels.finish_running_gradient[(1,)](
-        sums, *norm, weight_grad, bias_grad, average, latest, parameters, push, measured, coefficients, factor, rate,
-        step_bound, ops.parameter_share(shape.images), *shape[:3],
-        LEARNS=learns, BOUNDED=bounded, STEPS_REMEMBERED=ops.STEPS_REMEMBERED, ALONG=ops.ALONG, PULL=ops.PULL,
+    triton_running.finish_running_gradient[(1,)](
+        sums, *norm, weight_grad, bias_grad, *memory, coefficients, factor, rate, step_bound,
+        running.parameter_share(shape.images), *shape[:3],
+        LEARNS=learns, BOUNDED=bounded, **running.CONSTANTS._asdict(),
         BN=min(_power(shape.images), max(1, AT_ONCE // block)), BLOCK=block, num_warps=WARPS_ALONE,
     )  # fmt: skip
     _combine(shape, g, x, out, norm, coefficients, factor, parts, slope)

@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import running
 
 SWITCH = "NORMLAB_KERNELS"
 
@@ -29,7 +31,7 @@ def _load() -> tuple[Any, str]:
         from . import _native  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as error:
         return None, f"composed operators ({error})"
-    _native.set_constants(ops.STEPS_REMEMBERED, ops.STEADY_IMAGES, ops.ALONG, ops.PULL)
+    _native.set_constants(running.CONSTANTS)
     threads = _openmp()
     _native.set_openmp(*(threads or [0] * 5))
     return _native, f"compiled kernels, {_native.instruction_sets[-1]}" + ("" if threads else ", one thread")
@@ -60,6 +62,23 @@ def _torch() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))))
     except (OSError, StopIteration):
         return None
+
+
+@contextmanager
+def use_constants(**changed: float) -> Iterator[None]:
+    """Inside, running batch norm has other constants, for a study or a test: on a CPU and on a GPU, in all layers."""
+    before = running.CONSTANTS
+    try:
+        _set_constants(before._replace(**changed))
+        yield
+    finally:
+        _set_constants(before)
+
+
+def _set_constants(constants: running.Constants) -> None:
+    running.CONSTANTS = constants
+    if kernels is not None:
+        kernels.set_constants(constants)
 
 
 def register_operators() -> bool:

@@ -95,9 +95,8 @@ def batch_backward(grad, x, weight, bias, saved, slope, share):
 
 @_operator(
     f"{_PARAMETERS}, Tensor? residual, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) num_batches_tracked,"
-    " Tensor(d!) share, Tensor(e!) innovation, Tensor(f!) gradient_share, Tensor average, Tensor latest, float slope, "
-    "float momentum, float eps, float least_share, float least_gradient_share, float tolerated_drift, bool recomputing)"
-    " -> (Tensor, Tensor, Tensor)",
+    " Tensor(d!) share, Tensor(e!) innovation, Tensor(f!) gradient_share, Tensor gradient_average, Tensor "
+    "gradient_latest, float slope, float momentum, float eps, bool recomputing) -> (Tensor, Tensor, Tensor)",
     lambda x, *_: (_like(x), _saved(x, x.shape[1]), x.new_empty((), dtype=torch.float32)),
 )
 def running_forward(x, weight, bias, residual, *rest):
@@ -116,8 +115,10 @@ def _of_channels(x, weight, bias, slope, kernel, residual, *statistics, numbers)
 
 
 @_operator(
-    f"Tensor grad, {_PARAMETERS}, Tensor saved, Tensor rate, Tensor(a!) average, Tensor(b!) latest, Tensor(c!) "
-    f"parameters, Tensor(d!) push, Tensor(e!) measured, float slope, float step_bound, bool learns) -> {_GRADIENTS}",
+    f"Tensor grad, {_PARAMETERS}, Tensor saved, Tensor rate, Tensor(a!) gradient_average, Tensor(b!) gradient_latest, "
+    "Tensor(c!) parameters_before, Tensor(d!) parameters_gradient, Tensor(e!) log_learning_rate, Tensor(f!) "
+    "learning_rate_steps, Tensor(g!) output_square, Tensor(h!) step_length, Tensor(i!) latest_gradient_share, float "
+    f"slope, float step_bound, bool learns) -> {_GRADIENTS}",
     _fake_backward,
 )
 def running_backward(grad, x, weight, bias, saved, rate, *rest):

@@ -10,8 +10,7 @@ channel // channels_per_part. Numbers and names are those of `csrc/module.cpp`.
 import triton
 import triton.language as tl
 
-INFINITY = tl.constexpr(float("inf"))
-TINY = tl.constexpr(1.1754943508222875e-38)  # the least normal float32
+from .triton_parts import all_finite, lerp, merged, weight_or_one
 
 
 @triton.jit
@@ -42,30 +41,11 @@ def _load(values, places, mask):
 
 
 @triton.jit
-def _lerp(start, end, share):
-    return tl.where(share < 0.5, start + share * (end - start), end - (end - start) * (1 - share))
-
-
-@triton.jit
-def _all_finite(values):
-    return tl.min((tl.abs(values) < INFINITY).to(tl.int32), 0) == 1
-
-
-@triton.jit
-def _weight_or_one(weight, c, mask):
-    if weight is None:  # with an else: what stands after a return is compiled too
-        of_channels = tl.full(c.shape, 1.0, tl.float32)
-    else:
-        of_channels = tl.load(weight + c, mask=mask, other=0.0)
-    return of_channels
-
-
-@triton.jit
 def _affine_of(x, n, c, inside, saved, weight, bias, parts, parts_per_image, channels_per_part):
     """X − mean; the norm of x, before any activation; what the norm multiplies by."""
     part = n * parts_per_image + c // channels_per_part
     mean = tl.load(saved + part, mask=inside, other=0.0)
-    scale = tl.load(saved + parts + part, mask=inside, other=0.0) * _weight_or_one(weight, c, inside)
+    scale = tl.load(saved + parts + part, mask=inside, other=0.0) * weight_or_one(weight, c, inside)
     distance = x - mean
     z = distance * scale
     if bias is not None:
@@ -219,7 +199,7 @@ def position_forward(
         mean = tl.sum(values, 0)[None, :] / C
     d = tl.where(mask, values - mean, 0.0)
     inverse = tl.rsqrt(tl.sum(d * d, 0)[None, :] / C + eps)
-    z = d * inverse * _weight_or_one(weight, c, c < C)
+    z = d * inverse * weight_or_one(weight, c, c < C)
     if bias is not None:
         z += tl.load(bias + c, mask=c < C, other=0.0)
     tl.store(y + places, z, mask=mask)
@@ -246,7 +226,7 @@ def position_backward(
         x_hat = tl.where(mask, (_load(x, places, mask) - mean) * inverse, 0.0)
         of_weight += grad * x_hat
         of_bias += grad
-        grad *= _weight_or_one(weight, c, c < C)
+        grad *= weight_or_one(weight, c, c < C)
         along = grad - x_hat * (tl.sum(grad * x_hat, 0)[None, :] / C)
         if CENTRED:
             along -= tl.sum(grad, 0)[None, :] / C
@@ -273,34 +253,10 @@ def _tile_of_positions(t, blocks, C, S, LAST: tl.constexpr, BC: tl.constexpr, BS
 
 
 @triton.jit
-def _merged(parts_of, rows, row_stride, stride, c, inside, BR: tl.constexpr):
-    """Number, mean and sum of squared distances of each channel `c`, from the rows that `moments` wrote."""
-    pivot = tl.load(parts_of + stride + c, mask=inside, other=0.0)
-    number = tl.zeros(c.shape, tl.float32)
-    total = tl.zeros(c.shape, tl.float32)
-    for first in range(0, rows, BR):
-        r = first + tl.arange(0, BR)[:, None]
-        at, mask = parts_of + r * row_stride + c[None, :], (r < rows) & inside[None, :]
-        of_row = tl.load(at, mask=mask, other=0.0)
-        number += tl.sum(of_row, 0)
-        total += tl.sum(of_row * (tl.load(at + stride, mask=mask, other=0.0) - pivot[None, :]), 0)
-    number = tl.maximum(number, 1.0)
-    mean = pivot + total / number
-    squares = tl.zeros(c.shape, tl.float32)
-    for first in range(0, rows, BR):
-        r = first + tl.arange(0, BR)[:, None]
-        at, mask = parts_of + r * row_stride + c[None, :], (r < rows) & inside[None, :]
-        distance = tl.load(at + stride, mask=mask, other=0.0) - mean[None, :]
-        of_row = tl.load(at + 2 * stride, mask=mask, other=0.0)
-        squares += tl.sum(tl.where(mask, of_row + tl.load(at, mask=mask, other=0.0) * distance * distance, 0.0), 0)
-    return number, mean, squares
-
-
-@triton.jit
 def finish_moments(rows_of_parts, rows, mean_and_var, C, BR: tl.constexpr, BLOCK: tl.constexpr):
     """Mean and biased variance of each channel."""
     c = tl.arange(0, BLOCK)
-    number, mean, squares = _merged(rows_of_parts, rows, 3 * C, C, c, c < C, BR)
+    number, mean, squares = merged(rows_of_parts, rows, 3 * C, C, c, c < C, BR)
     tl.store(mean_and_var + c, mean, mask=c < C)
     tl.store(mean_and_var + C + c, squares / number, mask=c < C)
 
@@ -313,70 +269,18 @@ def finish_batch(
     """Mean and 1/√(var + eps) of each channel; enters the batch in the running statistics."""
     c = tl.arange(0, BLOCK)
     inside = c < C
-    number, mean, squares = _merged(rows_of_parts, rows, 3 * C, C, c, inside, BR)
+    number, mean, squares = merged(rows_of_parts, rows, 3 * C, C, c, inside, BR)
     var = squares / number
     if running_mean is not None:
-        finite = _all_finite(mean) & _all_finite(var)
+        finite = all_finite(mean) & all_finite(var)
         batches = tl.load(num_batches) + finite.to(tl.int64)
         share = tl.where(momentum < 0, 1.0 / batches.to(tl.float32), momentum)
         kept_mean = tl.load(running_mean + c, mask=inside, other=0.0)
         kept_var = tl.load(running_var + c, mask=inside, other=0.0)
         unbiased = squares / tl.maximum(number - 1, 1.0)
-        tl.store(running_mean + c, tl.where(finite, _lerp(kept_mean, mean, share), kept_mean), mask=inside)
-        tl.store(running_var + c, tl.where(finite, _lerp(kept_var, unbiased, share), kept_var), mask=inside)
+        tl.store(running_mean + c, tl.where(finite, lerp(kept_mean, mean, share), kept_mean), mask=inside)
+        tl.store(running_var + c, tl.where(finite, lerp(kept_var, unbiased, share), kept_var), mask=inside)
         tl.store(num_batches, batches)
-    tl.store(saved + c, mean, mask=inside)
-    tl.store(saved + C + c, tl.rsqrt(var + eps), mask=inside)
-
-
-@triton.jit
-def _grown(share, a, b, least_cosine, gain, least):
-    """A share that grows with the cosine of two vectors, between `least` and 1; NaN stays."""
-    lengths = tl.sqrt(tl.sum(a * a, 0)) * tl.sqrt(tl.sum(b * b, 0))
-    cosine = tl.sum(a * b, 0) / tl.where(lengths < TINY, TINY, lengths)
-    grown = share * tl.exp((cosine - least_cosine) * gain)
-    return tl.where(grown < least, least, tl.where(grown > 1, 1.0, grown))
-
-
-@triton.jit
-def finish_running(
-    rows_of_parts, rows, saved, weight, running_mean, running_var, num_batches, share, innovation, gradient_share,
-    average, latest, rate, momentum, eps, least_share, least_gradient_share, tolerated_drift, N, C,
-    RECOMPUTING: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Running batch norm's statistics with this batch in them; see `RunningBatchNorm2d`. `rate` is written."""
-    c = tl.arange(0, BLOCK)
-    inside = c < C
-    mean = tl.load(running_mean + c, mask=inside, other=0.0)
-    var = tl.load(running_var + c, mask=inside, other=1.0)
-    batches = tl.load(num_batches)
-    r = tl.load(gradient_share)
-    seen = batches
-    if not RECOMPUTING:
-        seen = batches + 1
-        number, batch_mean, squares = _merged(rows_of_parts, rows, 3 * C, C, c, inside, BR)
-        scale = tl.rsqrt(var + eps)
-        distance = batch_mean - mean
-        e = distance * scale
-        last_e = tl.load(innovation + c, mask=inside, other=0.0)
-        push = tl.load(average + C + c, mask=inside, other=0.0) - tl.load(latest + C + c, mask=inside, other=0.0)
-        push *= scale * scale * _weight_or_one(weight, c, inside)
-        gain = tl.maximum(momentum, 1.0 / seen.to(tl.float32))
-        old_w, old_r = tl.load(share), r
-        w = _grown(old_w, e, last_e, 0.0, gain, least_share)
-        r = _grown(old_r, e, push, tolerated_drift / N, gain, least_gradient_share)
-        new_mean = batch_mean - (1 - w) * distance
-        new_var = _lerp(var, squares / number + (1 - w) * distance * distance, w)
-        finite = _all_finite(new_mean) & _all_finite(new_var) & _all_finite(e)
-        finite = finite & (tl.abs(w) < INFINITY) & (tl.abs(r) < INFINITY)
-        tl.store(running_mean + c, tl.where(finite, new_mean, mean), mask=inside)
-        tl.store(running_var + c, tl.where(finite, new_var, var), mask=inside)
-        tl.store(innovation + c, tl.where(finite, e, last_e), mask=inside)
-        tl.store(share, tl.where(finite, w, old_w))
-        tl.store(gradient_share, tl.where(finite, r, old_r))
-        tl.store(num_batches, tl.where(finite, seen, batches))
-        mean, var = new_mean, new_var
-    tl.store(rate, tl.maximum(r, 1.0 / tl.maximum(seen, 1).to(tl.float32)))
     tl.store(saved + c, mean, mask=inside)
     tl.store(saved + C + c, tl.rsqrt(var + eps), mask=inside)
 
@@ -398,7 +302,7 @@ def finish_group(
     of_part = rows_of_parts + (part // groups) * C + (part % groups) * channels_per_part
     c = tl.arange(0, BLOCK)
     inside = c < channels_per_part
-    number, means, squares = _merged(of_part, rows, 3 * N * C, N * C, c, inside, BR)
+    number, means, squares = merged(of_part, rows, 3 * N * C, N * C, c, inside, BR)
     count = tl.sum(tl.where(inside, number, 0.0), 0)
     pivot = tl.load(of_part + N * C)
     mean = pivot + tl.sum(tl.where(inside, number * (means - pivot), 0.0), 0) / count
@@ -428,7 +332,7 @@ def finish_batch_gradient(
     inverse = tl.load(saved + C + c, mask=inside, other=0.0)
     of_bias = _total(rows_of_sums, rows, 2 * C, c, inside, BR)
     of_weight = _total(rows_of_sums + C, rows, 2 * C, c, inside, BR) * inverse
-    part = -share_of_each * inverse * _weight_or_one(weight, c, inside)
+    part = -share_of_each * inverse * weight_or_one(weight, c, inside)
     tl.store(weight_grad + c, of_weight, mask=inside)
     tl.store(bias_grad + c, of_bias, mask=inside)
     tl.store(coefficients + c, part * inverse * of_weight, mask=inside)
@@ -450,113 +354,6 @@ def finish_group_gradient(
     of_weight = _total(rows_of_sums + N * C + first, rows, 2 * N * C, c, inside, BR) * inverse
     tl.store(of_images + first + c, of_weight, mask=inside)
     tl.store(of_images + N * C + first + c, of_bias, mask=inside)
-    scale = _weight_or_one(weight, (part % groups) * channels_per_part + c, inside) * inverse / (channels_per_part * S)
+    scale = weight_or_one(weight, (part % groups) * channels_per_part + c, inside) * inverse / (channels_per_part * S)
     tl.store(coefficients + part, -tl.sum(scale * of_weight, 0) * inverse)
     tl.store(coefficients + parts + part, -tl.sum(scale * of_bias, 0))
-
-
-@triton.jit
-def finish_running_gradient(
-    sums, saved, weight, bias, weight_grad, bias_grad, average, latest, parameters, push, measured,
-    coefficients, factor, rate_of_batch, step_bound, parameter_share, N, C, S,
-    LEARNS: tl.constexpr, BOUNDED: tl.constexpr, STEPS_REMEMBERED: tl.constexpr, ALONG: tl.constexpr,
-    PULL: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Running batch norm's averages with this batch in them; see `normlab.kernels.ops.normalize_with_memory`.
-
-    `sums`: those of `products`, (5, N, C).
-    """
-    c = tl.arange(0, BLOCK)
-    inside = c < C
-    inverse = tl.load(saved + C + c, mask=inside, other=0.0)
-    scale = inverse * _weight_or_one(weight, c, inside)
-    rate = tl.load(rate_of_batch)
-    log_lr, steps, squared_length = tl.load(measured), tl.load(measured + 1), tl.load(measured + 2)
-    step_length, last_rate = tl.load(measured + 3), tl.load(measured + 4)
-    pushed_weight = tl.load(push + c, mask=inside, other=0.0)
-    pushed_bias = tl.load(push + C + c, mask=inside, other=0.0)
-    if LEARNS:
-        now_weight = tl.load(weight + c, mask=inside, other=0.0)
-        now_bias = tl.load(bias + c, mask=inside, other=0.0)
-        moved_weight = now_weight - tl.load(parameters + c, mask=inside, other=0.0)
-        moved_bias = now_bias - tl.load(parameters + C + c, mask=inside, other=0.0)
-        far = tl.sqrt(tl.sum(moved_weight * moved_weight + moved_bias * moved_bias, 0))
-        force = tl.sqrt(tl.sum(pushed_weight * pushed_weight + pushed_bias * pushed_bias, 0))
-        product = tl.sum(moved_weight * pushed_weight + moved_bias * pushed_bias, 0)
-        shows = (far > 0) & (force > 0)
-        along = shows & (product < -ALONG * far * force)
-        length = tl.where(shows, far / tl.where(shows, force, 1.0), 1.0)
-        steps += shows.to(tl.float32)
-        of_step = tl.maximum(1.0 / tl.maximum(steps, 1.0), 1.0 / STEPS_REMEMBERED)
-        log_lr = tl.where(shows, _lerp(log_lr, tl.log(length), of_step), log_lr)
-        new_length = tl.where(step_length > 0, _lerp(step_length, length, last_rate), length)
-        last_rate *= tl.where(along, length / new_length, 1.0)
-        step_length = tl.where(along, new_length, step_length)
-        pushed_weight = tl.where(far > 0, 0.0, pushed_weight)
-        pushed_bias = tl.where(far > 0, 0.0, pushed_bias)
-        lr = tl.exp(log_lr)
-        size = tl.sum(now_weight * now_weight + now_bias * now_bias, 0)
-        # The length of an image's gradient, over its bound.
-        excess_of = lr / (tl.sqrt(tl.maximum(size, C * 1.0)) * step_bound)
-
-    sum_g = tl.zeros((BLOCK,), tl.float32)
-    sum_gd = tl.zeros((BLOCK,), tl.float32)
-    sum_dd = tl.zeros((BLOCK,), tl.float32)
-    over, lengths = 0.0, 0.0
-    for first in range(0, N, BN):
-        n = first + tl.arange(0, BN)
-        here = (n[:, None] < N) & inside[None, :]
-        at = sums + n[:, None].to(tl.int64) * C + c[None, :]
-        of_image = tl.full((BN,), 1.0, tl.float32)
-        if LEARNS:
-            squares = tl.load(at + 2 * N * C, mask=here, other=0.0)
-            pooled = tl.load(at + 3 * N * C, mask=here, other=0.0) * (inverse * now_weight / S)[None, :]
-            pooled += now_bias[None, :]
-            lengths += tl.sum(tl.sum(tl.where(here, pooled * pooled, 0.0), 1), 0)
-            if BOUNDED:
-                excess = tl.sqrt(tl.sum(squares, 1)) * excess_of
-                over += tl.sum((excess > 1).to(tl.float32), 0)
-                of_image = tl.where(excess > 1, 1.0 / excess, 1.0)
-        if factor is not None:
-            tl.store(factor + n, of_image, mask=n < N)
-        sum_g += tl.sum(of_image[:, None] * tl.load(at, mask=here, other=0.0), 0)
-        sum_gd += tl.sum(of_image[:, None] * tl.load(at + N * C, mask=here, other=0.0), 0)
-        sum_dd += tl.sum(tl.load(at + 4 * N * C, mask=here, other=0.0), 0)
-
-    of_weight, of_bias = sum_gd * inverse, sum_g
-    finite = _all_finite(of_weight) & _all_finite(of_bias)
-    values = N * S * 1.0
-    average_weight = tl.load(average + c, mask=inside, other=0.0)
-    average_bias = tl.load(average + C + c, mask=inside, other=0.0)
-    latest_weight = tl.load(latest + c, mask=inside, other=0.0)
-    latest_bias = tl.load(latest + C + c, mask=inside, other=0.0)
-    new_weight = _lerp(average_weight, latest_weight, last_rate)
-    new_bias = _lerp(average_bias, latest_bias, last_rate)
-    own = of_weight / values / tl.maximum(rate * (sum_dd * inverse * inverse / values), 1.0)
-    tl.store(coefficients + c, -_lerp(new_weight, own, rate) * scale * inverse, mask=inside)
-    tl.store(coefficients + C + c, -_lerp(new_bias, of_bias / values, rate) * scale, mask=inside)
-    given_weight, given_bias = of_weight * parameter_share, of_bias * parameter_share
-    if LEARNS:
-        squared_length = _lerp(squared_length, lengths / N, rate)
-        if BOUNDED:
-            overshoot = 1 - N / tl.maximum(lr * squared_length, TINY)
-            pull = over / N * tl.maximum(overshoot, 0.0) * PULL / tl.maximum(lr, TINY)
-            given_weight += now_weight * pull
-            given_bias += now_bias * pull
-    tl.store(weight_grad + c, given_weight, mask=inside)
-    tl.store(bias_grad + c, given_bias, mask=inside)
-    stored = inside & finite
-    tl.store(average + c, new_weight, mask=stored)
-    tl.store(average + C + c, new_bias, mask=stored)
-    tl.store(latest + c, of_weight / values, mask=stored)
-    tl.store(latest + C + c, of_bias / values, mask=stored)
-    tl.store(push + c, pushed_weight + given_weight, mask=stored)
-    tl.store(push + C + c, pushed_bias + given_bias, mask=stored)
-    if LEARNS:
-        tl.store(parameters + c, now_weight, mask=stored)
-        tl.store(parameters + C + c, now_bias, mask=stored)
-    tl.store(measured, log_lr, mask=finite)
-    tl.store(measured + 1, steps, mask=finite)
-    tl.store(measured + 2, squared_length, mask=finite)
-    tl.store(measured + 3, step_length, mask=finite)
-    tl.store(measured + 4, rate, mask=finite)

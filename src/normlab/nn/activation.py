@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu, relu
 
 from ..errors import check
-from ..kernels import ops
+from ..kernels import plain
 
 # What each makes of a value below 0, times this.
 SLOPES = {None: 1.0, "relu": 0.0, "leaky_relu": 0.01}
@@ -18,7 +18,7 @@ def check_activation(name: str | None) -> str | None:
 
 def activate(y: Tensor, name: str | None, residual: Tensor | None = None) -> Tensor:
     """The activation of `y`, or of the sum with `residual`, as operators of their own."""
-    return ops.activate(y if residual is None else y + residual, SLOPES[name])
+    return plain.activate(y if residual is None else y + residual, SLOPES[name])
 
 
 def scripted_activation(y: Tensor, name: str | None) -> Tensor:

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ..errors import InputError
 from ..kernels import fused, operators
-from ..kernels.ops import CHANNELS_LAST
+from ..kernels.plain import CHANNELS_LAST
 from . import functional as F
 from .activation import SLOPES, activate, check_activation, check_residual, described, scripted_activation
 from .base import PreciseStatistics, is_tracing, recomputing

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.running import State, normalize_with_memory, rate_of, take_in
+
 
 class RunningState(NamedTuple):
     """What running batch norm remembers: per channel `mean` and `var`, (C,), and `total`, their weight, 0-d."""
@@ -190,49 +192,38 @@ def update_running(
     return RunningState(batch_mean - beside, var, total), share
 
 
-def adapted_share(share: Tensor, innovation: Tensor, cause: Tensor, gain: Tensor, tolerated: float = 0.0) -> Tensor:
-    """The share w of a batch in a moving average, moved by how far an innovation has to do with a possible cause.
-
-        log w ← log w + gain · (cos(e, c) − tolerated)
-
-    e is how far the mean of a batch lies from the running mean before it, per channel: the innovation. In running
-    statistics the cause is the innovation e' of the batch before. While the layers below move, the running mean lags,
-    successive innovations point the same way, and w grows. Where nothing moves they point apart, the more so the larger
-    w, and w falls. In between they are uncorrelated, which marks the share whose running mean is closest to the true
-    one: the more images a batch has and the larger its maps, the larger it is. For the averages of gradients the cause
-    is the push that the last batch gave the layer below.
-
-    Args:
-        share: w, 0-d, above 0.
-        innovation: e of this batch, (C,).
-        cause: c, (C,).
-        gain: 0-d.
-        tolerated: the cosine at which w stays.
-
-    Source: Mehra 1970, "On the Identification of Variances and Adaptive Kalman Filtering": the gain of a Kalman filter
-    is best where innovations are white.
-    """
-    lengths = (innovation.norm() * cause.norm()).clamp(min=torch.finfo(share.dtype).tiny)
-    return share * (((innovation * cause).sum() / lengths - tolerated) * gain).exp()
-
-
-def take_in(batch_mean: Tensor, batch_var: Tensor, mean: Tensor, var: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Running mean and variance in which this batch has the share w.
-
-        μ' = μ + w(m − μ)           σ²' = (1−w)σ² + w v + w(1−w)(m − μ)²
-
-    Args:
-        batch_mean: m, (C,).
-        batch_var: v, (C,).
-        mean: μ, (C,).
-        var: σ², (C,).
-        share: w, 0-d, between 0 and 1.
-    """
-    beside = (1 - share) * (batch_mean - mean)
-    return batch_mean - beside, torch.lerp(var, torch.addcmul(batch_var, beside, batch_mean - mean), share)
-
-
 def running_batch_norm(
+    x: Tensor,
+    state: State,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+    step_bound: float | None = 0.006,
+) -> tuple[Tensor, State]:
+    """Running batch norm as `RunningBatchNorm2d` has it: γ (x − μ') / √(σ²' + eps) + β, with this batch in μ' and σ²'.
+
+    Args:
+        x: (N, C, *space).
+        state: before the batch, at first `State.empty(C)`; not changed.
+        weight: γ, (C,) or None for 1.
+        bias: β, (C,) or None for 0.
+        eps: added to the variance.
+        momentum: how fast the shares adapt.
+        step_bound: how far one image may move (γ, β) in a step, as a part of their length; None for no bound and pull.
+
+    Returns:
+        y, and the state after the batch. Each backward pass through y changes that, in place.
+    """
+    with torch.no_grad():
+        mean, var = (part.view(-1) for part in moments(x, _all_but_channel(x)))
+        new = take_in(state, mean, var, len(x), weight, momentum, eps)
+        new = State._make(part.clone() for part in new)
+    rate, memory = rate_of(new), new.memory
+    return normalize_with_memory(x, new.running_mean, new.running_var, weight, bias, rate, memory, step_bound, eps), new
+
+
+def lesson_running_batch_norm(
     x: Tensor,
     state: RunningState,
     weight: Tensor | None = None,
@@ -241,7 +232,7 @@ def running_batch_norm(
     alpha: float = 0.1,
     min_var: Tensor | None = None,
 ) -> tuple[Tensor, RunningState]:
-    """Normalise with running statistics that already include this batch: γ (x − μ') / √(max(σ²', min_var) + eps) + β.
+    """The lesson's rule, with this batch in the statistics: γ (x − μ') / √(max(σ²', min_var) + eps) + β.
 
     μ' and σ²' are those of `update_running`, whose share w of the batch carries the gradient:
 

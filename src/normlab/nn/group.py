@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..kernels import dispatch, fused, operators, ops
+from ..kernels import dispatch, fused, operators, plain
 from .activation import SLOPES, activate, check_activation, described, scripted_activation
 from .base import is_tracing
 from .functional import group_norm, moments, normalize
@@ -69,10 +69,10 @@ class GroupNorm(PerImageNorm):
             return activate(y, self.activation)
         if alone:
             x = x - x.detach()  # groups of one value: the operator would leave x − μ a rounding error, times 1/√eps
-        return activate(ops.group_norm(x, self.num_groups, self.weight, self.bias, self.eps), self.activation)
+        return activate(plain.group_norm(x, self.num_groups, self.weight, self.bias, self.eps), self.activation)
 
     def _scripted(self, input: Tensor) -> Tensor:
-        flat = input.flatten(2) if input.dim() > 2 else input  # see `ops.group_norm`
+        flat = input.flatten(2) if input.dim() > 2 else input  # see `plain.group_norm`
         y = torch.group_norm(flat, self.num_groups, self.weight, self.bias, self.eps).view(input.shape)
         return scripted_activation(y, self.activation)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import check
-from ..kernels.ops import write
+from ..kernels.plain import write
 from . import functional as F
 from .base import RunningStatistics, settle
 from .per_image import in_float32, scale_shift

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.ops import normalize_with_share
+from ..kernels.plain import normalize_with_share
 from . import functional as F
 from .base import RunningStatistics, is_fresh, settle
 

@@ -102,6 +102,8 @@ Pointer data(const Tensor& tensor, int32_t dtype, int64_t n, const char* name) {
   return data(tensor);
 }
 
+Pointer single(const char* name, const Tensor& tensor) { return data(tensor, torch.types[0], 1, name); }
+
 Tensor empty(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
   Handle made;
   check(!torch.empty_strided(dim, sizes, strides, dtype, torch.cpu, 0, &made), "no memory for a tensor");
@@ -264,9 +266,8 @@ Backward batch_backward(const Tensor& grad, const Tensor& x, const OptionalTenso
 std::array<Tensor, 3> running_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                                       const OptionalTensor& residual, const Tensor& running_mean,
                                       const Tensor& running_var, const Tensor& num_batches, const Tensor& share,
-                                      const Tensor& innovation, const Tensor& gradient_share, const Tensor& average,
-                                      const Tensor& latest, double slope, double momentum, double eps,
-                                      double least_share, double least_gradient_share, double tolerated_drift,
+                                      const Tensor& innovation, const Tensor& gradient_share, const Tensor& gradient_average,
+                                      const Tensor& gradient_latest, double slope, double momentum, double eps,
                                       bool recomputing) {
   const Input in(x);
   Tensor copy;
@@ -277,24 +278,30 @@ std::array<Tensor, 3> running_forward(const Tensor& x, const OptionalTensor& wei
   Forward found =
       forward(kernel, in, weight, bias, in.channels, in.like_x("residual", residual, copy),
               in.of_channels("running_mean", running_mean), in.of_channels("running_var", running_var),
-              data(num_batches, torch.int64, 1, "num_batches_tracked"), data(share, torch.types[0], 1, "share"),
-              in.of_channels("innovation", innovation), data(gradient_share, torch.types[0], 1, "gradient_share"),
-              in.of_channels("average", average, 2), in.of_channels("latest", latest, 2), slope, momentum, eps,
-              least_share, least_gradient_share, tolerated_drift, recomputing);
+              data(num_batches, torch.int64, 1, "num_batches_tracked"), single("share", share),
+              in.of_channels("innovation", innovation), single("gradient_share", gradient_share),
+              in.of_channels("gradient_average", gradient_average, 2),
+              in.of_channels("gradient_latest", gradient_latest, 2), slope, momentum, eps, recomputing);
   return {std::move(found[0]), std::move(found[1]), std::move(rate)};
 }
 
 Backward running_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                          const Tensor& saved, const Tensor& rate, const Tensor& average, const Tensor& latest,
-                          const Tensor& parameters, const Tensor& push, const Tensor& measured, double slope,
-                          double step_bound, bool learns) {
+                          const Tensor& saved, const Tensor& rate, const Tensor& gradient_average,
+                          const Tensor& gradient_latest, const Tensor& parameters_before,
+                          const Tensor& parameters_gradient, const Tensor& log_learning_rate,
+                          const Tensor& learning_rate_steps, const Tensor& output_square, const Tensor& step_length,
+                          const Tensor& latest_gradient_share, double slope, double step_bound, bool learns) {
   const Input in(x);
   check(!learns || (weight && bias), "weight and bias must be there to be learned");
-  const float batch_rate = *reinterpret_cast<const float*>(data(rate, torch.types[0], 1, "rate"));
+  const float batch_rate = *reinterpret_cast<const float*>(single("rate", rate));
   return backward(normlab::running_backward, grad, in, weight, bias, saved, in.channels,
-                  in.of_channels("average", average, 2), in.of_channels("latest", latest, 2),
-                  in.of_channels("parameters", parameters, 2), in.of_channels("push", push, 2),
-                  data(measured, torch.types[0], 5, "measured"), slope, double{batch_rate}, step_bound, learns);
+                  in.of_channels("gradient_average", gradient_average, 2),
+                  in.of_channels("gradient_latest", gradient_latest, 2),
+                  in.of_channels("parameters_before", parameters_before, 2),
+                  in.of_channels("parameters_gradient", parameters_gradient, 2),
+                  single("log_learning_rate", log_learning_rate), single("learning_rate_steps", learning_rate_steps),
+                  single("output_square", output_square), single("step_length", step_length),
+                  single("latest_gradient_share", latest_gradient_share), slope, double{batch_rate}, step_bound, learns);
 }
 
 int64_t parts(const Input& in, int64_t groups) {
