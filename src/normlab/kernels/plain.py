@@ -140,6 +140,7 @@ def write(kept: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def scale_and_shift(x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """γ (x − mean) · inverse + β, per channel of (N, C, *space), in the type of `x`; 1 and 0 where γ and β are None."""
     along = (-1, *[1] * (x.dim() - 2))
     scale = inverse if weight is None else inverse * weight
     y = (x - mean.view(along)).mul_(scale.view(along))
