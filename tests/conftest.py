@@ -19,7 +19,7 @@ MISSING = {
     r"no browser.*": "a browser",
     r"no playwright.*": "playwright",
     r"(needs a|no) GPU.*": "a GPU",
-    r"(no compiled|composed|torch lacks).*": "compiled kernels",
+    r"(no compiled|composed operators \(|torch lacks).*": "compiled kernels",
     r"needs ([\w-]+) under NORMLAB_TEST_DATA": r"\1",
 }
 
