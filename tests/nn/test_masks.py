@@ -10,8 +10,10 @@ from normlab.errors import InputError
 from normlab.nn import NORMS, build_norm
 
 NAMES = [name for name in NORMS if name != "none"]
-AVERAGING = ["batch", "sync", "ghost", "renorm"]
-OF_IMAGES = ["group", "layer", "instance", "evonorm_s0", "filter_response", "group_ws"]
+STATE = [*nn.BatchNorm2d(8).state_dict()]
+# Those that are batch norm but for what they average, and have its state.
+AVERAGING = [name for name, norm in NORMS.items() if norm.averages and [*build_norm(name, 8).state_dict()] == STATE]
+OF_IMAGES = [name for name, norm in NORMS.items() if norm.over == "each image"]
 LENGTHS = torch.tensor([20, 7, 13, 4, 1, 11])
 MASK = torch.arange(20) < LENGTHS[:, None]
 

@@ -1,12 +1,18 @@
 """Every registered norm builds for each number of space dimensions and trains; wrong names are explained."""
 
+import itertools
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 import normlab.nn as norms
 from normlab.errors import InputError
 from normlab.nn import NORMS, build_norm, register
+from normlab.study.charts import PALETTE
 
 
 @pytest.fixture
@@ -35,39 +41,36 @@ def test_every_norm_trains_a_step(name, dims):
     assert model.eval()(x).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("name", "classes"),
-    [
-        ("none", [nn.Identity]),
-        ("running", [norms.RunningBatchNorm1d, norms.RunningBatchNorm2d, norms.RunningBatchNorm3d]),
-        ("running_lesson", [norms.LessonRunningNorm1d, norms.LessonRunningNorm2d, norms.LessonRunningNorm3d]),
-        (
-            "mabn",
-            [norms.MovingAverageBatchNorm1d, norms.MovingAverageBatchNorm2d, norms.MovingAverageBatchNorm3d],
-        ),
-        ("online", [norms.OnlineNorm1d, norms.OnlineNorm2d, norms.OnlineNorm3d]),
-        ("renorm", [norms.BatchRenorm1d, norms.BatchRenorm2d, norms.BatchRenorm3d]),
-        ("batch", [norms.BatchNorm1d, norms.BatchNorm2d, norms.BatchNorm3d]),
-        ("sync", [norms.SyncBatchNorm1d, norms.SyncBatchNorm2d, norms.SyncBatchNorm3d]),
-        ("ghost", [norms.GhostBatchNorm1d, norms.GhostBatchNorm2d, norms.GhostBatchNorm3d]),
-        ("switchable", [norms.SwitchableNorm1d, norms.SwitchableNorm2d, norms.SwitchableNorm3d]),
-        ("evonorm_b0", [norms.EvoNorm1dB0, norms.EvoNorm2dB0, norms.EvoNorm3dB0]),
-        ("group", [norms.GroupNorm]),
-        ("group_ws", [norms.GroupNorm]),
-        ("layer", [norms.LayerNorm]),
-        ("layer_channels", [norms.ChannelLayerNorm]),
-        ("rms", [norms.RMSNorm]),
-        ("instance", [norms.InstanceNorm]),
-        ("filter_response", [norms.FilterResponseNorm]),
-        ("evonorm_s0", [norms.EvoNormS0]),
-        ("dynamic_tanh", [norms.DynamicTanh]),
-        ("dynamic_erf", [norms.DynamicErf]),
-    ],
-)
-def test_a_name_is_a_class(name, classes):
-    classes = classes if len(classes) == 3 else classes * 3
-    assert [type(build_norm(name, 8, dims)) for dims in (1, 2, 3)] == classes
-    assert type(build_norm(name, 8)) is classes[1]
+@pytest.mark.parametrize("name", NORMS)
+def test_a_name_is_a_public_class_and_its_forms_are_named_alike(name):
+    kinds = [type(build_norm(name, 8, dims)) for dims in (1, 2, 3)]
+    assert type(build_norm(name, 8)) is kinds[1]
+    assert all(getattr(norms, kind.__name__, nn.Identity) is kind for kind in kinds)
+    if kinds[0] is not kinds[1]:
+        two = re.sub("2d", "#d", kinds[1].__name__)
+        assert [kind.__name__ for kind in kinds] == [two.replace("#", dims) for dims in "123"]
+        assert not any(issubclass(kinds[one], kinds[other]) for one, other in itertools.permutations(range(3), 2))
+
+
+def test_every_layer_is_registered():
+    """But for those that a norm makes, or that stand beside one."""
+    layers = {thing for thing in vars(norms).values() if isinstance(thing, type) and issubclass(thing, nn.Module)}
+    known = {type(build_norm(name, 8, dims)) for name in NORMS for dims in (1, 2, 3)}
+    others = {kind.__name__ for kind in layers - known if not issubclass(kind, _ConvNd)}
+    assert others == {"BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d", "ThresholdedLinearUnit"}
+
+
+def test_the_table_of_norms_in_the_readme_is_that_of_their_records():
+    rows = [f"| `{name}` | {about} | {source} |".replace("|  |", "| |") for name, about, source in norms.list_norms()]
+    readme = (Path(__file__).parents[2] / "README.md").read_text().splitlines()
+    start = readme.index("| name | what it is | source |") + 2
+    found = list(itertools.takewhile(lambda line: line.startswith("|"), readme[start:]))
+    assert sorted(found) == sorted(rows), "README's table has to hold these rows:\n" + "\n".join(rows)
+
+
+def test_no_two_norms_have_one_colour():
+    colours = [norm.colour for norm in NORMS.values() if norm.colour is not None]
+    assert sorted(colours) == list(range(len(PALETTE)))
 
 
 def test_norms_that_are_the_activation_too():
@@ -84,6 +87,7 @@ def test_norms_with_a_convolution_of_their_own():
 
 def test_every_norm_says_what_it_does_in_a_line():
     assert all(0 < len(norm.summary) < 72 for norm in NORMS.values())
+    assert all(norm.about and (norm.source or name == "none") for name, norm in NORMS.items())
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(64, 8), (8, 8), (12, 4), (6, 2), (7, 1), (1, 1)])
@@ -177,4 +181,13 @@ def test_register_one_or_three(count):
 def test_register_three_convolutions(convs):
     with pytest.raises(InputError, match=r"convs=.* three convolutions"):
         register("cosine", norms.LayerNorm, convs=convs)
+    assert "cosine" not in norms.registry.NORMS
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_misspelt_fact_is_refused():
+    with pytest.raises(InputError, match=r"fact='sumary' is unknown\. Did you mean 'summary'"):
+        register("cosine", norms.LayerNorm, sumary="a test")
+    with pytest.raises(InputError, match=r"over='all' is not usable\. Accepted: the last batches, this batch"):
+        register("cosine", norms.LayerNorm, over="all")
     assert "cosine" not in norms.registry.NORMS

@@ -13,6 +13,7 @@ from . import functional as F
 from .activation import SLOPES, activate, check_activation, check_residual, described, scripted_activation
 from .base import PreciseStatistics, is_tracing, recomputing
 from .call import call, for_script
+from .registry import register
 
 
 class _Batch(PreciseStatistics, _NormBase):
@@ -214,3 +215,16 @@ class BatchNorm3d(_Batch, _OfTorch, nn.BatchNorm3d):
     """Batch norm of (N, C, D, H, W); see `BatchNorm2d`."""
 
     of_torch, with_activation = nn.BatchNorm3d, BatchNormAct3d
+
+
+register(
+    "batch",
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    summary="batch norm: each channel over this batch",
+    over="this batch",
+    about="torch's batch norm, defined for a single value a channel too",
+    source="Ioffe and Szegedy 2015",
+    colour=1,
+)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .per_image import PerImageNorm, in_float32, scale_shift
+from .registry import register
 
 
 class DynamicTanh(PerImageNorm):
@@ -101,3 +102,19 @@ class DynamicErf(PerImageNorm):
         self._check_input_dim(x)
         bounded = torch.erf(self.alpha * in_float32(x) + self.shift)
         return scale_shift(bounded, self.weight, self.bias).to(x.dtype)
+
+
+register(
+    "dynamic_tanh",
+    DynamicTanh,
+    summary="dynamic tanh: tanh(αx), value by value",
+    about="no statistics: tanh(αx)",
+    source="Zhu et al. 2025",
+)
+register(
+    "dynamic_erf",
+    DynamicErf,
+    summary="dynamic erf: erf(αx + s), value by value",
+    about="no statistics: erf(αx + s)",
+    source="Chen et al. 2025",
+)

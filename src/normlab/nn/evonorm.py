@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from . import functional as F
 from .base import RunningStatistics
 from .functional import moments, per_channel
-from .per_image import PerImageNorm, check_groups, in_float32, instance_moments, scale_shift
+from .per_image import PerImageNorm, check_groups, in_float32, in_groups, instance_moments, scale_shift
+from .registry import register
 
 
 class EvoNormS0(PerImageNorm):
@@ -205,3 +206,25 @@ def evonorm_b0(
     of_image = wide * per_channel(v, x) + (instance_var + eps).sqrt()
     of_batch = per_channel((batch_var + eps).sqrt(), x)
     return scale_shift(wide / torch.maximum(of_batch, of_image), weight, bias).to(x.dtype)
+
+
+register(
+    "evonorm_b0",
+    EvoNorm1dB0,
+    EvoNorm2dB0,
+    EvoNorm3dB0,
+    summary="EvoNorm-B0: over the batch's or image's deviation; the activation too",
+    activates=True,
+    over="this batch",
+    about="norm and activation in one, with batch statistics",
+    source="Liu et al. 2020",
+)
+register(
+    "evonorm_s0",
+    *in_groups(EvoNormS0),
+    summary="EvoNorm-S0: each image by itself, in 8 groups; the activation too",
+    activates=True,
+    over="each image",
+    about="norm and activation in one, each image by itself",
+    source="Liu et al. 2020",
+)

@@ -7,6 +7,7 @@ from ..errors import check
 from ..kernels.dispatch import check_memory
 from .functional import per_channel
 from .per_image import PerImageNorm, check_channels, in_float32, scale_shift
+from .registry import register
 
 # Where the paper has the learned part of ε start.
 LEARNED_EPS = 1e-4
@@ -127,3 +128,14 @@ def filter_response_norm(
     else:
         mean_square = square.mean(space, keepdim=True) if space else square
     return scale_shift(wide * (mean_square + eps).rsqrt(), weight, bias).to(x.dtype)
+
+
+register(
+    "filter_response",
+    FilterResponseNorm,
+    summary="filter response norm: each channel of each image; the activation too",
+    activates=True,
+    over="each image",
+    about="the same, not centred, with a learned threshold as activation",
+    source="Singh and Krishnan 2019",
+)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..kernels import fused, operators
 from .base import RunningStatistics
+from .registry import register
 
 
 class FrozenBatchNorm(RunningStatistics):
@@ -80,3 +81,14 @@ class FrozenBatchNorm3d(FrozenBatchNorm):
     """Frozen batch norm of (N, C, D, H, W); see `FrozenBatchNorm2d`."""
 
     accepted_dims = (5,)
+
+
+register(
+    "frozen",
+    FrozenBatchNorm1d,
+    FrozenBatchNorm2d,
+    FrozenBatchNorm3d,
+    summary="frozen batch norm: each channel with constant statistics",
+    about="each channel with the constant statistics of a trained batch norm",
+    source="He et al. 2016",
+)

@@ -6,6 +6,7 @@ from torch import Tensor
 from ..errors import check
 from . import functional as F
 from .base import RunningStatistics, averaged
+from .registry import register
 
 
 class GhostBatchNorm(RunningStatistics):
@@ -130,3 +131,16 @@ def ghost_batch_norm(
         mean, var = (mean, var) if mask is None else F.unless_empty(count, (mean, var), kept)
         normalized.append(F.normalize(part, mean, var, weight, bias, eps))
     return torch.cat(normalized), [(mean.flatten(), var.flatten(), count) for mean, var, count in statistics]
+
+
+register(
+    "ghost",
+    GhostBatchNorm1d,
+    GhostBatchNorm2d,
+    GhostBatchNorm3d,
+    summary="ghost batch norm: batch norm of each virtual batch of 32 images",
+    over="this batch",
+    about="batch norm of each virtual batch of 32 images",
+    source="Hoffer et al. 2017",
+    cost=3.0,
+)

@@ -6,8 +6,10 @@ from torch import Tensor
 from ..kernels import dispatch, fused, operators, plain
 from .activation import SLOPES, activate, check_activation, described, scripted_activation
 from .base import is_tracing
+from .convolution import WeightStandardizedConv1d, WeightStandardizedConv2d, WeightStandardizedConv3d
 from .functional import group_norm, moments, normalize
-from .per_image import PerImageNorm, check_groups, in_float32, scale_shift
+from .per_image import PerImageNorm, check_groups, in_float32, in_groups, scale_shift
+from .registry import NORMS, register
 
 # Where torch's operator is behind the compiled kernel (`benchmarks/norms.py`): from so many values of a tensor, and of
 # a channel of one image.
@@ -217,3 +219,58 @@ class RMSNorm(PerImageNorm):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, eps={self.eps}"
+
+
+register(
+    "group",
+    *in_groups(GroupNorm),
+    summary="group norm: each image by itself, in 8 groups of channels",
+    over="each image",
+    about="each image by itself, per group of channels",
+    source="Wu and He 2018",
+    colour=2,
+)
+register(
+    "group_ws",
+    *NORMS["group"].layers,
+    summary="group norm after convolutions with standardised weights",
+    convs=(WeightStandardizedConv1d, WeightStandardizedConv2d, WeightStandardizedConv3d),
+    over="each image",
+    about="group norm after convolutions with standardised weights",
+    source="Qiao et al. 2019",
+)
+register(
+    "layer",
+    LayerNorm,
+    summary="layer norm: each image by itself, over channels and space",
+    over="each image",
+    about="each image by itself, over channels and space",
+    source="Ba et al. 2016",
+    colour=3,
+)
+register(
+    "layer_channels",
+    ChannelLayerNorm,
+    summary="layer norm over channels: each position of each image by itself",
+    over="each position",
+    about="each position of each image over its channels",
+    source="Ba et al. 2016, Liu et al. 2022",
+)
+register(
+    "rms",
+    RMSNorm,
+    summary="RMS norm: each position of each image over its channels, not centred",
+    over="each position",
+    about="the same, divided by the root mean square, not centred",
+    source="Zhang and Sennrich 2019",
+    colour=5,
+)
+register(
+    "instance",
+    InstanceNorm,
+    summary="instance norm: each channel of each image by itself",
+    over="each image",
+    about="each channel of each image by itself",
+    source="Ulyanov et al. 2016",
+    colour=4,
+)

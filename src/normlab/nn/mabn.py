@@ -9,7 +9,9 @@ from ..errors import check
 from ..kernels.plain import write
 from . import functional as F
 from .base import RunningStatistics, settle
+from .convolution import CenteredConv1d, CenteredConv2d, CenteredConv3d
 from .per_image import in_float32, scale_shift
+from .registry import register
 
 
 class MovingAverageBatchNorm(RunningStatistics):
@@ -186,3 +188,17 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def _all_but_channel(x: Tensor) -> tuple[int, ...]:
     return (0, *range(2, x.dim()))
+
+
+register(
+    "mabn",
+    MovingAverageBatchNorm1d,
+    MovingAverageBatchNorm2d,
+    MovingAverageBatchNorm3d,
+    summary="moving-average batch norm: not centred, after centred convolutions",
+    convs=(CenteredConv1d, CenteredConv2d, CenteredConv3d),
+    over="the last batches",
+    about="moving averages in both passes, after centred convolutions",
+    source="Yan et al. 2020",
+    cost=3.0,
+)

@@ -10,6 +10,7 @@ from ..kernels.plain import write
 from . import functional as F
 from .base import RunningStatistics, settle
 from .per_image import in_float32, scale_shift
+from .registry import register
 
 GUARDS = ("scale", "clamp", "none")
 CLAMP = 5.0  # the authors'
@@ -204,3 +205,16 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def _counted(values: Tensor, mask: Tensor | None) -> Tensor:
     return values if mask is None else torch.where(mask, values, 0)
+
+
+register(
+    "online",
+    OnlineNorm1d,
+    OnlineNorm2d,
+    OnlineNorm3d,
+    summary="online norm: image by image, with the statistics of all images before",
+    over="the last batches",
+    about="image by image, with the statistics of all images before",
+    source="Chiley et al. 2019",
+    cost=3.0,
+)

@@ -1,6 +1,9 @@
 """What the norms of each image by itself share: γ and β, the check of the input, statistics over space."""
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +74,27 @@ def check_groups(num_groups: int | None, num_features: int, fewest: int = 1) -> 
         divisors = ", ".join(str(n) for n in range(1, num_features + 1) if num_features % n == 0)
         check(False, "num_groups", num_groups, f"a divisor of num_features={num_features}: {divisors}")
     return num_groups
+
+
+# The channels of a group, at least, where an input may have no space: of one value is left β, of two a sign.
+FEWEST = 4
+
+
+def in_groups(layer: Callable[..., nn.Module]) -> tuple[Callable[..., nn.Module], ...]:
+    """Builders of a norm in groups, for 1, 2 and 3 space dimensions; without `num_groups` as many as usual."""
+    usual = partial(_build_in_groups, layer)
+    return partial(_build_in_groups, layer, fewest=FEWEST), usual, usual
+
+
+def _build_in_groups(
+    layer: Callable[..., nn.Module],
+    num_features: int,
+    num_groups: int | None = None,
+    *options: Any,
+    fewest: int = 1,
+    **named: Any,
+) -> nn.Module:
+    return layer(num_features, check_groups(num_groups, num_features, fewest), *options, **named)
 
 
 def check_channels(x: Tensor, num_features: int) -> None:

@@ -8,6 +8,7 @@ from ..kernels import dispatch, fused
 from . import functional as F
 from .base import RunningStatistics, settle
 from .per_image import in_float32
+from .registry import register
 
 
 class BatchRenorm(RunningStatistics):
@@ -133,3 +134,17 @@ class BatchRenorm3d(BatchRenorm):
     """Batch renorm of (N, C, D, H, W); see `BatchRenorm2d`."""
 
     accepted_dims = (5,)
+
+
+register(
+    "renorm",
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    summary="batch renorm: batch norm, corrected towards its running statistics",
+    over="the last batches",
+    about="batch norm, corrected towards its running statistics",
+    source="Ioffe 2017",
+    cost=3.0,
+    colour=6,
+)

@@ -12,6 +12,7 @@ from . import functional as F
 from .activation import SLOPES, activate, check_activation, check_residual, described, scripted_activation
 from .base import RunningStatistics, is_fresh, settle
 from .call import call, for_script
+from .registry import register
 
 # The share of a batch in the statistics after those of another layer were loaded, which had time to settle.
 SETTLED_SHARE = 0.01
@@ -195,3 +196,17 @@ class RunningBatchNorm3d(RunningBatchNorm2d):
     """Running batch norm of (N, C, D, H, W); see `RunningBatchNorm2d`."""
 
     accepted_dims = (5,)
+
+
+register(
+    "running",
+    RunningBatchNorm1d,
+    RunningBatchNorm2d,
+    RunningBatchNorm3d,
+    summary="running batch norm: each channel over the last images, in training too",
+    over="the last batches",
+    about="batch norm by running statistics, in training too",
+    source="here: [docs/running.md](docs/running.md)",
+    cost=3.0,
+    colour=0,
+)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..kernels.plain import normalize_with_share
 from . import functional as F
 from .base import RunningStatistics, is_fresh, settle
+from .registry import register
 
 # The lesson's guard of the first steps: until so many images were seen, no variance counts as less than MIN_VAR.
 FEW_SAMPLES = 20
@@ -147,3 +148,16 @@ class LessonRunningNorm3d(LessonRunningNorm2d):
     """The lesson's running batch norm of (N, C, D, H, W); see `LessonRunningNorm2d`."""
 
     accepted_dims = (5,)
+
+
+register(
+    "running_lesson",
+    LessonRunningNorm1d,
+    LessonRunningNorm2d,
+    LessonRunningNorm3d,
+    summary="the lesson's running batch norm: gradient through this batch's share",
+    over="the last batches",
+    about="the same idea by the lesson's rule",
+    source="fastai 2019, part 2, lesson 10",
+    cost=3.0,
+)

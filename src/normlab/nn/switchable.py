@@ -9,6 +9,7 @@ from . import functional as F
 from .base import RunningStatistics
 from .functional import moments, normalize
 from .per_image import instance_moments
+from .registry import register
 
 Moments = tuple[Tensor, Tensor]
 
@@ -141,3 +142,16 @@ def _mixed(weight: Tensor, parts: Sequence[Tensor]) -> Tensor:
     for share, part in zip(shares[1:], parts[1:], strict=True):
         mixed = mixed + share * part
     return mixed
+
+
+register(
+    "switchable",
+    SwitchableNorm1d,
+    SwitchableNorm2d,
+    SwitchableNorm3d,
+    summary="switchable norm: a learned mixture of instance, layer and batch norm",
+    over="this batch",
+    about="a learned mixture of instance, layer and batch norm",
+    source="Luo et al. 2018",
+    cost=3.0,
+)

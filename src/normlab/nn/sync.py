@@ -11,6 +11,7 @@ from torch import Tensor
 from ..kernels import dispatch, fused
 from . import functional as F
 from .base import RunningStatistics
+from .registry import register
 
 
 class SyncBatchNorm(RunningStatistics):
@@ -204,3 +205,15 @@ def _moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Ten
     if x.numel() == 0:  # 0/0 so far
         mean, var = torch.zeros_like(mean), torch.zeros_like(var)
     return mean, var, mean.new_full((), x.numel() // x.shape[1])
+
+
+register(
+    "sync",
+    SyncBatchNorm1d,
+    SyncBatchNorm2d,
+    SyncBatchNorm3d,
+    summary="sync batch norm: each channel over this batch of every process",
+    over="this batch",
+    about="batch norm over the batches of all processes",
+    source="Peng et al. 2018",
+)

@@ -4,18 +4,15 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..nn import NORMS
 from .store import Record
 from .summary import Group, best, is_number, show, title_of, values_of, varying
 
-COLOURS = {  # told apart by the colour-blind, on white and on black
-    "running": "#0072B2",
-    "batch": "#D55E00",
-    "group": "#009E73",
-    "layer": "#CC79A7",
-    "instance": "#C80046",
-    "rms": "#2F9BDB",
-    "renorm": "#8844DD",
-    "none": "#8A8A8A",
+# Told apart by the colour-blind, on white and on black; a norm's record says which is its own.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#C80046", "#2F9BDB", "#8844DD", "#8A8A8A")
+COLOURS = {
+    name: PALETTE[place]
+    for place, name in sorted((norm.colour, name) for name, norm in NORMS.items() if norm.colour is not None)
 }
 MARKERS = {  # matplotlib's letter and the same shape as an SVG path
     "o": "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0 -10 0z",
@@ -80,7 +77,7 @@ def _styles(norms: list[str]) -> dict[str, tuple[str, str]]:
 def _least_used(styles: list[tuple[str, str]]) -> tuple[str, str]:
     """The pair of colour and marker that is in `styles` least often; of those, colour first, then marker."""
     colours, markers = zip(*styles, strict=True) if styles else ((), ())
-    pairs = itertools.product(COLOURS.values(), MARKERS)
+    pairs = itertools.product(PALETTE, MARKERS)
     return min(pairs, key=lambda pair: (styles.count(pair), colours.count(pair[0]), markers.count(pair[1])))
 
 

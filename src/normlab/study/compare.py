@@ -9,6 +9,7 @@ from rich.console import Console
 from ..data import load_dataset
 from ..errors import InputError, check, is_whole
 from ..models import build_model
+from ..nn import NORMS
 from ..training import Callback
 from .executors import Job, run_jobs
 from .picture import write_png
@@ -17,9 +18,6 @@ from .report import write_html
 from .store import Record, RunStore
 from .table import terminal_table
 from .trial import environment, run_trial
-
-# Norms that take three times as long as others at batch 2: begun first, no run of theirs is the last one left.
-DEAR = ("running", "running_lesson", "mabn", "online", "renorm", "switchable", "ghost")
 
 
 def compare(
@@ -83,7 +81,7 @@ def report(records: Sequence[Record], folder: Path, console: Console, command: s
 def make_job(trial: Trial, data_dir: str | Path | None) -> Job:
     """The trial as a job; its cost is about the seconds it takes on one core."""
     steps = trial.epochs * (trial.images or 50_000) / trial.batch_size
-    per_step = 3e-3 if trial.norm in DEAR else 1e-3
+    per_step = 1e-3 * NORMS[trial.norm].cost
     label = f"{trial.norm:<9} batch {trial.batch_size:<4} lr {trial.lr:<5g} seed {trial.seed}"
     run = partial(_run, trial, data_dir)
     return Job(trial.key, label, steps * (per_step + 1e-4 * trial.batch_size), run, vars(trial).copy())
