@@ -367,3 +367,22 @@ def test_a_layer_without_parameters_trains_on_double_precision_as_in_it(name):
         layer(x).square().sum().backward()
         double(x_double).square().sum().backward()
         near(x.grad, x_double.grad)
+
+
+def expected_input(layer, dims):
+    """As an error says it."""
+    if not hasattr(layer, "accepted_dims"):
+        return "(N, 8, *space)"
+    return {1: "(N, 8) or (N, 8, L)", 2: "(N, 8, H, W)", 3: "(N, 8, D, H, W)"}[dims]
+
+
+@ours
+@both_modes
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(8,), (2, 4, 3, 3), (2, 4, 3), (2, 4, 3, 3, 3)])
+def test_an_input_of_another_shape_is_told_the_layer_and_what_it_expects(name, training, dims, shape):
+    layer = build_norm(name, 8, dims).train(training)
+    with pytest.raises(InputError) as error:
+        layer(torch.randn(shape))
+    expected = f"{type(layer).__name__}(8): expected input {expected_input(layer, dims)}, got {shape}."
+    assert str(error.value) == expected

@@ -130,7 +130,7 @@ def test_an_empty_batch_has_a_mask_too(name):
 def test_a_mask_of_another_shape_is_refused(name):
     norm = build_norm(name, 8, dims=1)
     for mask in (MASK[:, None], MASK.T, MASK[:, :5], MASK.float()):
-        with pytest.raises(InputError, match=r"mask: expected torch.bool of \(6, 20\)"):
+        with pytest.raises(InputError, match=r"\(8\): expected mask torch.bool of \(6, 20\)"):
             norm(sequences(), mask=mask)
 
 

@@ -457,12 +457,12 @@ def test_argument_out_of_range(options, named):
 @pytest.mark.parametrize(
     ("dims", "shape", "accepted"),
     [
-        (1, (2, 3, 4, 4), "2 or 3 dimensions"),
-        (2, (2, 3, 4), "4 dimensions"),
-        (2, (3,), "4 dimensions"),
-        (2, (2, 4, 4, 4), "3 channels"),
-        (2, (1, 1, 1, 1), "3 channels"),
-        (3, (2, 3, 4, 4), "5 dimensions"),
+        (1, (2, 3, 4, 4), r"\(N, 3\) or \(N, 3, L\), got \(2, 3, 4, 4\)"),
+        (2, (2, 3, 4), r"\(N, 3, H, W\), got \(2, 3, 4\)"),
+        (2, (3,), r"\(N, 3, H, W\), got \(3,\)"),
+        (2, (2, 4, 4, 4), r"\(N, 3, H, W\), got \(2, 4, 4, 4\)"),
+        (2, (1, 1, 1, 1), r"\(N, 3, H, W\), got \(1, 1, 1, 1\)"),
+        (3, (2, 3, 4, 4), r"\(N, 3, D, H, W\), got \(2, 3, 4, 4\)"),
     ],
 )
 def test_other_shapes_are_refused(dims, shape, accepted, training):

@@ -289,10 +289,10 @@ def test_moments_of_one_process():
 @pytest.mark.parametrize(
     ("kind", "shape", "accepted"),
     [
-        (SyncBatchNorm2d, (2, 4, 3, 3), "4 dimensions, the second of 3 channels"),
-        (SyncBatchNorm2d, (2, 3, 3), "4 dimensions, the second of 3 channels"),
-        (SyncBatchNorm1d, (2, 3, 3, 3), "2 or 3 dimensions"),
-        (SyncBatchNorm3d, (2, 3, 3, 3), "5 dimensions"),
+        (SyncBatchNorm2d, (2, 4, 3, 3), r"SyncBatchNorm2d\(3\): expected input \(N, 3, H, W\), got \(2, 4, 3, 3\)"),
+        (SyncBatchNorm2d, (2, 3, 3), r"expected input \(N, 3, H, W\), got \(2, 3, 3\)"),
+        (SyncBatchNorm1d, (2, 3, 3, 3), r"expected input \(N, 3\) or \(N, 3, L\), got \(2, 3, 3, 3\)"),
+        (SyncBatchNorm3d, (2, 3, 3, 3), r"expected input \(N, 3, D, H, W\), got \(2, 3, 3, 3\)"),
     ],
 )
 def test_shapes_that_do_not_fit(kind, shape, accepted):

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..errors import InputError, check
 from ..kernels import dispatch, operators
 from . import functional as F
-from .call import call, for_script
+from .call import call, for_script, refuse, refuse_shape
 
 # Of `torch.jit.trace`, to which a comparison of sizes would be a constant.
 _traced = torch._C._get_tracing_state
@@ -351,12 +351,10 @@ class RunningStatistics(PreciseStatistics, _NormBase):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self.accepted_dims or not (is_tracing() or input.shape[1] == self.num_features):
-            dims = " or ".join(map(str, self.accepted_dims))
-            accepted = f"{dims} dimensions, the second of {self.num_features} channels"
-            check(False, "x.shape", tuple(input.shape), accepted)
+            refuse_shape(self, input, self.num_features, self.accepted_dims)
         if self.needs_statistics and self._buffers.get("running_mean", input) is None:
-            cure = "its statistics, which this norm needs. For those of each batch alone convert it to batch norm"
-            check(False, "running_mean", None, cure)
+            cure = " Only those of a batch norm may be missing: convert it to one."
+            refuse(self, "its running statistics", "running_mean=None", cure)
 
     def _scripted(self, input: Tensor) -> Tensor:
         if self.training:

@@ -10,9 +10,9 @@ from ..errors import InputError
 from ..kernels import fused, operators
 from ..kernels.plain import CHANNELS_LAST
 from . import functional as F
-from .activation import SLOPES, activate, check_activation, check_residual, described, scripted_activation
+from .activation import SLOPES, activate, check_activation, described, scripted_activation
 from .base import PreciseStatistics, is_tracing, recomputing
-from .call import call, for_script
+from .call import call, for_script, refuse_shape
 from .registry import register
 
 
@@ -20,8 +20,7 @@ class _Batch(PreciseStatistics, _NormBase):
     """A torch batch norm that writes its statistics by the rules of all norms here, see `remember`."""
 
     activation: str | None
-    accepted_dims: tuple[int, ...] = ()  # of a tensor, beyond those of the class
-    of_torch: type[_BatchNorm]
+    accepted_dims: tuple[int, ...]  # of a tensor
     averages = True
     _checks_memory = True
 
@@ -51,8 +50,6 @@ class _Batch(PreciseStatistics, _NormBase):
 
     def _normalize(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(x)
-        if residual is not None:
-            check_residual(x, residual)
         mean = self.running_mean
         own = self.training or mean is None  # statistics of this batch
         if mask is not None and own:
@@ -68,8 +65,10 @@ class _Batch(PreciseStatistics, _NormBase):
         return activate(self._composed(x), self.activation, residual)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() not in self.accepted_dims:
-            self.of_torch._check_input_dim(self, input)  # pyright: ignore[reportArgumentType]
+        own = self.running_mean if self.weight is None else self.weight  # fewer than `num_features`, once pruned
+        channels = None if own is None or is_tracing() else len(own)
+        if input.dim() not in self.accepted_dims or (channels is not None and input.shape[1] != channels):
+            refuse_shape(self, input, channels or self.num_features, self.accepted_dims)
 
     def _scripted(self, input: Tensor) -> Tensor:
         mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
@@ -154,21 +153,36 @@ class BatchNormAct2d(_Batch):
 
     It is no `torch.nn.BatchNorm2d`: torch's tools that put another layer in the place of each, such as
     `SyncBatchNorm.convert_sync_batchnorm`, would drop the activation.
+
+    Example:
+        >>> norm = BatchNorm2d(4, activation="relu")
+        >>> type(norm).__name__, bool((norm(torch.randn(2, 4, 5, 5)) >= 0).all())
+        ('BatchNormAct2d', True)
     """
 
-    of_torch = nn.BatchNorm2d
+    accepted_dims = (4,)
 
 
 class BatchNormAct1d(_Batch):
-    """Batch norm of (N, C) or (N, C, L) with an activation; see `BatchNormAct2d`."""
+    """Batch norm of (N, C) or (N, C, L) with an activation; see `BatchNormAct2d`.
 
-    of_torch = nn.BatchNorm1d
+    Example:
+        >>> BatchNormAct1d(4, activation="relu")(torch.randn(6, 4, 5)).shape
+        torch.Size([6, 4, 5])
+    """
+
+    accepted_dims = (2, 3)
 
 
 class BatchNormAct3d(_Batch):
-    """Batch norm of (N, C, D, H, W) with an activation; see `BatchNormAct2d`."""
+    """Batch norm of (N, C, D, H, W) with an activation; see `BatchNormAct2d`.
 
-    of_torch = nn.BatchNorm3d
+    Example:
+        >>> BatchNormAct3d(4, activation="relu")(torch.randn(2, 4, 3, 5, 5)).shape
+        torch.Size([2, 4, 3, 5, 5])
+    """
+
+    accepted_dims = (5,)
 
 
 class _OfTorch:
@@ -199,22 +213,39 @@ class BatchNorm2d(_Batch, _OfTorch, nn.BatchNorm2d):
     a residual block. `layer(x, mask=m)`, with m bool, (N, H, W), takes the statistics of the values where m is True,
     and normalises all by them.
 
+    Example:
+        >>> norm = BatchNorm2d(4)
+        >>> norm(torch.full((1, 4, 1, 1), 7.0)).flatten().tolist()  # one value a channel, which torch refuses
+        [0.0, 0.0, 0.0, 0.0]
+        >>> isinstance(norm, torch.nn.BatchNorm2d)
+        True
+
     Source: Ioffe and Szegedy 2015, "Batch Normalization".
     """
 
-    of_torch, with_activation = nn.BatchNorm2d, BatchNormAct2d
+    accepted_dims, with_activation = (4,), BatchNormAct2d
 
 
 class BatchNorm1d(_Batch, _OfTorch, nn.BatchNorm1d):
-    """Batch norm of (N, C) or (N, C, L); see `BatchNorm2d`."""
+    """Batch norm of (N, C) or (N, C, L); see `BatchNorm2d`.
 
-    of_torch, with_activation = nn.BatchNorm1d, BatchNormAct1d
+    Example:
+        >>> BatchNorm1d(4)(torch.randn(6, 4, 5)).shape
+        torch.Size([6, 4, 5])
+    """
+
+    accepted_dims, with_activation = (2, 3), BatchNormAct1d
 
 
 class BatchNorm3d(_Batch, _OfTorch, nn.BatchNorm3d):
-    """Batch norm of (N, C, D, H, W); see `BatchNorm2d`."""
+    """Batch norm of (N, C, D, H, W); see `BatchNorm2d`.
 
-    of_torch, with_activation = nn.BatchNorm3d, BatchNormAct3d
+    Example:
+        >>> BatchNorm3d(4)(torch.randn(2, 4, 3, 5, 5)).shape
+        torch.Size([2, 4, 3, 5, 5])
+    """
+
+    accepted_dims, with_activation = (5,), BatchNormAct3d
 
 
 register(

@@ -1,18 +1,36 @@
 """A call of a norm with whatever may stand for a tensor: subclasses, and what tracers hand in."""
 
 import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..errors import InputError, check
+from ..errors import InputError
 
 PLAIN = (Tensor, nn.Parameter)
 Forward = TypeVar("Forward", bound=Callable[..., Tensor])
+SPACES = {2: "", 3: ", L", 4: ", H, W", 5: ", D, H, W"}
+
+
+class ShapeError(InputError, RuntimeError):
+    """An input of another shape than a layer takes. Torch's layers raise either of ValueError and RuntimeError."""
+
+
+def refuse(layer: Any, expected: str, found: object, cure: str = "", kind: type = InputError) -> NoReturn:
+    """An error that names the layer, what it expected, what came instead, and the cure."""
+    raise kind(f"{type(layer).__name__}({layer.num_features}): expected {expected}, got {found}.{cure}")
+
+
+def refuse_shape(layer: Any, x: Tensor, channels: int, dims: Iterable[int] | None = None) -> NoReturn:
+    """The same of an input, expected to be (N, `channels`, *space), of as many dimensions as one of `dims`."""
+    spaces = [", *space"] if dims is None else [SPACES[number] for number in dims]
+    refuse(
+        layer, "input " + " or ".join(f"(N, {channels}{space})" for space in spaces), tuple(x.shape), kind=ShapeError
+    )
 
 
 def call(norm: Any, input: Tensor, mask: Tensor | None, *residual: Tensor | None) -> Tensor:
@@ -21,7 +39,7 @@ def call(norm: Any, input: Tensor, mask: Tensor | None, *residual: Tensor | None
     A proxy of `torch.fx` becomes a call of the whole layer, as for the layers in `torch.nn`.
 
     Raises:
-        InputError: the input is no tensor, or not one of real numbers with a fraction; or see `checked_mask`.
+        InputError: the input is no tensor, or of no floating dtype; or the mask or residual has another shape.
         RuntimeError: the storage of a tensor was freed.
     """
     if mask is None and type(input) in PLAIN and (not residual or residual[0] is None or type(residual[0]) in PLAIN):
@@ -29,7 +47,7 @@ def call(norm: Any, input: Tensor, mask: Tensor | None, *residual: Tensor | None
     if isinstance(input, fx.Proxy):
         return _node(norm, input, mask, *residual)
     if not isinstance(input, Tensor):
-        raise InputError(f"{type(norm).__name__}: expected a tensor as input, got {type(input).__name__}.")
+        refuse(norm, "a tensor as input", type(input).__name__)
     if has_torch_function((input, *residual)):
         return handle_torch_function(_Plain(norm), (input, *residual), input, mask, *residual)
     return _Plain(norm)(input, mask, *residual)
@@ -37,7 +55,9 @@ def call(norm: Any, input: Tensor, mask: Tensor | None, *residual: Tensor | None
 
 def _normalize(norm: Any, x: Tensor, mask: Tensor | None, *residual: Tensor | None) -> Tensor:
     if not x.is_floating_point():  # else whole numbers would be rounded, and imaginary parts lost
-        check(False, "input.dtype", x.dtype, "a type of real numbers with a fraction")
+        refuse(norm, "an input of a floating dtype", x.dtype)
+    if residual and residual[0] is not None and residual[0].shape != x.shape:
+        refuse(norm, f"residual {tuple(x.shape)}, the shape of the input", tuple(residual[0].shape))
     if not norm._checks_memory:
         norm._check_memory(x)
     return norm._normalize(x, mask, *residual)
@@ -52,7 +72,7 @@ class _Plain:
 
     def __call__(self, input: Tensor, mask: Tensor | None, *residual: Tensor | None) -> Tensor:
         x = plain(input)
-        over = None if mask is None else checked_mask(plain(mask), x)
+        over = None if mask is None else checked_mask(self.norm, plain(mask), x)
         return _normalize(self.norm, x, over, *(None if part is None else plain(part) for part in residual))
 
 
@@ -63,7 +83,7 @@ def plain(x: Tensor) -> Tensor:
     return x.as_subclass(Tensor) if kind not in PLAIN and on_memory else x
 
 
-def checked_mask(mask: Tensor, x: Tensor) -> Tensor:
+def checked_mask(norm: Any, mask: Tensor, x: Tensor) -> Tensor:
     """A mask of (N, *space) for the input `x`, as (N, 1, *space).
 
     Raises:
@@ -72,7 +92,7 @@ def checked_mask(mask: Tensor, x: Tensor) -> Tensor:
     expected = (x.shape[0], *x.shape[2:])
     if mask.dtype is not torch.bool or tuple(mask.shape) != expected:
         given = f"{mask.dtype} of {tuple(mask.shape)}"
-        raise InputError(f"mask: expected torch.bool of {expected}, (N, *space) of the input, got {given}.")
+        refuse(norm, f"mask torch.bool of {expected}, (N, *space) of the input", given)
     return mask.unsqueeze(1)
 
 

@@ -53,17 +53,32 @@ class WeightStandardizedConv2d(_WeightStandardized, nn.Conv2d):
     Raises:
         InputError: `eps` is not above 0.
 
+    Example:
+        >>> net = torch.nn.Sequential(WeightStandardizedConv2d(3, 4, 3), GroupNorm(4))
+        >>> net(torch.randn(2, 3, 7, 7)).shape
+        torch.Size([2, 4, 5, 5])
+
     Source: Qiao, Wang, Liu, Shen and Yuille 2019, "Micro-Batch Training with Batch-Channel Normalization and Weight
     Standardization", equation 10.
     """
 
 
 class WeightStandardizedConv1d(_WeightStandardized, nn.Conv1d):
-    """A convolution of (N, C, L) with standardised weights; see `WeightStandardizedConv2d`."""
+    """A convolution of (N, C, L) with standardised weights; see `WeightStandardizedConv2d`.
+
+    Example:
+        >>> WeightStandardizedConv1d(3, 4, 3)(torch.randn(2, 3, 7)).shape
+        torch.Size([2, 4, 5])
+    """
 
 
 class WeightStandardizedConv3d(_WeightStandardized, nn.Conv3d):
-    """A convolution of (N, C, D, H, W) with standardised weights; see `WeightStandardizedConv2d`."""
+    """A convolution of (N, C, D, H, W) with standardised weights; see `WeightStandardizedConv2d`.
+
+    Example:
+        >>> WeightStandardizedConv3d(3, 4, 3)(torch.randn(2, 3, 7, 7, 7)).shape
+        torch.Size([2, 4, 5, 5, 5])
+    """
 
 
 class _Centered(_ConvNd):
@@ -80,14 +95,29 @@ class CenteredConv2d(_Centered, nn.Conv2d):
     it. What all values of x have in common does not reach y, but for zero padding. A fan-in of one value gives Ŵ = 0.
     The arguments are those of `torch.nn.Conv2d`.
 
+    Example:
+        >>> y = CenteredConv2d(3, 4, 3, bias=False)(torch.ones(2, 3, 7, 7))
+        >>> torch.allclose(y, torch.zeros(2, 4, 5, 5), atol=1e-5)  # what all values share does not reach y
+        True
+
     Source: Yan et al. 2020, "Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization",
     section 4.
     """
 
 
 class CenteredConv1d(_Centered, nn.Conv1d):
-    """A convolution of (N, C, L) with centred weights; see `CenteredConv2d`."""
+    """A convolution of (N, C, L) with centred weights; see `CenteredConv2d`.
+
+    Example:
+        >>> CenteredConv1d(3, 4, 3)(torch.randn(2, 3, 7)).shape
+        torch.Size([2, 4, 5])
+    """
 
 
 class CenteredConv3d(_Centered, nn.Conv3d):
-    """A convolution of (N, C, D, H, W) with centred weights; see `CenteredConv2d`."""
+    """A convolution of (N, C, D, H, W) with centred weights; see `CenteredConv2d`.
+
+    Example:
+        >>> CenteredConv3d(3, 4, 3)(torch.randn(2, 3, 7, 7, 7)).shape
+        torch.Size([2, 4, 5, 5, 5])
+    """

@@ -24,6 +24,11 @@ class DynamicTanh(PerImageNorm):
     Raises:
         InputError: an argument or the shape of an input is out of range.
 
+    Example:
+        >>> x = torch.randn(2, 4, 6, 6)
+        >>> torch.allclose(DynamicTanh(4)(x), torch.tanh(0.5 * x))
+        True
+
     Source: Zhu, Chen, He, LeCun and Liu 2025, "Transformers without Normalization", equation 2.
     """
 
@@ -71,6 +76,11 @@ class DynamicErf(PerImageNorm):
 
     Raises:
         InputError: an argument or the shape of an input is out of range.
+
+    Example:
+        >>> x = torch.randn(2, 4, 6, 6)
+        >>> torch.allclose(DynamicErf(4)(x), torch.erf(0.5 * x))
+        True
 
     Source: Chen, Lu, Zhu, Sun and Liu 2025, "Stronger Normalization-Free Transformers", equation 10.
     """

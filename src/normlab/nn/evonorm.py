@@ -31,6 +31,10 @@ class EvoNormS0(PerImageNorm):
     Raises:
         InputError: an argument or the shape of an input is out of range.
 
+    Example:
+        >>> EvoNormS0(8, num_groups=2)(torch.randn(1, 8, 5, 5)).shape
+        torch.Size([1, 8, 5, 5])
+
     Source: Liu, Brock, Simonyan and Le 2020, "Evolving Normalization-Activation Layers", EvoNorm-S0.
     """
 
@@ -108,7 +112,12 @@ class EvoNormB0(RunningStatistics):
 
 
 class EvoNorm1dB0(EvoNormB0):
-    """EvoNorm-B0 of (N, C) or (N, C, L); see `EvoNorm2dB0`. Without space σ_I² is 0."""
+    """EvoNorm-B0 of (N, C) or (N, C, L); see `EvoNorm2dB0`. Without space σ_I² is 0.
+
+    Example:
+        >>> EvoNorm1dB0(4)(torch.randn(6, 4, 5)).shape
+        torch.Size([6, 4, 5])
+    """
 
     accepted_dims = (2, 3)
 
@@ -137,6 +146,11 @@ class EvoNorm2dB0(EvoNormB0):
     Raises:
         InputError: an argument or the shape of an input is out of range.
 
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), EvoNorm2dB0(4))  # and no ReLU after it
+        >>> net(torch.randn(2, 3, 7, 7)).shape
+        torch.Size([2, 4, 5, 5])
+
     Source: Liu, Brock, Simonyan and Le 2020, "Evolving Normalization-Activation Layers", EvoNorm-B0.
     """
 
@@ -144,7 +158,12 @@ class EvoNorm2dB0(EvoNormB0):
 
 
 class EvoNorm3dB0(EvoNormB0):
-    """EvoNorm-B0 of (N, C, D, H, W); see `EvoNorm2dB0`."""
+    """EvoNorm-B0 of (N, C, D, H, W); see `EvoNorm2dB0`.
+
+    Example:
+        >>> EvoNorm3dB0(4)(torch.randn(2, 4, 3, 5, 5)).shape
+        torch.Size([2, 4, 3, 5, 5])
+    """
 
     accepted_dims = (5,)
 

@@ -24,6 +24,10 @@ class ThresholdedLinearUnit(nn.Module):
     Raises:
         InputError: an argument or the shape of an input is out of range.
 
+    Example:
+        >>> ThresholdedLinearUnit(2)(torch.tensor([[-3.0, 5.0]])).tolist()  # τ is 0 at first: a ReLU
+        [[0.0, 5.0]]
+
     Source: Singh and Krishnan 2019, "Filter Response Normalization Layer", equation 3.
     """
 
@@ -38,7 +42,7 @@ class ThresholdedLinearUnit(nn.Module):
         nn.init.zeros_(self.tau)
 
     def forward(self, y: Tensor) -> Tensor:
-        check_channels(y, self.num_features)
+        check_channels(self, y)
         check_memory((("tau", self.tau),))
         return torch.maximum(y, per_channel(self.tau, y).to(y.dtype))
 
@@ -66,6 +70,12 @@ class FilterResponseNorm(PerImageNorm):
 
     Raises:
         InputError: an argument or the shape of an input is out of range.
+
+    Example:
+        >>> FilterResponseNorm(4)(torch.randn(2, 4, 6, 6)).shape
+        torch.Size([2, 4, 6, 6])
+        >>> FilterResponseNorm(4, learn_eps=True)(torch.randn(2, 4, 1, 1)).shape
+        torch.Size([2, 4, 1, 1])
 
     Source: Singh and Krishnan 2019, "Filter Response Normalization Layer", equations 1 to 3.
     """

@@ -46,7 +46,12 @@ class FrozenBatchNorm(RunningStatistics):
 
 
 class FrozenBatchNorm1d(FrozenBatchNorm):
-    """Frozen batch norm of (N, C) or (N, C, L); see `FrozenBatchNorm2d`."""
+    """Frozen batch norm of (N, C) or (N, C, L); see `FrozenBatchNorm2d`.
+
+    Example:
+        >>> FrozenBatchNorm1d(4)(torch.randn(6, 4, 5)).shape
+        torch.Size([6, 4, 5])
+    """
 
     accepted_dims = (2, 3)
 
@@ -70,6 +75,15 @@ class FrozenBatchNorm2d(FrozenBatchNorm):
     Raises:
         InputError: an argument or the shape of an input is out of range.
 
+    Example:
+        >>> trained = torch.nn.BatchNorm2d(4)
+        >>> norm = FrozenBatchNorm2d(4)
+        >>> norm.load_state_dict(trained.state_dict())
+        <All keys matched successfully>
+        >>> x = torch.randn(2, 4, 5, 5)
+        >>> torch.allclose(norm(x), trained.eval()(x), atol=1e-5)
+        True
+
     Source: He et al. 2016, "Deep Residual Learning for Image Recognition", the implementation's fine-tuning for
     detection, where a batch is one or two images.
     """
@@ -78,7 +92,12 @@ class FrozenBatchNorm2d(FrozenBatchNorm):
 
 
 class FrozenBatchNorm3d(FrozenBatchNorm):
-    """Frozen batch norm of (N, C, D, H, W); see `FrozenBatchNorm2d`."""
+    """Frozen batch norm of (N, C, D, H, W); see `FrozenBatchNorm2d`.
+
+    Example:
+        >>> FrozenBatchNorm3d(4)(torch.randn(2, 4, 3, 5, 5)).shape
+        torch.Size([2, 4, 3, 5, 5])
+    """
 
     accepted_dims = (5,)
 

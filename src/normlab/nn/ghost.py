@@ -55,7 +55,12 @@ class GhostBatchNorm(RunningStatistics):
 
 
 class GhostBatchNorm1d(GhostBatchNorm):
-    """Ghost batch norm of (N, C) or (N, C, L); see `GhostBatchNorm2d`."""
+    """Ghost batch norm of (N, C) or (N, C, L); see `GhostBatchNorm2d`.
+
+    Example:
+        >>> GhostBatchNorm1d(4)(torch.randn(6, 4, 5)).shape
+        torch.Size([6, 4, 5])
+    """
 
     accepted_dims = (2, 3)
 
@@ -87,6 +92,12 @@ class GhostBatchNorm2d(GhostBatchNorm):
     Raises:
         InputError: an argument or the shape of an input is out of range.
 
+    Example:
+        >>> norm = GhostBatchNorm2d(4, virtual_batch_size=8)
+        >>> x = torch.randn(16, 4, 5, 5)
+        >>> torch.equal(norm(x)[:8], norm(x[:8]))  # as if each eight images came by themselves
+        True
+
     Source: Hoffer, Hubara and Soudry 2017, "Train longer, generalize better", algorithm 1. Its running statistics
     too take in the virtual batches one after another, but σ_B in the place of σ_B².
     """
@@ -95,7 +106,12 @@ class GhostBatchNorm2d(GhostBatchNorm):
 
 
 class GhostBatchNorm3d(GhostBatchNorm):
-    """Ghost batch norm of (N, C, D, H, W); see `GhostBatchNorm2d`."""
+    """Ghost batch norm of (N, C, D, H, W); see `GhostBatchNorm2d`.
+
+    Example:
+        >>> GhostBatchNorm3d(4)(torch.randn(2, 4, 3, 5, 5)).shape
+        torch.Size([2, 4, 3, 5, 5])
+    """
 
     accepted_dims = (5,)
 

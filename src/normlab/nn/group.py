@@ -38,6 +38,13 @@ class GroupNorm(PerImageNorm):
     Raises:
         InputError: `num_groups` does not divide `num_features`, or the input is not (N, C, *space).
 
+    Example:
+        >>> GroupNorm(12)  # as many groups as divide 12, up to eight
+        GroupNorm(12, num_groups=4, eps=1e-05, affine=True)
+        >>> y = GroupNorm(12, 3)(5 + torch.randn(2, 12, 6, 6))
+        >>> torch.allclose(y.reshape(2, 3, -1).mean(2), torch.zeros(2, 3), atol=1e-5)
+        True
+
     Source: Wu and He 2018, "Group Normalization", equation 7.
     """
 
@@ -94,6 +101,11 @@ class GroupNorm(PerImageNorm):
 class LayerNorm(GroupNorm):
     """Layer norm of (N, C, *space): per image over channels and space, γ and β per channel; group norm of one group.
 
+    Example:
+        >>> y = LayerNorm(4)(5 + torch.randn(2, 4, 6, 6))
+        >>> torch.allclose(y.flatten(1).mean(1), torch.zeros(2), atol=1e-5)
+        True
+
     Source: Ba, Kiros and Hinton 2016, "Layer Normalization".
     """
 
@@ -116,6 +128,11 @@ class InstanceNorm(GroupNorm):
 
     What follows a pool over all of space sees the same mean, β, for every image: not for the last layer of a
     classifier.
+
+    Example:
+        >>> y = InstanceNorm(4)(5 + torch.randn(2, 4, 6, 6))
+        >>> torch.allclose(y.mean((2, 3)), torch.zeros(2, 4), atol=1e-5)
+        True
 
     Source: Ulyanov, Vedaldi and Lempitsky 2016, "Instance Normalization".
     """
@@ -150,6 +167,11 @@ class ChannelLayerNorm(PerImageNorm):
 
     Raises:
         InputError: `num_features` is less than 1, or the input is not (N, C, *space).
+
+    Example:
+        >>> y = ChannelLayerNorm(4)(5 + torch.randn(2, 4, 6, 6))
+        >>> torch.allclose(y.mean(1), torch.zeros(2, 6, 6), atol=1e-5)
+        True
 
     Source: Ba, Kiros and Hinton 2016, "Layer Normalization", equation 3; on maps Liu et al. 2022, "A ConvNet for the
     2020s", section 2.6.
@@ -194,6 +216,11 @@ class RMSNorm(PerImageNorm):
 
     Raises:
         InputError: `num_features` is less than 1, or the input is not (N, C, *space).
+
+    Example:
+        >>> y = RMSNorm(4)(5 + torch.randn(2, 4, 6, 6))
+        >>> torch.allclose(y.square().mean(1), torch.ones(2, 6, 6), atol=1e-4)
+        True
 
     Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4, with eps added.
     """

@@ -90,7 +90,12 @@ class MovingAverageBatchNorm(RunningStatistics):
 
 
 class MovingAverageBatchNorm1d(MovingAverageBatchNorm):
-    """Moving-average batch norm of (N, C) or (N, C, L); see `MovingAverageBatchNorm2d`."""
+    """Moving-average batch norm of (N, C) or (N, C, L); see `MovingAverageBatchNorm2d`.
+
+    Example:
+        >>> MovingAverageBatchNorm1d(4)(torch.randn(6, 4, 5)).shape
+        torch.Size([6, 4, 5])
+    """
 
     accepted_dims = (2, 3)
 
@@ -133,6 +138,11 @@ class MovingAverageBatchNorm2d(MovingAverageBatchNorm):
     Raises:
         InputError: an argument or the shape of an input is out of range.
 
+    Example:
+        >>> net = torch.nn.Sequential(CenteredConv2d(3, 4, 3), MovingAverageBatchNorm2d(4))
+        >>> net(torch.randn(2, 3, 7, 7)).shape
+        torch.Size([2, 4, 5, 5])
+
     Source: Yan et al. 2020, "Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization",
     section 4; warm-up and constants from the authors' code, megvii-model/MABN.
     """
@@ -141,7 +151,12 @@ class MovingAverageBatchNorm2d(MovingAverageBatchNorm):
 
 
 class MovingAverageBatchNorm3d(MovingAverageBatchNorm):
-    """Moving-average batch norm of (N, C, D, H, W); see `MovingAverageBatchNorm2d`."""
+    """Moving-average batch norm of (N, C, D, H, W); see `MovingAverageBatchNorm2d`.
+
+    Example:
+        >>> MovingAverageBatchNorm3d(4)(torch.randn(2, 4, 3, 5, 5)).shape
+        torch.Size([2, 4, 3, 5, 5])
+    """
 
     accepted_dims = (5,)
 

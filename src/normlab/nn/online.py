@@ -94,7 +94,12 @@ class OnlineNorm(RunningStatistics):
 
 
 class OnlineNorm1d(OnlineNorm):
-    """Online norm of (N, C) or (N, C, L); see `OnlineNorm2d`."""
+    """Online norm of (N, C) or (N, C, L); see `OnlineNorm2d`.
+
+    Example:
+        >>> OnlineNorm1d(4)(torch.randn(6, 4, 5)).shape
+        torch.Size([6, 4, 5])
+    """
 
     accepted_dims = (2, 3)
 
@@ -135,6 +140,12 @@ class OnlineNorm2d(OnlineNorm):
     Raises:
         InputError: an argument or the shape of an input is out of range.
 
+    Example:
+        >>> norm = OnlineNorm2d(4, guard="none")
+        >>> x = torch.randn(1, 4, 5, 5)
+        >>> torch.allclose(norm(x), x, atol=1e-4)  # by the statistics before the first image: 0 and 1
+        True
+
     Source: Chiley et al. 2019, "Online Normalization for Training Neural Networks", sections 3 and 4; the clamp is
     from the authors' code, Cerebras/online-normalization.
     """
@@ -143,7 +154,12 @@ class OnlineNorm2d(OnlineNorm):
 
 
 class OnlineNorm3d(OnlineNorm):
-    """Online norm of (N, C, D, H, W); see `OnlineNorm2d`."""
+    """Online norm of (N, C, D, H, W); see `OnlineNorm2d`.
+
+    Example:
+        >>> OnlineNorm3d(4)(torch.randn(2, 4, 3, 5, 5)).shape
+        torch.Size([2, 4, 3, 5, 5])
+    """
 
     accepted_dims = (5,)
 

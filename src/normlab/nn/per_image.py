@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import check
 from .base import OnKernels, is_tracing
+from .call import refuse_shape
 from .functional import masked_moments, moments, per_channel, unless_empty
 
 
@@ -51,7 +52,7 @@ class PerImageNorm(OnKernels):
             nn.init.zeros_(self.bias)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        check_channels(input, self.num_features)
+        check_channels(self, input)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, affine={self.affine}"
@@ -97,10 +98,10 @@ def _build_in_groups(
     return layer(num_features, check_groups(num_groups, num_features, fewest), *options, **named)
 
 
-def check_channels(x: Tensor, num_features: int) -> None:
-    """Raise an InputError unless `x` is (N, C, *space) with C = `num_features`."""
-    if x.dim() < 2 or not (is_tracing() or x.shape[1] == num_features):
-        check(False, "x.shape", tuple(x.shape), f"2 dimensions or more, the second of {num_features} channels")
+def check_channels(layer: Any, x: Tensor) -> None:
+    """Raise an InputError unless `x` is (N, C, *space) with as many channels as the layer has."""
+    if x.dim() < 2 or not (is_tracing() or x.shape[1] == layer.num_features):
+        refuse_shape(layer, x, layer.num_features)
 
 
 def in_float32(x: Tensor) -> Tensor:

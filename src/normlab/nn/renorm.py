@@ -85,7 +85,12 @@ class BatchRenorm(RunningStatistics):
 
 
 class BatchRenorm1d(BatchRenorm):
-    """Batch renorm of (N, C) or (N, C, L); see `BatchRenorm2d`."""
+    """Batch renorm of (N, C) or (N, C, L); see `BatchRenorm2d`.
+
+    Example:
+        >>> BatchRenorm1d(4)(torch.randn(6, 4, 5)).shape
+        torch.Size([6, 4, 5])
+    """
 
     accepted_dims = (2, 3)
 
@@ -124,6 +129,12 @@ class BatchRenorm2d(BatchRenorm):
     Raises:
         InputError: an argument or the shape of an input is out of range.
 
+    Example:
+        >>> norm, batch = BatchRenorm2d(4), BatchNorm2d(4)
+        >>> x = torch.randn(2, 4, 5, 5)
+        >>> torch.allclose(norm(x), batch(x), atol=1e-5)  # at first it is batch norm
+        True
+
     Source: Ioffe 2017, "Batch Renormalization", algorithm 1 and section 4.
     """
 
@@ -131,7 +142,12 @@ class BatchRenorm2d(BatchRenorm):
 
 
 class BatchRenorm3d(BatchRenorm):
-    """Batch renorm of (N, C, D, H, W); see `BatchRenorm2d`."""
+    """Batch renorm of (N, C, D, H, W); see `BatchRenorm2d`.
+
+    Example:
+        >>> BatchRenorm3d(4)(torch.randn(2, 4, 3, 5, 5)).shape
+        torch.Size([2, 4, 3, 5, 5])
+    """
 
     accepted_dims = (5,)
 

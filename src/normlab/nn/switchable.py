@@ -51,6 +51,10 @@ class SwitchableNorm1d(SwitchableNorm):
     """Switchable norm of (N, C) or (N, C, L); see `SwitchableNorm2d`.
 
     (N, C) has no space for an instance part: there the mixture is of layer and batch alone, as in the authors' code.
+
+    Example:
+        >>> SwitchableNorm1d(4)(torch.randn(6, 4, 5)).shape
+        torch.Size([6, 4, 5])
     """
 
     accepted_dims = (2, 3)
@@ -83,6 +87,13 @@ class SwitchableNorm2d(SwitchableNorm):
     Raises:
         InputError: an argument or the shape of an input is out of range.
 
+    Example:
+        >>> norm = SwitchableNorm2d(4)
+        >>> norm(torch.randn(2, 4, 5, 5)).shape
+        torch.Size([2, 4, 5, 5])
+        >>> norm.mean_weight.tolist()  # instance, layer, batch: their softmax is a third each
+        [1.0, 1.0, 1.0]
+
     Source: Luo, Ren, Peng, Zhang and Li 2018, "Differentiable Learning-to-Normalize via Switchable Normalization",
     equations 3 to 5.
     """
@@ -91,7 +102,12 @@ class SwitchableNorm2d(SwitchableNorm):
 
 
 class SwitchableNorm3d(SwitchableNorm):
-    """Switchable norm of (N, C, D, H, W); see `SwitchableNorm2d`."""
+    """Switchable norm of (N, C, D, H, W); see `SwitchableNorm2d`.
+
+    Example:
+        >>> SwitchableNorm3d(4)(torch.randn(2, 4, 3, 5, 5)).shape
+        torch.Size([2, 4, 3, 5, 5])
+    """
 
     accepted_dims = (5,)
 

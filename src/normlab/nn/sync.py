@@ -77,7 +77,12 @@ class SyncBatchNorm(RunningStatistics):
 
 
 class SyncBatchNorm1d(SyncBatchNorm):
-    """Sync batch norm of (N, C) or (N, C, L); see `SyncBatchNorm2d`."""
+    """Sync batch norm of (N, C) or (N, C, L); see `SyncBatchNorm2d`.
+
+    Example:
+        >>> SyncBatchNorm1d(4)(torch.randn(6, 4, 5)).shape
+        torch.Size([6, 4, 5])
+    """
 
     accepted_dims = (2, 3)
 
@@ -115,6 +120,12 @@ class SyncBatchNorm2d(SyncBatchNorm):
     Raises:
         InputError: an argument or the shape of an input is out of range.
 
+    Example:
+        >>> norm, batch = SyncBatchNorm2d(4), BatchNorm2d(4)
+        >>> x = torch.randn(2, 4, 5, 5)
+        >>> torch.allclose(norm(x), batch(x), atol=1e-5)  # in one process
+        True
+
     Source: Ioffe and Szegedy 2015, "Batch Normalization", algorithm 1; over devices Peng et al. 2018, "MegDet: A Large
     Mini-Batch Object Detector". The moments of parts are put together as by Chan, Golub and LeVeque 1979, "Updating
     Formulae and a Pairwise Algorithm for Computing Sample Variances".
@@ -124,7 +135,12 @@ class SyncBatchNorm2d(SyncBatchNorm):
 
 
 class SyncBatchNorm3d(SyncBatchNorm):
-    """Sync batch norm of (N, C, D, H, W); see `SyncBatchNorm2d`."""
+    """Sync batch norm of (N, C, D, H, W); see `SyncBatchNorm2d`.
+
+    Example:
+        >>> SyncBatchNorm3d(4)(torch.randn(2, 4, 3, 5, 5)).shape
+        torch.Size([2, 4, 3, 5, 5])
+    """
 
     accepted_dims = (5,)
 
