@@ -14,8 +14,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from normlab.study.charts import curve_of
-from normlab.study.store import Record, RunStore, write_whole
+from normlab.files import write_whole
+from normlab.study.record import Record
+from normlab.study.store import RunStore
 from normlab.study.summary import best, is_number, summarize
 
 FOLDER = Path(__file__).parent
@@ -37,14 +38,14 @@ def drawn(records: list[Record]) -> set[str]:
     groups = summarize(records)
     cases = {(group.settings["norm"], group.settings["batch_size"]) for group in groups}
     leaders = [best(g for g in groups if (g.settings["norm"], g.settings["batch_size"]) == case) for case in cases]
-    losses = [(loss, record["key"]) for record in records for _, loss in curve_of(record) if is_number(loss)]
+    losses = [(loss, record.key) for record in records for _, loss in record.losses if is_number(loss)]
     ends = {key for _, key in (min(losses), max(losses))} if losses else set()
-    return ends | {record["key"] for leader in leaders if leader for record in leader.records}
+    return ends | {record.key for leader in leaders if leader for record in leader.records}
 
 
-def cut(record: Record, *names: str, digits: int = 9) -> Record:
-    """The record without these fields, and without those that are null."""
-    return {n: rounded(value, digits) for n, value in record.items() if n not in names and value is not None}
+def cut(record: Record, *names: str, digits: int = 9) -> dict[str, Any]:
+    """The line of the record without these fields, and without those that are null."""
+    return {n: rounded(value, digits) for n, value in record.to_json().items() if n not in names and value is not None}
 
 
 def rounded(value: Any, digits: int) -> Any:
@@ -56,20 +57,19 @@ def rounded(value: Any, digits: int) -> Any:
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
-def write(store: RunStore, records: list[Record]) -> None:
-    lines = [json.dumps(record, separators=(",", ":")) for record in records]
-    write_whole(store.path, "".join(f"{line}\n" for line in lines).encode())
+def write(path: Path, lines: list[dict[str, Any]]) -> None:
+    write_whole(path, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines).encode())
 
 
 def main() -> None:
     for path in DRAWN:
         records = RunStore(path).read()
         keys = drawn(records)
-        write(RunStore(path), [cut(r, *([] if r["key"] in keys else ["curve"])) for r in records])
+        write(path, [cut(r, *([] if r.key in keys else ["curve"])) for r in records])
     for path in SCREENED:
-        write(RunStore(path), [cut(r, "curve", *SAID_ONCE, digits=6) for r in RunStore(path).read()])
+        write(path, [cut(r, "curve", *SAID_ONCE, digits=6) for r in RunStore(path).read()])
     for path in WITHOUT_CURVES:
-        write(RunStore(path), [cut(r, "curve") for r in RunStore(path).read()])
+        write(path, [cut(r, "curve") for r in RunStore(path).read()])
 
 
 if __name__ == "__main__":

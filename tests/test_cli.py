@@ -12,7 +12,7 @@ from normlab.data import DATASETS
 from normlab.kernels import native
 from normlab.models import MODELS
 from normlab.nn import NORMS
-from normlab.study.plan import SCHEDULES
+from normlab.study.schedules import SCHEDULES
 
 
 def normlab(monkeypatch, capsys, *arguments: str, columns: int = 160) -> tuple[int, str, str]:
@@ -43,6 +43,15 @@ def test_list_fits_a_terminal_of_100_columns(monkeypatch, capsys):
     """A line for each: nothing is broken off."""
     _, out, _ = normlab(monkeypatch, capsys, "list", columns=100)
     assert len(out.splitlines()) == len([*NORMS, *MODELS, *DATASETS, *SCHEDULES])
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_the_settings_of_a_trial_have_one_help(monkeypatch, capsys, command):
+    _, out, _ = normlab(monkeypatch, capsys, command, "--help")
+    shown = " ".join(out.replace("│", " ").split())
+    for said in ("Passes over the training images.", "How the learning rate moves (normlab list).", "none for all."):
+        assert shown.count(said) == 1
+    assert ("(default: 0.1)" in shown) == (command == "train")
 
 
 def test_compare_takes_six_norms_unless_told_otherwise():

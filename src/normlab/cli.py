@@ -13,6 +13,8 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from .errors import InputError, check
+from .study.plan import Shared, Trial, Varied, grid
+from .study.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from .study.subject import Subject
@@ -22,32 +24,13 @@ GOES_ON = "what is done is kept, run the same command to go on"
 # torch takes more than a second to import: the commands import what they need, so that --help answers at once.
 
 
-@dataclass
-class Train:
+@dataclass(frozen=True)
+class Train(Shared, Varied):
     """Train one network and show how it goes."""
 
     kept: ClassVar[str] = "this run is not kept: its record, pictures and weights are written when it ends"
 
-    norm: str = "running"
-    """Registered name of the norm (normlab list)."""
-    batch_size: int = 2
-    """Images a step."""
-    lr: float = 0.1
-    """Learning rate; its peak where the schedule moves it."""
-    epochs: int = 1
-    """Passes over the training images."""
-    schedule: str = "constant"
-    """constant, one-cycle or linear."""
-    seed: int = 0
-    """Of the initial weights and the order of the images."""
-    data: str = "mnist"
-    """Data set."""
-    model: str = "convnet"
-    """Network."""
-    images: int | None = None
-    """Use the first so many training images only."""
-    clip: float | None = None
-    """Bound on the norm of the whole gradient."""
+    lr: float = 0.1  # its help is that of Varied
     data_dir: Path | None = None
     """Folder with local copies of the data sets (or the variable NORMLAB_DATA)."""
     out: Path = Path("runs/train")
@@ -57,7 +40,6 @@ class Train:
         from .observe import ActivationStats, blocks, plot_activations, plot_histograms, plot_training
         from .observe.plots import save
         from .study.compare import check_trial, check_writable
-        from .study.plan import Trial
         from .study.store import RunStore
         from .study.subject import WEIGHTS
         from .study.trial import build_learner, run_learner
@@ -77,8 +59,8 @@ class Train:
         save(plot_activations(stats), self.out / "activations.png")
         save(plot_histograms(stats), self.out / "histograms.png")
         save_weights(learner.model, self.out / WEIGHTS, trial.key)
-        if record["status"] == "diverged":
-            console.print(f"diverged at step {record['diverged_at_step']}", style="bold yellow")
+        if record.status == "diverged":
+            console.print(f"diverged at step {record.diverged_at_step}", style="bold yellow")
         names = "runs.jsonl", "training.png", "activations.png", "histograms.png", "model.safetensors"
         _say_where(console, self.out, *names)
         return 0
@@ -150,18 +132,7 @@ class Compare:
     """Learning rates."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """Seeds; the table shows mean and deviation over them."""
-    epochs: int = 1
-    """Passes over the training images."""
-    schedule: str = "constant"
-    """constant, one-cycle or linear."""
-    data: str = "mnist"
-    """Data set."""
-    model: str = "convnet"
-    """Network."""
-    images: int | None = None
-    """Use the first so many training images only."""
-    clip: float | None = None
-    """Bound on the norm of the whole gradient."""
+    shared: Annotated[Shared, arg(name="")] = field(default_factory=Shared)
     data_dir: Path | None = None
     """Folder with local copies of the data sets (or the variable NORMLAB_DATA)."""
     out: Path = Path("runs/compare")
@@ -171,10 +142,8 @@ class Compare:
 
     def run(self, console: Console) -> int:
         from .study.compare import compare
-        from .study.plan import Trial, grid
 
-        rest = {name: getattr(self, name) for name in ("epochs", "schedule", "data", "model", "images", "clip")}
-        trials = grid(self.norms, self.batch_sizes, self.lrs, self.seeds, Trial(**rest))
+        trials = grid(self.norms, self.batch_sizes, self.lrs, self.seeds, self.shared)
         command = shlex.join(["normlab", *sys.argv[1:]])
         compare(trials, self.out, data_dir=self.data_dir, workers=self.workers, console=console, command=command)
         return 0
@@ -210,7 +179,6 @@ class List:
         from .data import DATASETS
         from .models import MODELS
         from .nn import NORMS
-        from .study.plan import SCHEDULES
 
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         for name, norm in NORMS.items():
@@ -219,8 +187,8 @@ class List:
             table.add_row("model", name, (model.__doc__ or "").split(".")[0])
         for name in DATASETS:
             table.add_row("data", name, "")
-        for name in SCHEDULES:
-            table.add_row("schedule", name, "")
+        for name, schedule in SCHEDULES.items():
+            table.add_row("schedule", name, (schedule.__doc__ or "").rstrip("."))
         console.print(table, highlight=False)
         return 0
 

@@ -15,7 +15,7 @@ import io
 import itertools
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -29,13 +29,16 @@ from torch import Tensor, nn
 
 import normlab
 from normlab.data import ImageData, TensorBatches, load_dataset
+from normlab.files import write_whole
 from normlab.models import build_model
 from normlab.nn import BatchNorm2d
 from normlab.study.executors import Job, run_jobs
 from normlab.study.plan import Trial
-from normlab.study.store import Record, RunStore, write_whole
-from normlab.study.summary import Group, Spread, best, final, summarize
-from normlab.study.trial import make_record, make_schedule, quick_convolutions
+from normlab.study.record import Record
+from normlab.study.schedules import SCHEDULES
+from normlab.study.store import RunStore
+from normlab.study.summary import Group, Spread, best, summarize
+from normlab.study.trial import make_record, quick_convolutions
 from normlab.training import Callback, Learner, Metrics, Recorder, ScheduleParameter, StopWhenDiverged, accuracy
 
 FOLDER = Path(__file__).parent
@@ -149,15 +152,16 @@ def train(case: Case, data_dir: str | None) -> Record:
 
 
 def fine_tune(trial: Trial, data_dir: str | None, *callbacks: Callback) -> Record:
-    """Go on with a trained network. `trial.norm` names the way, `trial.data` the case."""
+    """Go on with a trained network; `trial.task` names the case and the way."""
     torch.set_num_threads(1)
-    case = CASES[trial.data]
+    name, way = case_and_way(trial)
+    case = CASES[name]
     x, y, x_held_out, y_held_out = target_images(case, trial.seed, data_dir)
     torch.manual_seed(trial.seed)
     model = trained_network(case)
-    WAYS[trial.norm](model, x)
+    WAYS[way](model, x)
     before = share_right(model, x_held_out[:TO_CHOOSE], y_held_out[:TO_CHOOSE])
-    return {**fit(trial, model, x, y, x_held_out, y_held_out, *callbacks), "before": before}
+    return replace(fit(trial, model, x, y, x_held_out, y_held_out, *callbacks), more={"before": before})
 
 
 def fit(
@@ -165,7 +169,7 @@ def fit(
 ) -> Record:
     """Train on `x` as `trial` says, by SGD with momentum. Measure the accuracy on what is held out at the end."""
     recorder, guard = Recorder(), StopWhenDiverged()
-    schedule = ScheduleParameter("lr", make_schedule(trial.schedule, trial.lr))
+    schedule = ScheduleParameter("lr", SCHEDULES[trial.schedule](trial.lr))
     learner = Learner(
         model,
         TensorBatches(x, y, trial.batch_size, shuffle=True, seed=trial.seed),
@@ -180,7 +184,7 @@ def fit(
         learner.history[-1]["valid"] = {"accuracy": share_right(model, x_held_out, y_held_out)}
     return make_record(
         trial.key,
-        settings=vars(trial).copy(),
+        settings=trial.to_dict(),
         epochs=learner.history,
         losses=recorder.losses,
         diverged_at_step=guard.step,
@@ -287,27 +291,47 @@ def to_confirm(
 
 
 def settings(case: str, way: str, batch_size: int, lr: float, seed: int) -> Trial:
-    return Trial(way, batch_size, lr, seed, EPOCHS, "one-cycle", case, CASES[case].model, IMAGES)
+    chosen = CASES[case]
+    trial = Trial(norm_of(way), batch_size, lr, seed, EPOCHS, "one-cycle", chosen.target, chosen.model, IMAGES)
+    return replace(trial, task=f"{case}: {way}")
+
+
+def case_and_way(trial: Trial) -> tuple[str, str]:
+    """The names in its task, as `settings` writes it."""
+    case, _, way = (trial.task or "").partition(": ")
+    return case, way
+
+
+def norm_of(way: str) -> str:
+    """The norm that the network has after the change."""
+    return "batch" if way == "as is" else way.partition(",")[0]
+
+
+def kept_runs() -> list[Record]:
+    """All kept runs. Those from before trials had a task have the case in `data` and the way in `norm`."""
+    records = STORE.read()
+    return [with_task(record) if record.settings["data"] in CASES else record for record in records]
+
+
+def with_task(record: Record) -> Record:
+    case, way = record.settings["data"], record.settings["norm"]
+    own = {"norm": norm_of(way), "data": CASES[case].target, "task": f"{case}: {way}"}
+    trial = Trial.from_dict({**record.settings, **own})
+    return replace(record, key=trial.key, settings=trial.to_dict())
 
 
 def runs(seeds: Iterable[int]) -> list[Record]:
     """The kept runs of fine-tuning with these seeds."""
     return [
         record
-        for record in STORE.read()
-        if record["settings"]["data"] in CASES
-        and record["settings"]["seed"] in seeds
-        and record["settings"]["epochs"] == EPOCHS
+        for record in kept_runs()
+        if "task" in record.settings and record.settings["seed"] in seeds and record.settings["epochs"] == EPOCHS
     ]
 
 
 def grouped(seeds: Iterable[int], case: str, way: str, batch_size: int) -> list[Group]:
-    found = [
-        record
-        for record in runs(seeds)
-        if (record["settings"]["data"], record["settings"]["norm"], record["settings"]["batch_size"])
-        == (case, way, batch_size)
-    ]
+    wanted = f"{case}: {way}", batch_size
+    found = [run for run in runs(seeds) if (run.settings["task"], run.settings["batch_size"]) == wanted]
     return summarize(found) if found else []
 
 
@@ -319,7 +343,7 @@ def run(
     workers: int,
 ) -> bool:
     """Make the runs that `choose` picks and the store does not hold. Returns whether there were any."""
-    kept = {record["key"] for record in STORE.read()}
+    kept = {record.key for record in kept_runs()}
     trials = [
         trial
         for case, batch_size, way in itertools.product(cases, batch_sizes, WAYS)
@@ -331,9 +355,9 @@ def run(
 
 
 def job(trial: Trial, data_dir: str | None) -> Job:
-    label = f"{trial.data} {trial.norm:<22} batch {trial.batch_size} lr {trial.lr:<6g} seed {trial.seed}"
+    label = f"{trial.task:<30} batch {trial.batch_size} lr {trial.lr:<6g} seed {trial.seed}"
     cost = (10 if trial.model == "resnet" else 2) / trial.batch_size
-    return Job(trial.key, label, cost, partial(fine_tune, trial, data_dir), vars(trial).copy())
+    return Job(trial.key, label, cost, partial(fine_tune, trial, data_dir), trial.to_dict())
 
 
 # Why
@@ -367,7 +391,7 @@ def show_statistics(data_dir: str | None) -> None:
             model = trained_network(CASES["classes"])
             running(model, x)
             record = fit(settings("classes", "running", batch_size, lr, seed), model, x, y, x_test, y_test)
-            own.append(final(record, "accuracy"))
+            own.append(record.final("accuracy"))
             recalibrate(model, x)
             measured.append(share_right(model, x_test, y_test))
         print(f"batch {batch_size}, rate {lr}: running {Spread.of(own)}, measured {Spread.of(measured)}")
@@ -398,7 +422,7 @@ def tables() -> str:
 
 
 def sizes() -> list[int]:
-    return sorted({record["settings"]["batch_size"] for record in runs(CONFIRMATION)})
+    return sorted({record.settings["batch_size"] for record in runs(CONFIRMATION)})
 
 
 def table(case: str, batch_size: int) -> str:
@@ -413,8 +437,8 @@ def table(case: str, batch_size: int) -> str:
         if members is None:
             continue
         own = accuracies(case, way, batch_size)
-        before = Spread.of(record.get("before") for record in members.records)
-        trained = Spread.of(record["epochs"][-1]["train"]["accuracy"] for record in members.records if record["epochs"])
+        before = Spread.of(record.more.get("before") for record in members.records)
+        trained = Spread.of(record.epochs[-1]["train"]["accuracy"] for record in members.records if record.epochs)
         apart = Spread.of(reference[seed] - own[seed] for seed in own if seed in reference and way != "running")
         cells = [before or "–", trained or "–", members.outcome, apart or "–"]
         lines.append(f"| {way} | {members.settings['lr']:g} | " + " | ".join(map(str, cells)) + " |")
@@ -443,22 +467,22 @@ def by_rate(seeds: Iterable[int], case: str, way: str, batch_size: int) -> dict[
 def accuracies(case: str, way: str, batch_size: int) -> dict[int, float]:
     """The accuracy of each run that finished, by seed."""
     members = confirmed(case, way, batch_size)
-    found = {record["settings"]["seed"]: final(record, "accuracy") for record in members.records} if members else {}
+    found = {record.settings["seed"]: record.final("accuracy") for record in members.records} if members else {}
     return {seed: value for seed, value in found.items() if value is not None}
 
 
 def made_with() -> str:
     """A line each on the networks, and on versions and machines."""
-    records = [record for record in STORE.read() if record["status"] != "failed"]
+    records = [record for record in kept_runs() if record.status != "failed"]
     sources = {(case.source, case.model): f"`{name}`" for name, case in CASES.items()}
     trained = [
-        f"{sources[record['settings']['data'], record['settings']['model']]} {final(record, 'accuracy'):.4f}"
+        f"{sources[record.settings['data'], record.settings['model']]} {record.final('accuracy'):.4f}"
         for record in records
-        if (record["settings"]["data"], record["settings"]["model"]) in sources
+        if "task" not in record.settings
     ]
-    versions = {", ".join(f"{name} {number}" for name, number in record["versions"].items()) for record in records}
-    machines = {record["machine"]["cpu"] for record in records}
-    seconds = sum(record["seconds"] for record in records)
+    versions = {", ".join(f"{name} {number}" for name, number in record.versions.items()) for record in records}
+    machines = {record.machine["cpu"] for record in records}
+    seconds = sum(record.seconds or 0 for record in records)
     return (
         f"Validation accuracy of the networks on what they were trained on: {', '.join(trained)}.\n"
         f"{len(records)} runs, {seconds / 3600:.1f} hours of one thread; {'; '.join(sorted(machines))}; "

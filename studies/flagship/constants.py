@@ -16,6 +16,7 @@ learn at √(N/64)".
 
 import argparse
 import itertools
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from rich.console import Console
 from normlab.kernels import native
 from normlab.study.executors import Job, run_jobs
 from normlab.study.plan import Trial
-from normlab.study.store import Record, RunStore
+from normlab.study.record import Record
+from normlab.study.store import RunStore
 from normlab.study.summary import Spread
 from normlab.study.trial import run_trial
 from normlab.training import Callback
@@ -51,8 +53,8 @@ def train(net: str, images: float, drift: float, batch_size: int, seed: int, tel
             record = train_residual_net(name, "running", batch_size, PEAKS[batch_size], seed, tell)
         else:
             trial = Trial("running", batch_size, 1.0, seed, schedule="constant")
-            record = {**run_trial(trial, callbacks=(tell,)), "key": name}
-    return {**record, "settings": {**record["settings"], "model": net, "S": images, "T": drift}}
+            record = replace(run_trial(trial, callbacks=(tell,)), key=name)
+    return replace(record, settings={**record.settings, "model": net, "S": images, "T": drift})
 
 
 def key(*run: object) -> str:
@@ -69,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     a = parser.parse_args()
-    kept = {record["key"] for record in STORE.read() if record["status"] != "failed"}
+    kept = {record.key for record in STORE.read() if record.status != "failed"}
     settings = [(net, *constants, size) for net in ("convnet", "resnet") for size in PEAKS for constants in CONSTANTS]
     jobs = [
         make_job(*setting, seed)
@@ -77,9 +79,9 @@ def main() -> None:
         if key(*setting, seed) not in kept
     ]
     run_jobs(jobs, STORE, a.workers, Console())
-    ended = {record["key"]: record for record in STORE.read()}
+    ended = {record.key: record for record in STORE.read()}
     for setting in settings:
-        found = [ended[key(*setting, seed)]["epochs"] for seed in SEEDS]
+        found = [ended[key(*setting, seed)].epochs for seed in SEEDS]
         losses = Spread.of([epochs[-1]["train"]["loss"] for epochs in found])
         print(*setting, Spread.of([epochs[-1]["valid"]["accuracy"] for epochs in found]), "training loss", losses)
 

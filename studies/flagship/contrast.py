@@ -21,9 +21,11 @@ from torch import Tensor
 from normlab.data import TensorBatches, load_dataset
 from normlab.models import build_model
 from normlab.study.executors import Job, run_jobs
-from normlab.study.store import Record, RunStore
+from normlab.study.record import Record
+from normlab.study.schedules import SCHEDULES
+from normlab.study.store import RunStore
 from normlab.study.summary import Spread
-from normlab.study.trial import make_record, make_schedule
+from normlab.study.trial import make_record
 from normlab.training import Callback, Learner, Metrics, ScheduleParameter, accuracy
 
 STORE = RunStore(Path(__file__).parent / "contrast.jsonl")
@@ -50,7 +52,7 @@ def train_residual_net(key: str, norm: str, batch_size: int, lr: float, seed: in
         TensorBatches(x_train, mnist.y_train[:4000], batch_size, shuffle=True, seed=seed),
         TensorBatches(x_valid, mnist.y_valid[:2000], 250),
         optimizer=torch.optim.SGD(model.parameters(), lr=lr),
-        callbacks=[Metrics(accuracy=accuracy), ScheduleParameter("lr", make_schedule("one-cycle", lr)), tell],
+        callbacks=[Metrics(accuracy=accuracy), ScheduleParameter("lr", SCHEDULES["one-cycle"](lr)), tell],
     )
     start = time.perf_counter()
     learner.fit(1)
@@ -74,16 +76,16 @@ def main() -> None:
     parser.add_argument("--norms", nargs="+", default=("running", "group", "batch"), help="norms to run")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     a = parser.parse_args()
-    kept = {record["key"] for record in STORE.read() if record["status"] != "failed"}
+    kept = {record.key for record in STORE.read() if record.status != "failed"}
     jobs = [
         Job(key(*run), f"{run[0]:<8} lr {run[1]:<5g} seed {run[2]}", 1.0, partial(train, *run), dict(norm=run[0]))
         for run in itertools.product(a.norms, LRS, SEEDS)
         if key(*run) not in kept
     ]
     run_jobs(jobs, STORE, a.workers, Console())
-    ended = {record["key"]: record for record in STORE.read() if record["status"] != "failed"}
+    ended = {record.key: record for record in STORE.read() if record.status != "failed"}
     for norm, lr in itertools.product(a.norms, LRS):
-        found = [ended[key(norm, lr, seed)]["epochs"][-1]["valid"]["accuracy"] for seed in SEEDS]
+        found = [ended[key(norm, lr, seed)].final("accuracy") for seed in SEEDS]
         print(f"{norm:8} lr {lr:<5g} {Spread.of(found)}")
 
 

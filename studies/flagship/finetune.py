@@ -23,7 +23,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from normlab.study.compare import make_job
 from normlab.study.executors import run_jobs
 from normlab.study.plan import Trial
-from normlab.study.store import Record, RunStore
+from normlab.study.record import Record
+from normlab.study.store import RunStore
 from normlab.study.trial import build_learner, run_learner
 from normlab.training import Callback
 
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--data-dir", help="folder of the data sets")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     a = parser.parse_args()
-    kept = {record["key"] for record in STORE.read() if record["status"] != "failed"}
+    kept = {record.key for record in STORE.read() if record.status != "failed"}
     trials = [
         Trial(norm, size, lr, seed, schedule="one-cycle", data="fashion_mnist", images=FEW_IMAGES)
         for size, seed, lr, norm in itertools.product(a.batch_sizes, range(3), LRS, a.norms)

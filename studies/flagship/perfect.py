@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from normlab.data import load_dataset
 from normlab.models import build_model
 from normlab.study.executors import Job, run_jobs
-from normlab.study.store import Record, RunStore
-from normlab.study.trial import make_record, make_schedule
+from normlab.study.record import Record
+from normlab.study.schedules import SCHEDULES
+from normlab.study.store import RunStore
+from normlab.study.trial import make_record
 from normlab.training import Callback
 
 STORE = RunStore(Path(__file__).parent / "perfect.jsonl")
@@ -116,7 +118,7 @@ def train(own: bool, lr: float, tell: Callback) -> Record:
     y_train, y_valid = mnist.y_train[:IMAGES], mnist.y_valid[:2000]
     torch.manual_seed(0)
     model = with_pools(build_model("resnet", "batch", 10, 1), own)
-    optimizer, schedule = torch.optim.SGD(model.parameters(), lr=lr), make_schedule("one-cycle", lr)
+    optimizer, schedule = torch.optim.SGD(model.parameters(), lr=lr), SCHEDULES["one-cycle"](lr)
     generator = torch.Generator().manual_seed(0)
     order, losses, start = torch.randperm(IMAGES, generator=generator), [], time.perf_counter()
     for step, few in enumerate(order.split(STEPPED)):
@@ -151,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     a = parser.parse_args()
-    kept = {record["key"] for record in STORE.read() if record["status"] != "failed"}
+    kept = {record.key for record in STORE.read() if record.status != "failed"}
     jobs = [
         Job(key(*run), key(*run), 1.0, partial(train, *run), dict(norm=key(*run)))
         for run in itertools.product((False, True), LRS)
@@ -159,7 +161,7 @@ def main() -> None:
     ]
     run_jobs(jobs, STORE, a.workers, Console())
     for record in STORE.read():
-        print(f"{record['key']:12} {record['epochs'][-1]['valid']['accuracy']:.4f}")
+        print(f"{record.key:12} {record.final('accuracy'):.4f}")
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from normlab.files import write_whole
 from normlab.nn import NORMS
 from normlab.study.compare import make_job
 from normlab.study.executors import run_jobs
 from normlab.study.picture import write_png
 from normlab.study.plan import Trial
-from normlab.study.store import Record, RunStore, write_whole
+from normlab.study.store import RunStore
 from normlab.study.summary import Group, best, summarize
 
 FOLDER = Path(__file__).parent
@@ -76,7 +77,7 @@ def high_rates() -> list[Trial]:
 
 def run(trials: list[Trial], store: RunStore, data_dir: str | None, workers: int) -> None:
     """Run the trials that the store does not hold yet."""
-    kept = {record["key"] for record in store.read() if record["status"] != "failed"}
+    kept = {record.key for record in store.read() if record.status != "failed"}
     run_jobs([make_job(trial, data_dir) for trial in trials if trial.key not in kept], store, workers, Console())
 
 
@@ -85,7 +86,7 @@ def tables() -> str:
     made_by = "Made by `python studies/flagship/study.py table`. A run trains if it gets half of the images right."
     parts = [f"# Results so far\n\n{made_by}\n"]
     for path in (*sorted(FOLDER.glob("screen-*.jsonl")), *sorted(FOLDER.glob("confirm-*.jsonl")), FINE_TUNED):
-        records: list[Record] = RunStore(path).read()
+        records = RunStore(path).read()
         if records:
             groups = summarize(records)
             parts.append(f"## {path.stem}\n\nBest setting: accuracy, and what it is (lr, schedule, clipping).\n")

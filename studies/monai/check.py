@@ -25,15 +25,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
+from normlab.files import write_whole
 from normlab.nn import BatchNorm2d, RunningBatchNorm2d
-from normlab.study.store import Record, RunStore, write_whole
+from normlab.study.store import LineStore
 from normlab.surgery import Report, Row, convert, fold
 
-STORE = RunStore(Path(__file__).parent / "results.jsonl")
+STORE = LineStore(Path(__file__).parent / "results.jsonl")
 TABLE = Path(__file__).parent / "README.md"
 NORMS = {f"torch.nn.modules.{name}" for name in ("batchnorm", "instancenorm", "normalization")}
 TOLERANCE = 1e-5  # the largest difference, over the largest value
 Inputs = tuple[Any, ...]
+Figures = dict[str, Any]
 
 INTRODUCTION = """
 # Surgery on MONAI's networks
@@ -147,7 +149,7 @@ def batch_norms(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, _BatchNorm)}
 
 
-def check_conversion(model: nn.Module, inputs: Inputs) -> Record:
+def check_conversion(model: nn.Module, inputs: Inputs) -> Figures:
     """From torch's batch norm to `running`, to `batch`, to `running`, to `batch`, and all of it undone.
 
     torch's kernel rounds differently. So torch's network and the converted one are compared by the difference of their
@@ -188,7 +190,7 @@ def depends(model: nn.Module, before: list[Tensor], inputs: Inputs) -> bool:
     return not difference(before, outputs(model, inputs)) <= 100 * TOLERANCE
 
 
-def check_fold(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Record]:
+def check_fold(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Figures]:
     """The folded network, and its figures. Reasons are kept for batch norms alone."""
     folded, report = fold(model, *inputs)
     own = batch_norms(model)
@@ -200,7 +202,7 @@ def check_fold(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Record]:
     }
 
 
-def check_onnx(folded: nn.Module, inputs: Inputs) -> Record:
+def check_onnx(folded: nn.Module, inputs: Inputs) -> Figures:
     """The difference of the folded network in ONNX Runtime, or the reason why there is none."""
     expected = outputs(folded, inputs)
     if not same(expected, outputs(folded, inputs, seed=3)):
@@ -235,7 +237,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
 
 
-def check(name: str, dims: int, onnx: bool = True) -> Record:
+def check(name: str, dims: int, onnx: bool = True) -> Figures:
     """The figures of all checks for one network."""
     model, inputs = built(name, dims)
     record = check_conversion(model, inputs)
@@ -243,7 +245,7 @@ def check(name: str, dims: int, onnx: bool = True) -> Record:
     return record | fold_record | (check_onnx(folded, inputs) if onnx else {})
 
 
-def below_the_bar(record: Record) -> list[str]:
+def below_the_bar(record: Figures) -> list[str]:
     """The names of what does not hold; README.md lists what should."""
     exact = [key for key in ("same_outputs", "same_state", "undone") if not record[key]]
     near = [key for key, value in record.items() if key.endswith("_difference") and not near_zero(value)]
@@ -258,7 +260,7 @@ def near_zero(value: float | None) -> bool:
     return value is None or value <= TOLERANCE
 
 
-def kept(name: str, dims: int) -> Record:
+def kept(name: str, dims: int) -> Figures:
     """The record for results.jsonl."""
     start = time.perf_counter()
     record = check(name, dims)
@@ -272,7 +274,7 @@ def kept(name: str, dims: int) -> Record:
     }
 
 
-def table(records: list[Record]) -> str:
+def table(records: list[Figures]) -> str:
     """The page in Markdown, sorted by name."""
     last = {(record["settings"]["network"], record["settings"]["dims"]): record for record in records}
     rows = [row(name, dims, last[name, dims]) for name, dims in sorted(last)]
@@ -285,7 +287,7 @@ def listed(reasons: dict[str, str]) -> list[str]:
     return [f"| {name} | {why} |" for name, why in sorted(reasons.items())]
 
 
-def row(name: str, dims: int, record: Record) -> str:
+def row(name: str, dims: int, record: Figures) -> str:
     runtime = record["onnx_difference"]
     cells = [
         name,
@@ -320,14 +322,14 @@ def main() -> None:
     chosen = parser.parse_args().networks
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")  # MONAI and torch's exporter warn about themselves
-    done = {tuple(record["settings"].values()) for record in STORE.read()}
+    done = {tuple(record["settings"].values()) for record in STORE.read(dict)}
     for name in chosen or NETWORKS:
         for dims in NETWORKS[name].dims:
             if chosen or (name, dims) not in done:
                 record = kept(name, dims)
                 STORE.append(record)
                 print(f"{name} {dims}-D: {record['status']}, {record['seconds']} s", flush=True)
-    write_whole(TABLE, table(STORE.read()).encode())
+    write_whole(TABLE, table(STORE.read(dict)).encode())
 
 
 if __name__ == "__main__":

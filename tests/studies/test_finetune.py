@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from normlab.data import ImageData
-from normlab.nn import BatchNorm2d, FrozenBatchNorm2d, GroupNorm, RunningBatchNorm2d
+from normlab.nn import NORMS, BatchNorm2d, FrozenBatchNorm2d, GroupNorm, RunningBatchNorm2d
 from normlab.study.store import RunStore
 from normlab.study.summary import summarize
 from records import record
@@ -43,14 +44,14 @@ def study(tmp_path, monkeypatch):
 def test_every_way_fine_tunes_the_trained_network(study):
     case = study.CASES["classes"]
     trained = study.train(case, None)
-    assert trained["status"] == "finished"
+    assert trained.status == "finished"
     kept = {name: value.clone() for name, value in torch.load(study.network_file(case)).items()}
     for way in study.WAYS:
         run = study.fine_tune(study.settings("classes", way, 2, 0.001, 1), None)
-        assert run["steps"] == 4
-        assert 0 <= run["epochs"][-1]["valid"]["accuracy"] <= 1
+        assert run.steps == 4
+        assert 0 <= run.epochs[-1]["valid"]["accuracy"] <= 1
         study.STORE.append(run)
-    assert len({run["curve"]["loss"][-1] for run in study.STORE.read()}) == len(study.WAYS)
+    assert len({run.curve["loss"][-1] for run in study.STORE.read()}) == len(study.WAYS)
     assert all(torch.equal(value, kept[name]) for name, value in torch.load(study.network_file(case)).items())
 
 
@@ -115,11 +116,25 @@ def test_the_best_rate_is_confirmed_on_other_seeds(study):
     assert study.to_confirm([], "camera", "group", 2) == []
 
 
+def test_a_run_from_before_there_were_tasks_is_read_as_one_of_today(study):
+    today = study.settings("camera", "frozen, recalibrated", 2, 0.01, 1)
+    assert (today.norm, today.data, today.task) == ("frozen", "fashion_mnist", "camera: frozen, recalibrated")
+    assert study.case_and_way(today) == ("camera", "frozen, recalibrated")
+    assert {study.norm_of(way) for way in study.WAYS} <= set(NORMS)
+    before = replace(today, task=None, data="camera", norm="frozen, recalibrated")
+    study.STORE.append(record(0.7, **before.to_dict()))
+    study.STORE.append(study.train(study.CASES["classes"], None))
+    old, trained = study.kept_runs()
+    assert (old.key, old.settings) == (today.key, today.to_dict())
+    assert trained == study.STORE.read()[1]
+    assert study.runs([1]) == [old]
+
+
 def test_the_report_keeps_what_is_written_by_hand(study):
     for way, base in (("running", 0.8), ("group", 0.7)):
         for seed in range(6):
-            chosen = vars(study.settings("camera", way, 2, 0.01, seed))
-            study.STORE.append({**record(base + seed / 100, **chosen), "before": 0.2})
+            chosen = study.settings("camera", way, 2, 0.01, seed).to_dict()
+            study.STORE.append(replace(record(base + seed / 100, **chosen), more={"before": 0.2}))
     readme = study.FOLDER / "README.md"
     readme.write_text(f"Before.\n{study.BEGIN}\nold\n{study.END}\nAfter.\n")
     study.report()
@@ -127,7 +142,7 @@ def test_the_report_keeps_what_is_written_by_hand(study):
     assert text.startswith("Before.\n")
     assert text.endswith("After.\n")
     assert "old" not in text
-    assert "| group | 0.01 | 0.2000 ±.0000 | 0.7300 ±.0158 | 0.7300 ±.0158 | 0.1000 ±.0000 |" in text
+    assert "| group | 0.01 | 0.2000 ±0.0000 | 0.7300 ±0.0158 | 0.7300 ±0.0158 | 0.1000 ±0.0000 |" in text
     assert "| running | 0.8000 |" in text
-    assert "| running | 0.8300 ±.0158 |" in text
+    assert "| running | 0.8300 ±0.0158 |" in text
     assert (study.FOLDER / "finetune.png").stat().st_size > 10_000

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -27,7 +28,7 @@ def run(trials, folder, **options):
 def test_a_comparison_writes_its_runs_a_picture_and_a_page(tmp_path):
     trials = grid(["batch", "running"], [20, 50], [0.1], [0], BASE)
     records, shown = run(trials, tmp_path, command="normlab compare")
-    assert {record["key"] for record in records} == {trial.key for trial in trials}
+    assert {record.key for record in records} == {trial.key for trial in trials}
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report.html").read_text()
     assert "normlab compare" in page
@@ -46,7 +47,7 @@ def test_runs_of_other_versions_are_made_again(tmp_path):
     records, _ = run(trials, tmp_path)
     store = RunStore(tmp_path / "runs.jsonl")
     store.path.unlink()
-    store.append({**records[0], "versions": {**records[0]["versions"], "torch": "1.0"}})
+    store.append(replace(records[0], versions={**records[0].versions, "torch": "1.0"}))
     run(trials, tmp_path)
     assert len(store.read()) == 2
 
@@ -91,7 +92,7 @@ def test_ctrl_c_keeps_what_is_done_and_shows_the_partial_table(tmp_path):
     done = RunStore(tmp_path / "out" / "runs.jsonl")
     trial = Trial(norm="batch", batch_size=512, lr=0.01, epochs=5)
     earlier, _ = run([Trial(images=512, batch_size=512)], tmp_path / "small")
-    done.append({**earlier[0], "key": trial.key, "settings": vars(trial)})
+    done.append(replace(earlier[0], key=trial.key, settings=trial.to_dict()))
     time.sleep(12)
     process.send_signal(signal.SIGINT)
     try:
@@ -102,6 +103,6 @@ def test_ctrl_c_keeps_what_is_done_and_shows_the_partial_table(tmp_path):
     assert "interrupted" in err
     assert "Traceback" not in err
     assert "batch 512" in out
-    assert f"{earlier[0]['epochs'][0]['valid']['accuracy']:.4f}" in out
+    assert f"{earlier[0].epochs[0]['valid']['accuracy']:.4f}" in out
     assert (tmp_path / "out" / "report.html").exists()
     assert len(done.read()) == 1

@@ -16,6 +16,7 @@ from normlab.errors import InputError
 from normlab.study.compare import make_job
 from normlab.study.executors import Job, run_jobs, threads_of_each
 from normlab.study.plan import Trial
+from normlab.study.record import Record
 from normlab.study.store import RunStore
 
 
@@ -36,7 +37,7 @@ def killer_job() -> Job:
     return Job("killer", "a job that is killed", 1.0, partial(_kill_this_process), {"norm": "killer"})
 
 
-def _kill_this_process(tell) -> dict:
+def _kill_this_process(tell) -> Record:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("still alive")
 
@@ -45,16 +46,16 @@ def test_results_are_kept_and_a_failure_is_a_record(tmp_path):
     store, console = RunStore(tmp_path / "runs.jsonl"), quiet()
     jobs = [trial_job(), broken_job(), trial_job(norm="none", batch_size=2, lr=9.0)]
     run_jobs(jobs, store, 2, console)
-    records = {record["key"]: record for record in store.read()}
+    records = {record.key: record for record in store.read()}
     assert set(records) == {job.key for job in jobs}
-    assert records[jobs[0].key]["status"] == "finished"
-    assert records[jobs[0].key]["machine"]["threads"] >= 1
-    assert records["broken"]["status"] == "failed"
-    assert "Error" in records["broken"]["error"]
-    assert 'File "normlab/study/executors.py", line' in records["broken"]["traceback"]
-    assert 'File "/' not in records["broken"]["traceback"]  # a folder of this machine
-    assert "job.run(" in records["broken"]["traceback"]
-    assert records[jobs[2].key]["status"] == "diverged"
+    assert records[jobs[0].key].status == "finished"
+    assert records[jobs[0].key].machine["threads"] >= 1
+    assert records["broken"].status == "failed"
+    assert "Error" in records["broken"].error
+    assert 'File "normlab/study/executors.py", line' in records["broken"].traceback
+    assert 'File "/' not in records["broken"].traceback  # a folder of this machine
+    assert "job.run(" in records["broken"].traceback
+    assert records[jobs[2].key].status == "diverged"
     shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert "failed: " in shown
     assert "diverged at step" in shown
@@ -66,7 +67,7 @@ def test_the_number_of_workers_does_not_change_the_results(tmp_path):
     for workers in (1, 2):
         store = RunStore(tmp_path / f"{workers}.jsonl")
         run_jobs(jobs, store, workers, quiet())
-        found = {r["key"]: r["epochs"][0]["valid"]["loss"] for r in store.read()}
+        found = {r.key: r.epochs[0]["valid"]["loss"] for r in store.read()}
         losses.append([found[job.key] for job in jobs])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -107,7 +108,7 @@ def test_a_killed_study_keeps_what_ended_leaves_no_process_and_goes_on(tmp_path)
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert [r["status"] for r in store.read()] == ["finished", "finished"]
+    assert [r.status for r in store.read()] == ["finished", "finished"]
     while _alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not _alive(process.pid)

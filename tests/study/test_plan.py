@@ -1,9 +1,11 @@
 """Trials and grids."""
 
+from dataclasses import fields
+
 import pytest
 
 from normlab.errors import InputError
-from normlab.study.plan import Trial, grid
+from normlab.study.plan import Shared, Trial, grid
 
 
 @pytest.mark.parametrize(
@@ -28,6 +30,7 @@ from normlab.study.plan import Trial, grid
         ({"epochs": 1.5}, "epochs=1.5"),
         ({"images": "all"}, "images='all'"),
         ({"clip": True}, "clip=True"),
+        ({"task": 5}, "task=5"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(wrong, named):
@@ -64,3 +67,21 @@ def test_a_grid_is_of_lists(lists, message):
 def test_a_record_gives_its_trial_back():
     trial = Trial(norm="group", clip=0.5)
     assert Trial.from_dict({**vars(trial), "of another version": 1}) == trial
+    assert Trial.from_dict(trial.to_dict()) == trial
+
+
+def test_a_task_is_a_setting_like_others_where_there_is_one():
+    trial = Trial(task="segment: tumours")
+    assert trial.key != Trial().key
+    assert Trial.from_dict(trial.to_dict()) == trial
+    assert "task" not in Trial().to_dict()
+
+
+def test_the_settings_are_in_the_order_of_the_table():
+    names = ["norm", "batch_size", "lr", "seed", "epochs", "schedule", "data", "model", "images", "clip", "task"]
+    assert [field.name for field in fields(Trial)] == names
+
+
+def test_a_grid_takes_its_shared_settings_with_or_without_a_trial():
+    lists = (["batch"], [2], [0.1], [0])
+    assert grid(*lists, Shared(epochs=3)) == grid(*lists, Trial(epochs=3, norm="group"))

@@ -2,6 +2,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -54,7 +55,7 @@ class TestHtml:
         tags = page_of(study()).tags
         evil = [record(0.9, norm=EVIL), record(status="failed", error=EVIL, seed=1, norm=EVIL)]
         for run in evil:
-            run["versions"]["torch"] = run["machine"]["cpu"] = EVIL
+            run.versions["torch"] = run.machine["cpu"] = EVIL
         page = page_of(evil, EVIL, EVIL)
         assert page.tags.count("script") == tags.count("script") == 2
         assert page.data["groups"][0]["settings"]["norm"] == EVIL
@@ -80,11 +81,11 @@ class TestHtml:
     def test_results_can_be_read_without_script(self, page_of):
         text = page_of(study()).text
         assert text.count("3 of 3 diverged") == 1
-        assert text.count("0.9710 ±.0010") == 2
+        assert text.count("0.9710 ±0.0010") == 2
 
     def test_numbers_that_are_not_finite_are_null(self, page_of):
-        run = record(0.9)
-        run["curve"]["loss"][3] = run["seconds"] = float("nan")
+        run = replace(record(0.9), seconds=float("nan"))
+        run.curve["loss"][3] = float("nan")
         assert page_of([run]).data["runs"][0]["curve"][3] is None
 
     def test_two_thousand_runs_stay_small(self, page_of, tmp_path):
@@ -142,7 +143,7 @@ class TestBrowser:
         page = visit(study())
         heat = page.locator("#heat tbody tr").all_inner_texts()
         assert [row.split()[0] for row in heat] == ["batch", "running"]
-        assert page.locator("#heat .leader").all_inner_texts() == ["0.9710 ±.0010\nlearning rate 0.1"] * 2
+        assert page.locator("#heat .leader").all_inner_texts() == ["0.9710 ±0.0010\nlearning rate 0.1"] * 2
         assert "does not train" in heat[0]
         assert page.locator("#runs tbody tr").count() == 24
         assert page.locator("#curves .curve").count() == 24
@@ -192,7 +193,7 @@ class TestBrowser:
         assert not tip.is_visible()
         page.locator("#accuracy .mark[aria-label*='running'][aria-label*='size 32'][aria-label*='0.9710']").hover()
         assert tip.is_visible()
-        assert tip.inner_text().splitlines()[:2] == ["running · batch size 32 · learning rate 0.1", "0.9710 ±.0010"]
+        assert tip.inner_text().splitlines()[:2] == ["running · batch size 32 · learning rate 0.1", "0.9710 ±0.0010"]
         curve = page.locator("#curves .mark[aria-label*='running · batch size 32 · learning rate 1 · seed 2'] .curve")
         curve.scroll_into_view_if_needed()
         middle = curve.evaluate("""path => {

@@ -8,15 +8,16 @@ from rich.console import Console
 
 from normlab.errors import InputError
 from normlab.study import reproduce as module
+from normlab.study.record import Record
 from normlab.study.reproduce import AS_RECORDED, ROWS, make_job, reproduce, run_row, verdict
 from normlab.study.store import RunStore
 
 BY_ID = {row.id: row for row in ROWS}
 
 
-def run(accuracy: float | None) -> dict:
+def run(accuracy: float | None) -> Record:
     status = "diverged" if accuracy is None else "finished"
-    return {"status": status, "diverged_at_step": 5, "epochs": [{"valid": {"accuracy": accuracy}}]}
+    return Record("R1-0", {}, status, diverged_at_step=5, epochs=[{"valid": {"accuracy": accuracy}}])
 
 
 @pytest.mark.parametrize(
@@ -70,12 +71,12 @@ def few_images(monkeypatch):
 def test_every_row_runs_in_the_lesson_vocabulary(id, few_images):
     record = run_row(BY_ID[id], 0)
     row = BY_ID[id]
-    assert record["parameters"] == {"R1": 62_090, "R2": 62_090, "R6": 62_090 + 10, "R7": 62_274 + 184}.get(id, 62_274)
-    if record["status"] == "finished":
-        assert record["steps"] == row.epochs * 1024 / row.bs
-        assert len(record["epochs"]) == row.epochs
+    assert record.parameters == {"R1": 62_090, "R2": 62_090, "R6": 62_090 + 10, "R7": 62_274 + 184}.get(id, 62_274)
+    if record.status == "finished":
+        assert record.steps == row.epochs * 1024 / row.bs
+        assert len(record.epochs) == row.epochs
     else:
-        assert record["diverged_at_step"] <= record["steps"]
+        assert record.diverged_at_step <= record.steps
 
 
 def test_the_schedule_of_a_row_reaches_the_optimizer(few_images, monkeypatch):

@@ -11,18 +11,19 @@ import time
 import pytest
 
 from normlab.errors import InputError
+from normlab.study.record import Record
 from normlab.study.store import RunStore
 
 
-def record(key: str, **more) -> dict:
-    return {"key": key, "settings": {"norm": "batch"}, "status": "finished", **more}
+def record(key: str, **fields) -> Record:
+    return Record(key, {"norm": "batch"}, "finished", **fields)
 
 
 def test_records_come_back_in_order(tmp_path):
     store = RunStore(tmp_path / "new" / "runs.jsonl")
     for key in "abc":
         store.append(record(key))
-    assert [r["key"] for r in RunStore(store.path).read()] == ["a", "b", "c"]
+    assert [r.key for r in RunStore(store.path).read()] == ["a", "b", "c"]
 
 
 def test_a_file_that_is_not_there_is_empty(tmp_path):
@@ -35,8 +36,8 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
     line = store.path.read_text()
     assert "NaN" not in line
     assert "Infinity" not in line
-    assert store.read()[0]["curve"]["loss"] == [1.0, None, None]
-    assert store.read()[0]["epochs"] == [{"loss": None}]
+    assert store.read()[0].curve["loss"] == [1.0, None, None]
+    assert store.read()[0].epochs == [{"loss": None}]
 
 
 @pytest.mark.parametrize("cut", [1, 5, 30])
@@ -46,9 +47,9 @@ def test_a_torn_last_line_is_dropped_and_the_next_record_is_whole(tmp_path, cut)
     store.append(record("b"))
     whole = store.path.read_bytes()
     store.path.write_bytes(whole[:-cut])
-    assert [r["key"] for r in store.read()] == ["a"]
+    assert [r.key for r in store.read()] == ["a"]
     store.append(record("c"))
-    assert [r["key"] for r in store.read()] == ["a", "c"]
+    assert [r.key for r in store.read()] == ["a", "c"]
     assert all(json.loads(line) for line in store.path.read_text().splitlines())
 
 
@@ -77,11 +78,12 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 APPEND = """
 import sys, time
+from normlab.study.record import Record
 from normlab.study.store import RunStore
 who, number, path, start = sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
 time.sleep(max(0.0, start - time.time()))
 for i in range(number):
-    RunStore(path).append({"key": f"{who}-{i}", "settings": {}, "status": "finished", "pad": "x" * 6000})
+    RunStore(path).append(Record(f"{who}-{i}", {}, "finished", more={"pad": "x" * 6000}))
 """
 
 
@@ -91,7 +93,7 @@ def test_processes_that_append_at_once_keep_every_record(tmp_path):
     run = [sys.executable, "-c", APPEND]
     processes = [subprocess.Popen([*run, str(who), str(number), str(path), str(start)]) for who in range(8)]
     assert [process.wait() for process in processes] == [0] * 8
-    keys = [r["key"] for r in RunStore(path).read()]
+    keys = [r.key for r in RunStore(path).read()]
     for who in range(8):
         assert [key for key in keys if key.startswith(f"{who}-")] == [f"{who}-{i}" for i in range(number)]
     assert len(keys) == 8 * number
@@ -106,7 +108,7 @@ def test_a_process_killed_while_it_holds_the_lock_keeps_nobody_waiting(tmp_path)
     process.kill()
     process.wait()
     RunStore(path).append(record("a"))
-    assert [r["key"] for r in RunStore(path).read()] == ["a"]
+    assert [r.key for r in RunStore(path).read()] == ["a"]
 
 
 def test_killed_while_writing_keeps_every_record_that_was_reported(tmp_path):
@@ -115,10 +117,11 @@ def test_killed_while_writing_keeps_every_record_that_was_reported(tmp_path):
     script = textwrap.dedent(
         """
         import sys
+        from normlab.study.record import Record
         from normlab.study.store import RunStore
         store = RunStore(sys.argv[1])
         for i in range(100_000):
-            store.append({"key": str(i), "settings": {}, "status": "finished", "pad": "x" * 3000})
+            store.append(Record(str(i), {}, "finished", more={"pad": "x" * 3000}))
             print(i, flush=True)
         """
     )
@@ -130,8 +133,8 @@ def test_killed_while_writing_keeps_every_record_that_was_reported(tmp_path):
     reported = 20 + len(process.stdout.read().split())
     process.wait()
     store = RunStore(path)
-    keys = [r["key"] for r in store.read()]
+    keys = [r.key for r in store.read()]
     assert len(keys) >= reported >= 20
     assert keys == [str(i) for i in range(len(keys))]
     store.append(record("after"))
-    assert store.read()[-1]["key"] == "after"
+    assert store.read()[-1].key == "after"

@@ -1,15 +1,16 @@
 import math
+from dataclasses import replace
 
 import pytest
 
-from normlab.study.summary import Spread, best, final, latest, summarize, varying
+from normlab.study.summary import Spread, best, conditions_of, latest, summarize, varying
 from records import record
 
 
 def test_runs_that_differ_only_in_their_seed_are_one_group():
     groups = summarize([record(0.96, seed=1), record(0.98, seed=0), record(0.9, seed=0, lr=0.1)])
     assert [(group.settings["lr"], len(group.records)) for group in groups] == [(0.1, 1), (0.4, 2)]
-    assert [run["settings"]["seed"] for run in groups[1].records] == [0, 1]
+    assert [run.settings["seed"] for run in groups[1].records] == [0, 1]
     assert "seed" not in groups[0].settings
 
 
@@ -20,12 +21,12 @@ def test_mean_and_sample_deviation():
     assert group.accuracy.std == pytest.approx(math.sqrt((0.03**2 + 0.01**2 + 0.02**2) / 2))
     assert group.loss is not None
     assert group.loss.mean == pytest.approx(3 * 0.07)
-    assert group.outcome == "0.9300 ±.0265"
+    assert group.outcome == "0.9300 ±0.0265"
 
 
 def test_a_later_record_with_the_same_key_replaces_an_earlier_one():
     runs = [record(status="failed", error="killed"), record(0.9, seed=1), record(0.97)]
-    assert [run["status"] for run in latest(runs)] == ["finished", "finished"]
+    assert [run.status for run in latest(runs)] == ["finished", "finished"]
     (group,) = summarize(runs)
     assert group.accuracy is not None
     assert group.accuracy.mean == pytest.approx(0.935)
@@ -34,7 +35,7 @@ def test_a_later_record_with_the_same_key_replaces_an_earlier_one():
 
 @pytest.mark.parametrize("accuracy", [None, math.nan, 0.5])
 def test_a_diverged_run_is_in_no_mean(accuracy):
-    (group,) = summarize([record(0.96), {**record(accuracy, "diverged", step=41, seed=1), "seconds": 99.0}])
+    (group,) = summarize([record(0.96), replace(record(accuracy, "diverged", step=41, seed=1), seconds=99.0)])
     assert group.accuracy == Spread(0.96, None)
     assert group.loss == Spread(pytest.approx(3 * 0.04), None)
     assert group.seconds_per_step == pytest.approx(0.0125)
@@ -44,7 +45,7 @@ def test_a_diverged_run_is_in_no_mean(accuracy):
 
 def test_a_loss_that_is_missing_leaves_the_accuracy():
     run = record(0.96)
-    run["epochs"][-1]["valid"]["loss"] = None
+    run.epochs[-1]["valid"]["loss"] = None
     (group,) = summarize([run])
     assert group.accuracy == Spread(0.96, None)
     assert group.loss is None
@@ -54,7 +55,7 @@ def test_a_loss_that_is_missing_leaves_the_accuracy():
     ("runs", "outcome"),
     [
         ([record(0.9612)], "0.9612"),
-        ([record(1.0), record(1.0, seed=1)], "1.0000 ±.0000"),
+        ([record(1.0), record(1.0, seed=1)], "1.0000 ±0.0000"),
         ([record(None, "diverged", step=41)], "diverged at step 41"),
         ([record(None, "diverged", step=0)], "diverged at step 0"),
         ([record(None, "diverged")], "diverged"),
@@ -109,13 +110,19 @@ def test_groups_are_in_order_of_their_settings_as_numbers():
 
 def test_settings_unknown_to_this_version_do_not_split_a_group():
     run = record(0.9, seed=1)
-    run["settings"]["later"] = 3
+    run.settings["later"] = 3
     assert len(summarize([record(0.9), run])) == 1
+
+
+def test_a_task_is_told_where_there_is_one():
+    assert "task" not in conditions_of(summarize([record(0.9)]))
+    assert "task segment" in conditions_of(summarize([record(0.9, task="segment")]))
+    assert varying(summarize([record(0.9), record(0.9, task="segment")])) == ["task"]
 
 
 def test_final_is_of_the_last_epoch_and_only_of_a_finished_run():
     run = record(0.9)
-    run["epochs"].append({"epoch": 2, "valid": {"loss": 0.2, "accuracy": 0.95}})
-    assert final(run, "accuracy") == 0.95
-    assert final({**run, "status": "diverged"}, "accuracy") is None
-    assert final({**run, "epochs": []}, "accuracy") is None
+    run.epochs.append({"epoch": 2, "valid": {"loss": 0.2, "accuracy": 0.95}})
+    assert run.final("accuracy") == 0.95
+    assert replace(run, status="diverged").final("accuracy") is None
+    assert replace(run, epochs=[]).final("accuracy") is None

@@ -24,17 +24,17 @@ def test_rows_are_norms_and_rates_and_columns_batch_sizes():
     assert [str(column.header) for column in table.columns] == ["norm", "learning rate", "batch 2", "batch 32"]
     rows = [line.split("│")[1:-1] for line in plain(text_of(table)).splitlines() if line.startswith("│")]
     assert [[cell.strip() for cell in row] for row in rows] == [
-        ["batch", "0.1", "0.1110 ±.0010, does not train", "0.9610 ±.0010"],
-        ["batch", "1", "0.1110 ±.0010, does not train", "0.9410 ±.0010"],
-        ["running", "0.1", "0.9710 ±.0010", "0.9710 ±.0010"],
-        ["running", "1", "3 of 3 diverged", "0.9510 ±.0010"],
+        ["batch", "0.1", "0.1110 ±0.0010, does not train", "0.9610 ±0.0010"],
+        ["batch", "1", "0.1110 ±0.0010, does not train", "0.9410 ±0.0010"],
+        ["running", "0.1", "0.9710 ±0.0010", "0.9710 ±0.0010"],
+        ["running", "1", "3 of 3 diverged", "0.9510 ±0.0010"],
     ]
 
 
 def test_the_best_of_each_batch_size_stands_out():
     text = text_of(terminal_table(study()))
     bold_green = re.findall(r"\x1b\[1;32m([^\x1b]*)", text)
-    assert [cell.strip() for cell in bold_green] == ["0.9710 ±.0010"] * 2
+    assert [cell.strip() for cell in bold_green] == ["0.9710 ±0.0010"] * 2
 
 
 def test_nothing_stands_out_where_nothing_trains():

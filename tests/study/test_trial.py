@@ -7,7 +7,8 @@ import torch
 
 from normlab.errors import InputError
 from normlab.study.plan import Trial
-from normlab.study.trial import build_learner, make_schedule, quick_convolutions, run_trial, thin
+from normlab.study.schedules import SCHEDULES
+from normlab.study.trial import build_learner, quick_convolutions, run_trial, thin
 from normlab.training import Callback
 
 
@@ -17,31 +18,31 @@ def small(**settings) -> Trial:
 
 def test_a_run_learns_and_its_record_says_all_about_it():
     record = run_trial(small())
-    assert record["status"] == "finished"
-    assert record["settings"] == vars(small())
-    assert record["steps"] == record["curve"]["step"][-1] == 63
-    assert record["parameters"] == 62_274
-    assert record["versions"]["torch"] == torch.__version__
-    assert record["machine"]["threads"] == torch.get_num_threads()
-    (epoch,) = record["epochs"]
+    assert record.status == "finished"
+    assert record.settings == small().to_dict()
+    assert record.steps == record.curve["step"][-1] == 63
+    assert record.parameters == 62_274
+    assert record.versions["torch"] == torch.__version__
+    assert record.machine["threads"] == torch.get_num_threads()
+    (epoch,) = record.epochs
     assert epoch["valid"]["accuracy"] > 0.85
-    assert epoch["train"]["loss"] == pytest.approx(sum(record["curve"]["loss"]) / 63, rel=0.1)
-    json.dumps(record)
+    assert epoch["train"]["loss"] == pytest.approx(sum(record.curve["loss"]) / 63, rel=0.1)
+    json.dumps(record.to_json())
 
 
 def test_equal_trials_give_equal_runs_and_another_seed_another_one():
     runs = [run_trial(small(images=640, seed=seed)) for seed in (0, 0, 1)]
-    curves = [run["curve"]["loss"] for run in runs]
+    curves = [run.curve["loss"] for run in runs]
     assert curves[0] == curves[1] != curves[2]
 
 
 def test_a_run_that_diverges_is_a_result_that_says_where():
     record = run_trial(Trial(norm="none", batch_size=2, lr=5.0, images=2000))
-    assert record["status"] == "diverged"
-    losses = record["curve"]["loss"]
-    step = record["diverged_at_step"]
-    assert 1 <= step <= record["steps"] < 1000
-    assert torch.tensor(losses[: (step - 1) // -(-record["steps"] // 100)]).isfinite().all()
+    assert record.status == "diverged"
+    losses = record.curve["loss"]
+    step = record.diverged_at_step
+    assert 1 <= step <= record.steps < 1000
+    assert torch.tensor(losses[: (step - 1) // -(-record.steps // 100)]).isfinite().all()
 
 
 def test_the_step_of_divergence_is_the_first_loss_that_is_not_finite():
@@ -53,7 +54,7 @@ def test_the_step_of_divergence_is_the_first_loss_that_is_not_finite():
 
     record = run_trial(Trial(norm="none", batch_size=2, lr=5.0, images=2000), None, (Note(),))
     finite = torch.tensor(losses).isfinite().tolist()
-    assert record["diverged_at_step"] == finite.index(False) + 1
+    assert record.diverged_at_step == finite.index(False) + 1
 
 
 def test_images_and_clip_reach_the_run():
@@ -82,13 +83,13 @@ def test_an_unknown_norm_is_named():
     ("name", "start", "end"), [("constant", 0.4, 0.4), ("linear", 0.4, 0.08), ("one-cycle", 0.04, 0.0)]
 )
 def test_schedules_begin_and_end_where_the_plan_says(name, start, end):
-    schedule = make_schedule(name, 0.4)
+    schedule = SCHEDULES[name](0.4)
     assert schedule(0.0) == pytest.approx(start)
     assert schedule(1.0) == pytest.approx(end)
 
 
 def test_one_cycle_peaks_after_a_quarter():
-    assert make_schedule("one-cycle", 0.4)(0.25) == pytest.approx(0.4)
+    assert SCHEDULES["one-cycle"](0.4)(0.25) == pytest.approx(0.4)
 
 
 def test_a_curve_keeps_its_mean_and_its_last_step():

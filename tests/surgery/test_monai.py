@@ -50,7 +50,7 @@ def test_onnx_runtime_agrees_on_the_folded_network(name, dims):
 
 
 def test_the_study_has_every_network():
-    kept = {tuple(record["settings"].values()): record for record in STORE.read()}
+    kept = {tuple(record["settings"].values()): record for record in STORE.read(dict)}
     assert set(kept) == set(ALL)
     for record in kept.values():
         assert record["status"] == "ok"

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..nn import NORMS
-from .store import Record
 from .summary import Group, best, is_number, show, title_of, values_of, varying
 
 # Told apart by the colour-blind, on white and on black; a norm's record says which is its own.
@@ -81,12 +80,6 @@ def _least_used(styles: list[tuple[str, str]]) -> tuple[str, str]:
     return min(pairs, key=lambda pair: (styles.count(pair), colours.count(pair[0]), markers.count(pair[1])))
 
 
-def curve_of(record: Record) -> list[tuple[int, float | None]]:
-    """A run's training loss: pairs of step and loss."""
-    curve = record.get("curve") or {"step": [], "loss": []}
-    return list(zip(curve["step"], curve["loss"], strict=True))
-
-
 def error_ticks(groups: list[Group]) -> list[float]:
     """The ticks of an axis of 1 − accuracy; it ends at the first and the last."""
     return _ticks((1 - group.accuracy.mean for group in groups if group.accuracy), 1.0, (1, 2, 3, 5, 7))
@@ -94,7 +87,7 @@ def error_ticks(groups: list[Group]) -> list[float]:
 
 def loss_ticks(groups: list[Group]) -> list[float]:
     """The ticks of an axis of training losses; it ends at the first and the last."""
-    losses = (loss for group in groups for record in group.records for _, loss in curve_of(record))
+    losses = (loss for group in groups for record in group.records for _, loss in record.losses)
     return _ticks((loss for loss in losses if is_number(loss)), LARGEST_LOSS, (1, 2, 5))
 
 

@@ -14,8 +14,9 @@ from ..training import Callback
 from .executors import Job, run_jobs
 from .picture import write_png
 from .plan import Trial
+from .record import Record
 from .report import write_html
-from .store import Record, RunStore
+from .store import RunStore
 from .table import terminal_table
 from .trial import environment, run_trial
 
@@ -54,7 +55,7 @@ def compare(
     for trial in trials:
         check_trial(trial, data_dir)
     check_writable(folder)
-    kept = {record["key"] for record in _usable(store)}
+    kept = {record.key for record in _usable(store)}
     wanted = {trial.key for trial in trials}
     if kept & wanted:
         console.print(f"{len(kept)} runs are in {store.path} already; delete it to run them again.", highlight=False)
@@ -62,7 +63,7 @@ def compare(
     try:
         run_jobs([make_job(trial, data_dir) for trial in todo], store, workers, console)
     finally:
-        records = [record for record in _usable(store) if record["key"] in wanted]
+        records = [record for record in _usable(store) if record.key in wanted]
         if records:
             report(records, folder, console, command)
     return records
@@ -84,7 +85,7 @@ def make_job(trial: Trial, data_dir: str | Path | None) -> Job:
     per_step = 1e-3 * NORMS[trial.norm].cost
     label = f"{trial.norm:<9} batch {trial.batch_size:<4} lr {trial.lr:<5g} seed {trial.seed}"
     run = partial(_run, trial, data_dir)
-    return Job(trial.key, label, steps * (per_step + 1e-4 * trial.batch_size), run, vars(trial).copy())
+    return Job(trial.key, label, steps * (per_step + 1e-4 * trial.batch_size), run, trial.to_dict())
 
 
 def _run(trial: Trial, data_dir: str | Path | None, tell: Callback) -> Record:
@@ -125,4 +126,4 @@ def _sizes(name: str, data_dir: str | Path | None) -> int:
 def _usable(store: RunStore) -> list[Record]:
     """The store's runs that did not fail and were made by the versions at hand."""
     versions = environment()["versions"]
-    return [record for record in store.read() if record["status"] != "failed" and record.get("versions") == versions]
+    return [record for record in store.read() if record.status != "failed" and record.versions == versions]

@@ -21,7 +21,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from ..errors import InputError, check, is_whole
 from ..training import Callback
-from .store import Record, RunStore
+from .record import Record
+from .store import RunStore
 
 TELL_SECONDS = 0.2
 LINE_SECONDS = 20.0
@@ -138,16 +139,8 @@ def _work(job: Job) -> Record | None:
     except _Stopped:
         return None
     except Exception as error:  # whatever it is, the other runs go on and the table says so
-        return {
-            "key": job.key,
-            "settings": job.settings,
-            "status": "failed",
-            "error": f"{type(error).__name__}: {error}",
-            "traceback": _traceback(error),
-            "diverged_at_step": None,
-            "epochs": [],
-            "curve": {"step": [], "loss": []},
-        }
+        message = f"{type(error).__name__}: {error}"
+        return Record(job.key, job.settings, "failed", error=message, traceback=_traceback(error))
 
 
 def _traceback(error: Exception) -> str:
@@ -195,7 +188,7 @@ class _Display:
         self._ended: set[str] = set()
 
     def end(self, job: Job, record: Record) -> None:
-        if record["status"] != "finished":  # it stopped early: count what it did as all it had to do
+        if record.status != "finished":  # it stopped early: count what it did as all it had to do
             self._costs[job.key] *= self._shares[job.key]
         self._shares[job.key] = 1.0
         self._ended.add(job.key)
@@ -256,8 +249,8 @@ def _display(jobs: Sequence[Job], console: Console) -> Iterator[_Display]:
 
 
 def _outcome(record: Record) -> str:
-    if record["status"] == "failed":
-        return f"failed: {record['error']}"
-    if record["status"] == "diverged":
-        return f"diverged at step {record['diverged_at_step']}"
-    return f"{record['epochs'][-1]['valid']['accuracy']:.4f}  ({record['seconds']:.0f} s)"
+    if record.status == "failed":
+        return f"failed: {record.error}"
+    if record.status == "diverged":
+        return f"diverged at step {record.diverged_at_step}"
+    return f"{record.final('accuracy'):.4f}  ({record.seconds:.0f} s)"

@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from .charts import LARGEST_LOSS, SMALLEST, Series, curve_of, error_ticks, loss_ticks, series_of
-from .store import Record, write_whole
+from ..files import write_whole
+from .charts import LARGEST_LOSS, SMALLEST, Series, error_ticks, loss_ticks, series_of
+from .record import Record
 from .summary import conditions_of, is_number, summarize, values_of, varying
 
 
@@ -97,11 +98,11 @@ def _draw_curves(axes: Axes, series: list[Series], size: int) -> None:
     for line in series:
         group = line.best(size)
         for record in group.records if group else ():
-            points = [(x, min(max(y, SMALLEST), LARGEST_LOSS)) for x, y in curve_of(record) if is_number(y)]
+            points = [(x, min(max(y, SMALLEST), LARGEST_LOSS)) for x, y in record.losses if is_number(y)]
             if not points:
                 continue
             axes.plot(*zip(*points, strict=True), color=line.colour, linestyle=line.dash, linewidth=1.1, alpha=0.8)
-            if record["status"] == "diverged":
+            if record.status == "diverged":
                 axes.plot(*points[-1], marker="x", color=line.colour, markersize=7, markeredgewidth=2, clip_on=False)
     axes.set_title(f"batch size {size}", fontsize=10)
     axes.set_ylim(ticks[0], ticks[-1])

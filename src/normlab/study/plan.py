@@ -1,43 +1,60 @@
-"""What a study runs: one `Trial` is one training run, a `Plan` the grid of them."""
+"""What a study runs: a `Trial` has the settings of one training run, a `grid` is a list of them."""
 
 import hashlib
 import itertools
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from ..errors import check, is_real, is_whole, unknown
+from .schedules import SCHEDULES
 
-SCHEDULES = ("constant", "one-cycle", "linear")
+# The text under a field is its help on the command line too.
 
 
 @dataclass(frozen=True)
-class Trial:
-    """The settings of one training run; equal settings have equal keys.
-
-    Attributes:
-        norm: registered name of the norm (`normlab list`).
-        batch_size: images a step, the statistics' and the gradient's true batch.
-        lr: learning rate; the peak where `schedule` moves it.
-        seed: of the initial weights and of the order of the images.
-        epochs: passes over the training images.
-        schedule: `constant`; `one-cycle` (cosine up over the first quarter, then down to nothing);
-            `linear` (straight down to a fifth).
-        data: name of the data set.
-        model: name of the network.
-        images: how many training images are used, the first ones; all of them if None.
-        clip: bound on the norm of the whole gradient; none if None.
-    """
+class Varied:
+    """The settings that a comparison varies."""
 
     norm: str = "running"
+    """Registered name of the norm (normlab list)."""
     batch_size: int = 2
+    """Images a step: the true batch of statistics and gradient."""
     lr: float = 0.4
+    """Learning rate; its peak where the schedule moves it."""
     seed: int = 0
+    """Of the initial weights and of the order of the images."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The settings that all runs of a comparison share."""
+
     epochs: int = 1
+    """Passes over the training images."""
     schedule: str = "constant"
+    """How the learning rate moves (normlab list)."""
     data: str = "mnist"
+    """Name of the data set (normlab list)."""
     model: str = "convnet"
+    """Name of the network (normlab list)."""
     images: int | None = None
+    """How many training images are used, the first ones; none for all."""
     clip: float | None = None
+    """Bound on the norm of the whole gradient; none for no clipping."""
+
+
+@dataclass(frozen=True)
+class Trial(Shared, Varied):  # fields in the order norm … seed, epochs … clip, task: those of the last base come first
+    """The settings of one training run; equal settings have equal keys.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    task: str | None = None
+    """What else a study does, in its own words; none where norm, data and network say it all."""
 
     def __post_init__(self) -> None:
         for name in ("norm", "data", "model"):
@@ -46,25 +63,30 @@ class Trial:
         check(is_real(self.lr) and 0 < self.lr < float("inf"), "lr", self.lr, "a number above 0")
         check(is_whole(self.seed), "seed", self.seed, "a whole number from 0")
         check(is_whole(self.epochs, 1), "epochs", self.epochs, "a whole number from 1")
-        images, clip = self.images, self.clip
+        images, clip, task = self.images, self.clip, self.task
         check(images is None or is_whole(images, 1), "images", images, "a whole number from 1, or none for all")
         check(clip is None or (is_real(clip) and clip > 0), "clip", clip, "a number above 0, or none for no clipping")
+        check(task is None or isinstance(task, str), "task", task, "words, or none")
         if self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)
 
     @property
     def key(self) -> str:
         """Twelve hexadecimal digits that name these settings in a store."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
     @classmethod
-    def from_dict(cls, settings: dict) -> "Trial":
+    def from_dict(cls, settings: Mapping[str, Any]) -> "Trial":
         """The trial of a stored record; settings of another version that are not known here are ignored."""
         return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings for a record. Without a task there is none in it, as in records from before there were tasks."""
+        return {name: value for name, value in vars(self).items() if name != "task" or value is not None}
 
-def grid(norms: list[str], batch_sizes: list[int], lrs: list[float], seeds: list[int], base: Trial) -> list[Trial]:
-    """Every combination of the four lists, each with the other settings of `base`, without repetition.
+
+def grid(norms: list[str], batch_sizes: list[int], lrs: list[float], seeds: list[int], shared: Shared) -> list[Trial]:
+    """Every combination of the four lists, each with the settings in `shared`, without repetition.
 
     Raises:
         InputError: an empty list, or a value out of range.
@@ -73,7 +95,7 @@ def grid(norms: list[str], batch_sizes: list[int], lrs: list[float], seeds: list
         several = isinstance(values, list | tuple | range)
         check(several, name, values, "a list", "" if several else f"Write {name}=[{values!r}].")
         check(bool(values), name, values, "one value or more")
-    rest = asdict(base)
+    rest = {field.name: getattr(shared, field.name) for field in fields(Shared)}
     combinations = itertools.product(batch_sizes, norms, lrs, seeds)
-    trials = (Trial(**{**rest, "norm": n, "batch_size": b, "lr": lr, "seed": s}) for b, n, lr, s in combinations)
+    trials = (Trial(norm=n, batch_size=b, lr=lr, seed=s, **rest) for b, n, lr, s in combinations)
     return list(dict.fromkeys(trials))

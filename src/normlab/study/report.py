@@ -3,16 +3,16 @@
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jinja2 import Environment, FileSystemLoader
 
-from .charts import DASHES, MARKERS, Series, curve_of, error_ticks, loss_ticks, series_of
-from .store import Record, write_whole
+from ..files import write_whole
+from .charts import DASHES, MARKERS, Series, error_ticks, loss_ticks, series_of
+from .record import Record, Status
 from .summary import (
     Group,
     conditions_of,
-    final,
     is_number,
     latest,
     seeds_of,
@@ -22,8 +22,6 @@ from .summary import (
     values_of,
     varying,
 )
-
-STATUSES = ("finished", "diverged", "failed")
 
 
 def write_html(records: Iterable[Record], path: str | Path, title: str, command: str) -> None:
@@ -42,13 +40,13 @@ def write_html(records: Iterable[Record], path: str | Path, title: str, command:
     groups = summarize(records)
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    statuses = Counter(record["status"] for record in records)
+    statuses = Counter(record.status for record in records)
     names = varying(groups) or ["norm"]
     page = environment.get_template("report.html.j2").render(
         title=title,
         command=command,
         conditions=conditions_of(groups),
-        counts=", ".join(f"{statuses[status]} {status}" for status in STATUSES if statuses[status]),
+        counts=", ".join(f"{statuses[status]} {status}" for status in get_args(Status) if statuses[status]),
         columns=[title_of(name) for name in names],
         rows=[[*(show(name, group.settings[name]) for name in names), group.outcome] for group in groups],
         seeds=seeds_of(groups),
@@ -84,7 +82,7 @@ def _row(group: Group, line: Series) -> dict[str, Any]:
         "colour": line.colour,
         "shape": MARKERS[line.marker],
         "dash": DASHES[line.dash],
-        "seeds": [record["settings"]["seed"] for record in group.records],
+        "seeds": [record.settings["seed"] for record in group.records],
         "accuracy": _digits(group.accuracy.mean) if group.accuracy else None,
         "deviation": _digits(group.accuracy.std) if group.accuracy else None,
         "loss": _digits(group.loss.mean) if group.loss else None,
@@ -98,20 +96,20 @@ def _row(group: Group, line: Series) -> dict[str, Any]:
 
 
 def _run(record: Record, group: int, steps: dict[tuple[int, ...], int]) -> dict[str, Any]:
-    points = curve_of(record)
+    points = record.losses
     return {
         "group": group,
-        "seed": record["settings"]["seed"],
-        "status": record["status"],
-        "diverged_at": record.get("diverged_at_step"),
-        "error": record.get("error"),
-        "accuracy": _digits(final(record, "accuracy")),
-        "loss": _digits(final(record, "loss")),
-        "by_epoch": [_digits((epoch.get("valid") or {}).get("accuracy")) for epoch in record.get("epochs") or []],
-        "parameters": record.get("parameters"),
-        "steps": record.get("steps"),
-        "seconds": _digits(record.get("seconds")),
-        "finished_at": record.get("finished_at"),
+        "seed": record.settings["seed"],
+        "status": record.status,
+        "diverged_at": record.diverged_at_step,
+        "error": record.error,
+        "accuracy": _digits(record.final("accuracy")),
+        "loss": _digits(record.final("loss")),
+        "by_epoch": [_digits(accuracy) for accuracy in record.by_epoch("accuracy")],
+        "parameters": record.parameters,
+        "steps": record.steps,
+        "seconds": _digits(record.seconds),
+        "finished_at": record.finished_at,
         "versions": _versions(record),
         "curve_steps": steps.setdefault(tuple(x for x, _ in points), len(steps)),
         "curve": [_digits(y, 3) for _, y in points],
@@ -119,12 +117,12 @@ def _run(record: Record, group: int, steps: dict[tuple[int, ...], int]) -> dict[
 
 
 def _environment(record: Record) -> str:
-    machine = record.get("machine") or {}
-    return f"{machine.get('cpu', 'unknown processor')}, threads {machine.get('threads', '?')}; {_versions(record)}"
+    cpu, threads = record.machine.get("cpu", "unknown processor"), record.machine.get("threads", "?")
+    return f"{cpu}, threads {threads}; {_versions(record)}"
 
 
 def _versions(record: Record) -> str:
-    return ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
+    return ", ".join(f"{name} {version}" for name, version in record.versions.items())
 
 
 def _digits(value: float | None, digits: int = 5) -> float | None:

@@ -16,10 +16,12 @@ from rich.table import Table
 
 from .. import lesson
 from ..errors import check, is_whole, unknown
+from ..files import write_whole
 from ..training import Callback, StopWhenDiverged, schedules
 from .compare import check_writable
 from .executors import Job, run_jobs
-from .store import Record, RunStore, write_whole
+from .record import Record
+from .store import RunStore
 from .trial import environment, make_record, quick_convolutions
 
 NFS = [8, 16, 32, 64, 64]
@@ -119,12 +121,12 @@ def reproduce(
     chosen = [by_id[name] for name in rows] or list(ROWS)
     check_writable(folder)
     store = RunStore(folder / "runs.jsonl")
-    kept = {record["key"] for record in store.read() if record["status"] != "failed"}
+    kept = {record.key for record in store.read() if record.status != "failed"}
     jobs = [make_job(row, seed) for row in chosen for seed in seeds]
     try:
         run_jobs([job for job in jobs if job.key not in kept], store, workers, console)
     finally:
-        records = {record["key"]: record for record in store.read() if record["status"] != "failed"}
+        records = {record.key: record for record in store.read() if record.status != "failed"}
         found = [[records[key] for key in (f"{row.id}-{seed}" for seed in seeds) if key in records] for row in chosen]
         verdicts = [verdict(row, runs, len(seeds)) for row, runs in zip(chosen, found, strict=True)]
         console.print(_table(chosen, found, verdicts))
@@ -180,7 +182,7 @@ def verdict(row: Row, runs: Sequence[Record], seeds: int) -> str:
     """Whether as many seeds as the row asks for behave as recorded; if not, how many do."""
     if len(runs) < seeds:
         return f"{len(runs)} of {seeds} seeds run"
-    behaving = sum(_behaves(row, _final(record)) for record in runs)
+    behaving = sum(_behaves(row, record.final("accuracy")) for record in runs)
     wanted = {"every": seeds, "most": seeds // 2 + 1, "some": 1}[row.on]
     return AS_RECORDED if behaving >= wanted else f"as recorded on {behaving} of {seeds}"
 
@@ -198,15 +200,10 @@ def _datasets() -> tuple[lesson.Dataset, lesson.Dataset]:
     return lesson.Dataset(x_train, y_train), lesson.Dataset(x_valid, y_valid)
 
 
-def _final(record: Record) -> float | None:
-    """Validation accuracy at the end, None if it diverged."""
-    return None if record["status"] == "diverged" else record["epochs"][-1]["valid"]["accuracy"]
-
-
 def _ours(runs: Sequence[Record]) -> tuple[str, str]:
     """Mean and range over the seeds that ended, and what became of the others."""
-    finals = [final for final in map(_final, runs) if final is not None]
-    steps = [str(record["diverged_at_step"]) for record in runs if record["status"] == "diverged"]
+    finals = [final for final in (record.final("accuracy") for record in runs) if final is not None]
+    steps = [str(record.diverged_at_step) for record in runs if record.status == "diverged"]
     lost = f"diverged at step {', '.join(steps)}" if steps else ""
     if not finals:
         return lost or "—", ""
@@ -232,7 +229,7 @@ def _table(rows: Sequence[Row], found: Sequence[Sequence[Record]], verdicts: Seq
 def _markdown(rows: Sequence[Row], found: Sequence[Sequence[Record]], verdicts: Sequence[str]) -> str:
     lines = [HEADINGS, ["---"] * len(HEADINGS)]
     lines += [_cells(row, runs, text) for row, runs, text in zip(rows, found, verdicts, strict=True)]
-    seeds = sorted({record["settings"]["seed"] for runs in found for record in runs})
+    seeds = sorted({record.settings["seed"] for runs in found for record in runs})
     here = environment()
     where = f"Seeds {', '.join(map(str, seeds))}; {here['machine']['cpu']}; torch {here['versions']['torch']}."
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", where, ""])

@@ -47,12 +47,12 @@ def of_run(folder: Path, batch_size: int | None, data_dir: Path | None) -> Subje
         raise InputError(f"batches is missing: {folder}, a model of your own, needs --batches module:name to run on.")
     records = RunStore(folder / RECORDS).read()
     check(bool(records), "model", str(folder), "a folder that normlab train wrote, or module:name of a model")
-    settings = records[-1]["settings"]
+    last = records[-1]
     learner = build_learner(
-        Trial.from_dict(settings | ({} if batch_size is None else {"batch_size": batch_size})), data_dir
+        Trial.from_dict(last.settings | ({} if batch_size is None else {"batch_size": batch_size})), data_dir
     )
     run = read_weights(folder / WEIGHTS).run
-    check(run in (None, records[-1]["key"]), "run of the weights", run, f"{records[-1]['key']}, {AGAIN}")
+    check(run in (None, last.key), "run of the weights", run, f"{last.key}, {AGAIN}")
     notes = load_weights(learner.model, folder / WEIGHTS)
     check(not notes, "weights", " ".join(notes), f"those of {AGAIN}")
     return Subject(learner.model, learner.train, learner.loss_func, learner.optimizer, notes)

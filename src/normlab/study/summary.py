@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 from ..errors import InputError
 from .plan import Trial
-from .store import Record
+from .record import Record
 
 SETTINGS = tuple(field.name for field in fields(Trial) if field.name != "seed")
 TRAINS_FROM = 0.5
@@ -31,7 +31,7 @@ class Spread:
         return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
 
     def __str__(self) -> str:
-        return f"{self.mean:.4f}" + ("" if self.std is None else f" ±{self.std:.4f}".replace("±0.", "±."))
+        return f"{self.mean:.4f}" + ("" if self.std is None else f" ±{self.std:.4f}")
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Group:
     @property
     def diverged_at(self) -> list[int | None]:
         """The step of each run that diverged; None where it is not known."""
-        return [record.get("diverged_at_step") for record in self.records if record["status"] == "diverged"]
+        return [record.diverged_at_step for record in self.records if record.status == "diverged"]
 
     @property
     def errors(self) -> list[str]:
         """What stopped each run that failed."""
-        return [record.get("error") or "unknown" for record in self.records if record["status"] == "failed"]
+        return [record.error or "unknown" for record in self.records if record.status == "failed"]
 
     @property
     def trains(self) -> bool:
@@ -75,7 +75,7 @@ class Group:
 
     @property
     def outcome(self) -> str:
-        """The result in a few words: `0.9612 ±.0021`, `diverged at step 41`, `0.9612, 2 of 3 diverged`."""
+        """The result in a few words: `0.9612 ±0.0021`, `diverged at step 41`, `0.9612, 2 of 3 diverged`."""
         parts = [str(self.accuracy)] if self.accuracy else []
         if self.accuracy and not self.trains:
             parts.append("does not train")
@@ -89,7 +89,7 @@ class Group:
 
 def latest(records: Iterable[Record]) -> list[Record]:
     """The records without those that a later one with the same key replaces."""
-    return list({record["key"]: record for record in records}.values())
+    return list({record.key: record for record in records}.values())
 
 
 def summarize(records: Iterable[Record]) -> list[Group]:
@@ -100,7 +100,7 @@ def summarize(records: Iterable[Record]) -> list[Group]:
     """
     runs: dict[Trial, list[Record]] = {}
     for record in latest(records):
-        runs.setdefault(replace(Trial.from_dict(record["settings"]), seed=0), []).append(record)
+        runs.setdefault(replace(Trial.from_dict(record.settings), seed=0), []).append(record)
     if not runs:
         raise InputError("There is nothing to report: no run has ended yet.")
     groups = [_group(trial, members) for trial, members in runs.items()]
@@ -121,13 +121,6 @@ def values_of(groups: Iterable[Group], name: str) -> list[Any]:
 def best(groups: Iterable[Group]) -> Group | None:
     """The group with the highest score, the first of equals; None if there is no group."""
     return max(groups, key=lambda group: group.score, default=None)
-
-
-def final(record: Record, measure: str) -> float | None:
-    """The `accuracy` or `loss` of the last epoch on the validation images; None for a run that did not finish."""
-    if record["status"] != "finished" or not record["epochs"]:
-        return None
-    return (record["epochs"][-1].get("valid") or {}).get(measure)
 
 
 def is_number(value: float | None) -> TypeGuard[float]:
@@ -154,25 +147,26 @@ def show(name: str, value: Any) -> str:
 
 def conditions_of(groups: list[Group]) -> str:
     """The settings that all runs share, and their seeds, in a line."""
-    names = [name for name in SETTINGS if name not in (*varying(groups), "norm", "batch_size")]
-    shared = [f"{title_of(name)} {show(name, groups[0].settings[name])}" for name in names]
+    apart = (*varying(groups), "norm", "batch_size")
+    settings = {name: groups[0].settings[name] for name in SETTINGS if name not in apart}
+    shared = [f"{title_of(n)} {show(n, value)}" for n, value in settings.items() if (n, value) != ("task", None)]
     many = any(len(group.records) > 1 for group in groups)
     return "; ".join([*shared, seeds_of(groups)]) + (". Mean ± sample standard deviation." if many else ".")
 
 
 def seeds_of(groups: Iterable[Group]) -> str:
     """The seeds of the runs in words: `seeds 0, 1`."""
-    seeds = sorted({record["settings"]["seed"] for group in groups for record in group.records})
+    seeds = sorted({record.settings["seed"] for group in groups for record in group.records})
     return ("seeds " if len(seeds) > 1 else "seed ") + ", ".join(map(str, seeds))
 
 
 def _group(trial: Trial, records: list[Record]) -> Group:
-    finished = [record for record in records if record["status"] == "finished" and record["steps"]]
-    speed = Spread.of(record["seconds"] / record["steps"] for record in finished)
+    finished = [record for record in records if record.status == "finished"]
+    speed = Spread.of(one.seconds / one.steps for one in finished if one.seconds is not None and one.steps)
     return Group(
         settings={name: value for name, value in asdict(trial).items() if name != "seed"},
-        records=tuple(sorted(records, key=lambda record: record["settings"].get("seed", 0))),
-        accuracy=Spread.of(final(record, "accuracy") for record in records),
-        loss=Spread.of(final(record, "loss") for record in records),
+        records=tuple(sorted(records, key=lambda record: record.settings.get("seed", 0))),
+        accuracy=Spread.of(record.final("accuracy") for record in records),
+        loss=Spread.of(record.final("loss") for record in records),
         seconds_per_step=speed.mean if speed else None,
     )

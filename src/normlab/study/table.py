@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from rich.table import Table
 from rich.text import Text
 
-from .store import Record
+from .record import Record
 from .summary import Group, best, conditions_of, show, sort_key, summarize, title_of, values_of, varying
 
 

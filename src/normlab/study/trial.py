@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import version
@@ -26,10 +25,10 @@ from ..training import (
     ScheduleParameter,
     StopWhenDiverged,
     accuracy,
-    schedules,
 )
 from .plan import Trial
-from .store import Record
+from .record import Record
+from .schedules import SCHEDULES
 
 VALID_BATCH = 256
 CURVE_POINTS = 100
@@ -59,7 +58,7 @@ def run_learner(trial: Trial, learner: Learner) -> tuple[Record, Recorder]:
         learner.fit(trial.epochs)
     record = make_record(
         trial.key,
-        settings=asdict(trial),
+        settings=trial.to_dict(),
         epochs=learner.history,
         losses=recorder.losses,
         diverged_at_step=guard.step,
@@ -76,7 +75,7 @@ def build_learner(trial: Trial, data_dir: str | Path | None = None, callbacks: t
     torch.manual_seed(trial.seed)
     model = build_model(trial.model, trial.norm, len(data.classes), data.x_train.shape[1])
     clip = [ClipGradients(trial.clip)] if trial.clip else []
-    schedule = ScheduleParameter("lr", make_schedule(trial.schedule, trial.lr))
+    schedule = ScheduleParameter("lr", SCHEDULES[trial.schedule](trial.lr))
     return Learner(
         model,
         TensorBatches(data.x_train[:images], data.y_train[:images], trial.batch_size, shuffle=True, seed=trial.seed),
@@ -84,13 +83,6 @@ def build_learner(trial: Trial, data_dir: str | Path | None = None, callbacks: t
         optimizer=torch.optim.SGD(model.parameters(), lr=trial.lr),
         callbacks=[Metrics(accuracy=accuracy), schedule, *clip, *callbacks],
     )
-
-
-def make_schedule(name: str, lr: float) -> schedules.Schedule:
-    """The schedule of a trial, see `Trial.schedule`."""
-    if name == "one-cycle":
-        return schedules.one_cycle(lr / 10, lr, 0.0)
-    return schedules.linear(lr, lr / 5) if name == "linear" else schedules.constant(lr)
 
 
 def make_record(
@@ -104,19 +96,18 @@ def make_record(
     parameters: int,
 ) -> Record:
     """What is kept of a run, with versions, machine and time; the losses as at most 100 means of successive steps."""
-    return {
-        "key": key,
-        "settings": settings,
-        "status": "finished" if diverged_at_step is None else "diverged",
-        "diverged_at_step": diverged_at_step,
-        "error": None,
-        "epochs": epochs,
-        "curve": thin(losses),
-        "steps": len(losses),
-        "seconds": seconds,
-        "parameters": parameters,
+    return Record(
+        key,
+        settings,
+        status="finished" if diverged_at_step is None else "diverged",
+        diverged_at_step=diverged_at_step,
+        epochs=epochs,
+        curve=thin(losses),
+        steps=len(losses),
+        seconds=seconds,
+        parameters=parameters,
         **environment(),
-    }
+    )
 
 
 def thin(losses: list[float]) -> dict[str, list]:

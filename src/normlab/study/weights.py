@@ -15,9 +15,9 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..choice import plain_name
 from ..errors import InputError, check
+from ..files import write_whole
 from ..surgery import card, check_card
 from ..surgery._card import CARD
-from .store import write_whole
 
 # Under which keys training scripts keep the state of a model, the likeliest first.
 STATE_KEYS = (
