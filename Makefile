@@ -28,7 +28,7 @@ sanitize: .venv/dev
 		-C cmake.define.CMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 	@rm .venv/run # the next command installs without
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		$(BIN)/python -m pytest tests/kernels/test_native.py tests/kernels/test_operators.py \
+		$(BIN)/python -m pytest tests/kernels/test_cpu.py tests/kernels/test_library.py \
 		tests/nn/test_running.py tests/nn/test_activation.py tests/nn/test_residual.py
 
 .venv/bin/python:

@@ -24,7 +24,7 @@ from torch import nn
 
 from loop import LR, by_hand
 from normlab.data import TensorBatches, load_dataset
-from normlab.kernels import native
+from normlab.kernels import cpu
 from normlab.models import build_model
 from normlab.study.trial import environment, quick_convolutions
 from normlab.training import Learner, Metrics, accuracy
@@ -110,7 +110,7 @@ def main() -> None:
         quartiles = statistics.quantiles(ratios, n=4)
         result[name] = {"us_per_step": 1e6 * statistics.median(times), "ratio": quartiles[1], "quartiles": quartiles}
         print(f"{name:25} {1e6 * statistics.median(times):8.0f} µs a step, {quartiles[1]:.2f} of {PEER}")
-    record = {"batch_size": a.batch_size, "steps": len(batches), "rounds": a.rounds, "kernels": native.PATH}
+    record = {"batch_size": a.batch_size, "steps": len(batches), "rounds": a.rounds, "kernels": cpu.PATH}
     with a.out.open("a") as file:
         file.write(json.dumps({**record, **environment(), "loops": result}) + "\n")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from normlab.kernels import native
+from normlab.kernels import cpu
 from normlab.nn import build_norm
 from normlab.study.trial import environment
 
@@ -67,7 +67,7 @@ def main() -> None:
                 peaks[norm] = pool.apply(measure, (norm, blocks, layout))
             ratio = peaks[norm] / peaks["torch batch, ReLU"]
             print(f"{blocks} blocks, {str(layout)[6:]:18} {norm:28} {peaks[norm]:6.0f} MB, {ratio:.2f} of torch")
-        record = {"blocks": blocks, "shape": SHAPE, "layout": str(layout)[6:], "peak_mb": peaks, "kernels": native.PATH}
+        record = {"blocks": blocks, "shape": SHAPE, "layout": str(layout)[6:], "peak_mb": peaks, "kernels": cpu.PATH}
         with a.out.open("a") as file:
             file.write(json.dumps({**record, **environment()}) + "\n")
 

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from normlab.kernels import dispatch, native, operators
+from normlab.kernels import cpu, policy
 from normlab.nn import build_norm
 from normlab.study.trial import environment
 
@@ -196,10 +196,10 @@ def main() -> None:
     out = a.out or Path(__file__).parent / "results" / ("norms_gpu.jsonl" if on_gpu else "norms.jsonl")
     make = compiled_step if a.compiled else recorded_step if a.recorded else training_step
     if a.always:
-        operators.LARGE_ON_GPU = 0
-    about = {"kernels": native.PATH}
+        policy.LARGE_ON_GPU = 0
+    about = {"kernels": cpu.PATH}
     if on_gpu:
-        about = {"kernels": dispatch.PATH_ON_GPU, **gpu(), "always": a.always}
+        about = {"kernels": policy.PATH_ON_GPU, **gpu(), "always": a.always}
     table = Table("shape", "layout", "layer", "ms", "speed, torch = 1", "over the floor", box=None)
     speeds: dict[str, list[float]] = {name: [] for name in PEERS}
     cases = [(case, shape) for case in a.cases for shape in SHAPES[case]]

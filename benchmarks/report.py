@@ -18,7 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from normlab.kernels import operators
+from normlab.kernels import policy
 
 MEGABYTE = 2**20
 SIZES = {"above 32 MB": (32, math.inf), ".4 to 32 MB": (0.4, 32), "below .4 MB": (0, 0.4)}
@@ -153,7 +153,7 @@ def main() -> None:
         of_gpu = latest(on_gpu)
         said = (
             "The kernels are used at every size; by themselves norms that torch has an operator for take it below "
-            f"{operators.LARGE_ON_GPU:,} values. Recorded: the step as a CUDA graph.\n"
+            f"{policy.LARGE_ON_GPU:,} values. Recorded: the step as a CUDA graph.\n"
         )
         parts += ["## On a GPU\n", f"{origin(of_gpu)}.\n", said, table_of_gpu(of_gpu), ""]
     (a.results / "norms.md").write_text("\n".join(parts))

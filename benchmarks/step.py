@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from normlab.data import TensorBatches, load_dataset
-from normlab.kernels import native
+from normlab.kernels import cpu
 from normlab.models import build_model
 from normlab.study.trial import environment, quick_convolutions
 from normlab.training import Callback, Learner, Metrics, accuracy
@@ -95,7 +95,7 @@ def main() -> None:
     for batch_size in a.batch_sizes:
         for compiled in (False, True):
             found = measure(a.norm, batch_size, compiled)
-            how = {"norm": a.norm, "batch_size": batch_size, "compiled": compiled, "kernels": native.PATH}
+            how = {"norm": a.norm, "batch_size": batch_size, "compiled": compiled, "kernels": cpu.PATH}
             with a.out.open("a") as file:
                 file.write(json.dumps({**how, **environment(), "us": found}) + "\n")
             cells = (f"{found[part]:.0f}" for part in (*PARTS, "rest", "step"))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from normlab.kernels import dispatch, operators
+from normlab.kernels import library, policy
 
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
@@ -90,16 +90,16 @@ def assert_same_state(one: nn.Module, other: nn.Module) -> None:
 @contextmanager
 def composed() -> Iterator[None]:
     """Inside, no kernel is used."""
-    with patch.object(dispatch, "_CLASSES", ()):
+    with patch.object(policy, "_CLASSES", ()):
         yield
 
 
 @contextmanager
 def operators_in_python() -> Iterator[None]:
     """Inside, those of a CPU are as where torch lacks what the compiled ones need."""
-    names = [name for name in vars(operators) if name.endswith(("_forward", "_backward")) and name[0] != "_"]
-    with torch.library._scoped_library("normlab", "IMPL") as library, warnings.catch_warnings():
+    names = [name for name in vars(library) if name.endswith(("_forward", "_backward")) and name[0] != "_"]
+    with torch.library._scoped_library("normlab", "IMPL") as registered, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are to override the others
         for name in names:
-            library.impl(name, getattr(operators, name), "CPU", allow_override=True)
+            registered.impl(name, getattr(library, name), "CPU", allow_override=True)
         yield

@@ -9,7 +9,7 @@ from torch import nn
 
 from normlab import card, cli
 from normlab.data import DATASETS
-from normlab.kernels import native
+from normlab.kernels import cpu
 from normlab.models import MODELS
 from normlab.nn import NORMS
 from normlab.study.schedules import SCHEDULES
@@ -35,7 +35,7 @@ def test_list_names_everything(monkeypatch, capsys):
 def test_info_says_which_kernels_are_in_use(monkeypatch, capsys):
     status, out, _ = normlab(monkeypatch, capsys, "info")
     assert status == 0
-    assert native.PATH in out
+    assert cpu.PATH in out
     assert torch.__version__ in out
 
 

@@ -203,15 +203,15 @@ class Info:
 
         import torch
 
-        from .kernels import dispatch, native
+        from .kernels import cpu, policy
 
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         table.add_row("normlab", version("normlab"))
         table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
         table.add_row("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
-        table.add_row("kernels", native.PATH)
+        table.add_row("kernels", cpu.PATH)
         if torch.cuda.is_available():
-            table.add_row("on GPU", f"{dispatch.PATH_ON_GPU}, {torch.cuda.get_device_name()}")
+            table.add_row("on GPU", f"{policy.PATH_ON_GPU}, {torch.cuda.get_device_name()}")
         console.print(table, highlight=False)
         return 0
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from contrast import train_residual_net
 from rich.console import Console
 
-from normlab.kernels import native
+from normlab.kernels import cpu
 from normlab.study.executors import Job, run_jobs
 from normlab.study.plan import Trial
 from normlab.study.record import Record
@@ -48,7 +48,7 @@ SEEDS = range(3)
 
 def train(net: str, images: float, drift: float, batch_size: int, seed: int, tell: Callback) -> Record:
     name = key(net, images, drift, batch_size, seed)
-    with native.use_constants(tolerated_drift=drift, steady_images=images):
+    with cpu.use_constants(tolerated_drift=drift, steady_images=images):
         if net == "resnet":
             record = train_residual_net(name, "running", batch_size, PEAKS[batch_size], seed, tell)
         else:

@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from checks import operators_in_python
-from normlab.kernels import gpu, native, triton_parts
+from normlab.kernels import cpu, gpu, gpu_parts
 from normlab.nn import BatchNorm2d, BatchRenorm2d, ChannelLayerNorm, GroupNorm, LayerNorm, RMSNorm, RunningBatchNorm2d
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -85,11 +85,11 @@ def norms_without_parameters(channels):
 
 
 def main():
-    for module in (gpu.kernels, gpu.triton_running):
+    for module in (gpu.kernels, gpu.gpu_running):
         for name, value in list(vars(module).items()):
-            if isinstance(value, triton.JITFunction) and not name.startswith("_") and not hasattr(triton_parts, name):
+            if isinstance(value, triton.JITFunction) and not name.startswith("_") and not hasattr(gpu_parts, name):
                 setattr(module, name, Compiled(value))
-    with patch.multiple(native, run=gpu.run, kernels=object()), operators_in_python():
+    with patch.multiple(cpu, run=gpu.run, kernels=object()), operators_in_python():
         for shape, dtype, made in (
             ((2, 64, 56, 56), torch.float32, norms),
             ((32, 2048, 7, 7), torch.float16, norms),

@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from checks import assert_close, composed, step, with_drawn_parameters
-from normlab.kernels import fused, native
+from normlab.kernels import autograd, cpu
 from normlab.kernels.running import State
 from normlab.nn import BatchNorm2d, GroupNorm, RunningBatchNorm2d
 
-pytestmark = pytest.mark.skipif(native.PATH.startswith("composed"), reason=native.PATH)
+pytestmark = pytest.mark.skipif(cpu.PATH.startswith("composed"), reason=cpu.PATH)
 
 C = 4
 NORMS = {
@@ -113,6 +113,6 @@ def test_what_is_changed_behind_its_back_is_refused_and_not_read():
 @pytest.mark.parametrize("changed", [lambda layer: layer, lambda layer: deepcopy(layer).double().float()])
 def test_parts_are_made_in_the_order_of_the_kernels(changed):
     assert list(changed(NORMS["running"])._buffers) == list(State._fields)
-    assert list(changed(NORMS["batch"])._buffers) == list(fused.BatchStatistics._fields)
+    assert list(changed(NORMS["batch"])._buffers) == list(autograd.Statistics._fields)
     for layer in NORMS.values():
         assert list(changed(layer)._parameters) == ["weight", "bias"]

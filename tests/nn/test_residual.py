@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from checks import assert_close, composed, gradients, layouts, with_drawn_parameters
 from normlab.errors import InputError
-from normlab.kernels import native
+from normlab.kernels import cpu
 from normlab.kernels.plain import activate
 from normlab.nn import BatchNorm2d, RunningBatchNorm2d
 from normlab.nn.activation import SLOPES
@@ -20,18 +20,18 @@ NORMS = {
     "running": RunningBatchNorm2d,
     "untracked": lambda c, **options: BatchNorm2d(c, track_running_stats=False, **options),
 }
-SETS = [] if native.kernels is None else native.kernels.instruction_sets
+SETS = [] if cpu.kernels is None else cpu.kernels.instruction_sets
 
 
 @pytest.fixture(params=[*SETS, "composed"])
 def path(request):
     """Each instruction set, and torch's operators."""
     if request.param in SETS:
-        native.kernels.use_instructions(request.param)
+        cpu.kernels.use_instructions(request.param)
     with composed() if request.param == "composed" else nullcontext():
         yield
     if SETS:
-        native.kernels.use_instructions(SETS[-1])
+        cpu.kernels.use_instructions(SETS[-1])
 
 
 def of_both(layer):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import reference
 from checks import assert_close, assert_same_state, composed, layouts, with_drawn_parameters
 from normlab.errors import InputError
-from normlab.kernels import native
+from normlab.kernels import cpu
 from normlab.kernels.running import State
 from normlab.nn import BatchNorm2d, RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
 from normlab.nn import functional as F
@@ -471,7 +471,7 @@ def test_other_constants_are_used_inside_and_forgotten_after(kernels):
 
     with kernels():
         usual = weight_grad()
-        with native.use_constants(steady_images=16):
+        with cpu.use_constants(steady_images=16):
             torch.testing.assert_close(weight_grad(), 2 * usual)
         assert torch.equal(weight_grad(), usual)
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from checks import composed
-from normlab.kernels import fused, native
+from normlab.kernels import autograd, cpu
 from normlab.nn import NORMS, build_norm
 
 NAMES = [name for name in NORMS if name != "none"]
@@ -42,12 +42,12 @@ def test_images_of_monai_keep_what_is_known_of_them(name, training):
         assert torch.equal(one, other)
 
 
-@pytest.mark.skipif(native.kernels is None, reason="no compiled kernels")
+@pytest.mark.skipif(cpu.kernels is None, reason="no compiled kernels")
 @pytest.mark.parametrize("operator", ["running_norm", "batch_norm"])
 @pytest.mark.parametrize("what", ["input", "parameters"])
 def test_the_kernels_are_used_all_the_same(monkeypatch, operator, what):
-    calls, kernel = [], getattr(fused, operator)
-    monkeypatch.setattr(fused, operator, lambda *arguments: calls.append(1) or kernel(*arguments))
+    calls, kernel = [], getattr(autograd, operator)
+    monkeypatch.setattr(autograd, operator, lambda *arguments: calls.append(1) or kernel(*arguments))
     layer, x = build_norm(operator.removesuffix("_norm"), 8), images()
     if what == "input":
         x = Tagged(x)

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from normlab.errors import InputError
-from normlab.kernels import dispatch, fused, native
+from normlab.kernels import autograd, cpu, launch
 from normlab.nn.sync import SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, moments_over_ranks
 from ranks import run_ranks
 
@@ -240,12 +240,12 @@ def test_evaluation_exchanges_nothing(ranks):
     assert [rank["evaluation"].shape[0] for rank in ranks] == [0, 1, 2]
 
 
-@pytest.mark.skipif(native.kernels is None, reason=native.PATH)
+@pytest.mark.skipif(cpu.kernels is None, reason=cpu.PATH)
 def test_an_input_that_wants_no_gradient_exchanges_none():
     """As with an empty batch, which goes another way: else ranks would wait for one another for ever."""
     x, weight = torch.randn(4, CHANNELS, 2, 2), torch.ones(CHANNELS, requires_grad=True)
-    moments = *dispatch.channel_moments(x), torch.tensor(16.0)
-    y = fused.batch_norm_over_ranks(x, moments, weight, None, EPS, lambda _: pytest.fail("exchanged"))
+    moments = *launch.channel_moments(x), torch.tensor(16.0)
+    y = autograd.batch_norm_over_ranks(x, moments, weight, None, EPS, lambda _: pytest.fail("exchanged"))
     y.square().sum().backward()
     assert weight.grad.isfinite().all()
 

@@ -1,4 +1,4 @@
-"""The kernels on a GPU: launches of those in `triton`, by the names and with the arguments of `csrc/module.cpp`.
+"""The kernels on a GPU: launches of those in `gpu_kernels`, by the names and with the arguments of `csrc/module.cpp`.
 
 Nothing here waits for the GPU or asks it for a value, so a step can be recorded in a CUDA graph.
 """
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import running, triton_running
-from . import triton as kernels
+from . import gpu_kernels as kernels
+from . import gpu_running, running
 
 PROGRAMS = 512  # a sum over a tensor is taken by so many, about: four for each multiprocessor of a large GPU
 TILE = 2048  # values
@@ -147,7 +147,7 @@ def _running_forward(
     kept = running_mean, running_var, num_batches_tracked, share, innovation, gradient_share
     to = saved, weight, *kept, gradient_average, gradient_latest, rate, momentum, eps, shape.images
     constants = {"RECOMPUTING": recomputing, **running.CONSTANTS._asdict()}
-    _finish(triton_running.finish_running, shape.channels, rows, *to, **constants)
+    _finish(gpu_running.finish_running, shape.channels, rows, *to, **constants)
     _affine(shape, x, residual, y, saved, weight, bias, _of_channels(shape), slope)
     return rate
 
@@ -163,7 +163,7 @@ def _running_backward(
     coefficients = torch.empty_like(saved)
     factor = saved.new_empty(shape.images) if bounded else None
     block = _power(shape.channels)
-    triton_running.finish_running_gradient[(1,)](
+    gpu_running.finish_running_gradient[(1,)](
         sums, *norm, weight_grad, bias_grad, *memory, coefficients, factor, rate, step_bound,
         running.parameter_share(shape.images), *shape[:3],
         LEARNS=learns, BOUNDED=bounded, **running.CONSTANTS._asdict(),

@@ -1,6 +1,6 @@
 """The rule of running batch norm in torch's operators: its constants, its state, and both its passes.
 
-This is the reference, explained in `docs/running.md`. Its twins are `csrc/running.h` and `triton_running.py`. They take
+This is the reference, explained in `docs/running.md`. Its twins are `csrc/running.h` and `gpu_running.py`. They take
 the constants in the order of `Constants`; tests hold them equal to what is here.
 """
 
@@ -26,7 +26,7 @@ class Constants(NamedTuple):
     pull: float = 0.1  # of γ and β, taken away in a step in which every image meets the bound
 
 
-# In use; `native.use_constants` changes them, for a study or a test.
+# In use; `cpu.use_constants` changes them, for a study or a test.
 CONSTANTS = Constants()
 
 

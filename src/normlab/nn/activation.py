@@ -28,11 +28,6 @@ def scripted_activation(y: Tensor, name: str | None) -> Tensor:
     return relu(y) if name == "relu" else leaky_relu(y, 0.01)
 
 
-def check_residual(x: Tensor, residual: Tensor) -> None:
-    """An InputError unless `residual` is of the shape of `x`."""
-    check(residual.shape == x.shape, "residual.shape", tuple(residual.shape), f"{tuple(x.shape)}, that of x")
-
-
 def described(name: str | None) -> str:
     """For `extra_repr`: nothing without an activation."""
     return "" if name is None else f", activation={name!r}"

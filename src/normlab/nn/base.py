@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch._subclasses import FakeTensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import InputError, check
-from ..kernels import dispatch, operators
+from ..kernels import launch, library, policy
+from ..kernels.autograd import Statistics
 from . import functional as F
 from .call import call, for_script, refuse, refuse_shape
 
@@ -78,6 +79,24 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+class NoState(NamedTuple):
+    """The buffers of a norm of each image by itself."""
+
+
+class Parts(NamedTuple):
+    """What a norm hands to the kernels.
+
+    Attributes:
+        weight: γ, (C,), or None for 1.
+        bias: β, (C,), or None for 0.
+        state: the buffers, by name.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    state: Any
+
+
 class OnKernels(nn.Module):
     """A norm that the kernels can compute: it remembers that they take its parameters and buffers.
 
@@ -88,9 +107,9 @@ class OnKernels(nn.Module):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     _scripted: Any = None  # `forward` for TorchScript, of those that have one
-    _known: tuple[Tensor | None, ...] | None = None  # γ, β and buffers that were looked at, on a CPU
+    _known: tuple[tuple[Tensor | None, ...], Parts] | None = None  # what was looked at, on a CPU
     _checks_memory = False  # whether `_normalize` does, where it leaves the kernels; else it is done before
-    _buffer_names: tuple[str, ...] = ()  # what the kernels need, in the order of their making
+    _state_type: Any = NoState  # the buffers that the kernels need, first of the module's
 
     @for_script
     def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -115,30 +134,38 @@ class OnKernels(nn.Module):
             raise InputError(f"{kind} has no form for torch.jit.script. Use torch.jit.trace or torch.export.")
         return self
 
-    def _taken(self, x: Tensor, residual: Tensor | None = None) -> tuple[Any, ...] | None:
-        """γ, β and the buffers, in the order of their making, if the kernels can be used for these inputs; or None."""
-        if residual is not None and not dispatch.takes_residual(x, residual):
+    def _parts_for_kernels(self, x: Tensor, use: Callable[[Tensor], bool], residual: Tensor | None = None) -> Any:
+        """Its `Parts`, if the kernels are to compute the norm of `x`; else None.
+
+        Args:
+            x: the input.
+            use: whether they are quicker, one of `policy`: for what they are used.
+            residual: what is added to the norm.
+        """
+        if not use(x) or (residual is not None and not policy.takes_residual(x, residual)):
             return None
         remembers = x.is_cpu and not torch.compiler.is_compiling()
-        if remembers:
-            own, known = (*self._parameters.values(), *self._buffers.values()), self._known
-            if known is not None and len(own) == len(known) and all(map(is_, own, known)):
+        if remembers and self._known is not None:
+            own, parts = self._known
+            now = (*self._parameters.values(), *self._buffers.values())
+            if len(now) == len(own) and all(map(is_, now, own)):
                 for part in own[:2]:  # another tensor may have been put into its `data`
                     if part is not None and not (part.dtype is torch.float32 and part.is_contiguous()):
                         return None
-                return own if dispatch.in_memory(x) else None
+                return parts if policy.in_memory(x) else None
         own = self.weight, self.bias, *self._buffers.values()
-        in_order = tuple(self._buffers)[: len(self._buffer_names)] == self._buffer_names
-        if not (in_order and dispatch.takes(x, *own)):
+        names = self._state_type._fields
+        if tuple(self._buffers)[: len(names)] != names or not policy.takes(x, *own):
             return None
-        if remembers and operators.COMPILED and len(self._parameters) == 2:  # fewer: some are computed
-            self._known = own
-        return own
+        parts = Parts(self.weight, self.bias, self._state_type._make(own[2 : 2 + len(names)]))
+        if remembers and library.COMPILED and len(self._parameters) == 2:  # fewer: some are computed
+            self._known = own, parts
+        return parts
 
     def _check_memory(self, x: Tensor, residual: Tensor | None = None) -> None:
         """Raises a RuntimeError if storage that torch's operators are to read was freed."""
         own = (*self._parameters.items(), *self._buffers.items())
-        dispatch.check_memory((("input", x), ("residual", residual), *own))
+        launch.check_memory((("input", x), ("residual", residual), *own))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OnKernels":
         self._known = None  # parameters may become others and stay the same objects
@@ -148,7 +175,7 @@ class OnKernels(nn.Module):
 class PreciseStatistics(OnKernels):
     """A module whose buffers stay in float32 at least, also when it is cast to half precision."""
 
-    _buffer_names = ("running_mean", "running_var", "num_batches_tracked")
+    _state_type = Statistics
 
     running_mean: Tensor | None
     running_var: Tensor | None

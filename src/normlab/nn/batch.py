@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ..errors import InputError
-from ..kernels import fused, operators
+from ..kernels import autograd, policy
 from ..kernels.plain import CHANNELS_LAST
 from . import functional as F
 from .activation import SLOPES, activate, check_activation, described, scripted_activation
-from .base import PreciseStatistics, is_tracing, recomputing
+from .base import Parts, PreciseStatistics, is_tracing, recomputing
 from .call import call, for_script, refuse_shape
 from .registry import register
 
@@ -57,10 +57,10 @@ class _Batch(PreciseStatistics, _NormBase):
             return activate(self._masked(x, mask), self.activation, residual)
         # Several values a channel. Not `num_features`: a norm that was pruned may hold fewer.
         fits = not is_tracing() and x.numel() > x.size(1) and (mean is None or len(mean) == x.size(1))
-        if fits and operators.preferred(x, own):
-            taken = self._taken(x, residual)
-            if taken is not None:
-                return self._fast(x, taken, own, residual)
+        use = policy.for_statistics if own else policy.for_constants
+        parts = self._parts_for_kernels(x, use, residual) if fits else None
+        if parts is not None:
+            return self._by_kernels(x, parts, own, residual)
         self._check_memory(x, residual)
         return activate(self._composed(x), self.activation, residual)
 
@@ -120,15 +120,15 @@ class _Batch(PreciseStatistics, _NormBase):
         self._remember(batch_mean, batch_var)
         return y
 
-    def _fast(self, x: Tensor, taken: tuple[Any, ...], own: bool, residual: Tensor | None) -> Tensor:
-        """What `forward` computes, by the kernels; with the batch's `own` statistics or the running ones."""
-        weight, bias, mean, var = taken[:4]
-        slope = SLOPES[self.activation]
+    def _by_kernels(self, x: Tensor, parts: Parts, own: bool, residual: Tensor | None) -> Tensor:
+        """What `forward` computes, with the batch's `own` statistics or the running ones."""
+        (weight, bias, state), slope = parts, SLOPES[self.activation]
         if not own:
-            return fused.frozen_norm(x, mean, var, weight, bias, self.eps, slope, residual)
-        keeps = self.training and mean is not None and self.track_running_stats and not recomputing()
-        entered = fused.BatchStatistics._make(taken[2:5]) if keeps else None
-        return fused.batch_norm(x, weight, bias, entered, self.momentum, self.eps, slope, residual)
+            mean, var, _ = state
+            return autograd.frozen_norm(x, mean, var, weight, bias, self.eps, slope, residual)
+        keeps = self.training and state.running_mean is not None and self.track_running_stats and not recomputing()
+        kept = state if keeps else None
+        return autograd.batch_norm(x, weight, bias, kept, self.momentum, self.eps, slope, residual)
 
     def _remember(self, mean: Tensor, var: Tensor | None) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None or var is None:

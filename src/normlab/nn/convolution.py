@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import check
-from ..kernels.dispatch import check_memory
+from ..kernels.launch import check_memory
 from . import functional as F
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import check
-from ..kernels.dispatch import check_memory
+from ..kernels.launch import check_memory
 from .functional import per_channel
 from .per_image import PerImageNorm, check_channels, in_float32, scale_shift
 from .registry import register

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..kernels import fused, operators
+from ..kernels import autograd, policy
 from .base import RunningStatistics
 from .registry import register
 
@@ -30,10 +30,10 @@ class FrozenBatchNorm(RunningStatistics):
         return True
 
     def in_evaluation(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        taken = self._taken(x) if operators.preferred(x, reduces=False) else None
-        if taken is not None:
-            weight, bias = taken[:2]
-            return fused.frozen_norm(x, self.running_mean, self.running_var, weight, bias, self.eps, slope=1.0)
+        parts = self._parts_for_kernels(x, policy.for_constants)
+        if parts is not None:
+            mean, var, _ = parts.state
+            return autograd.frozen_norm(x, mean, var, parts.weight, parts.bias, self.eps, slope=1.0)
         self._check_memory(x)
         return super().in_evaluation(x, mask)
 

@@ -3,17 +3,13 @@
 import torch
 from torch import Tensor
 
-from ..kernels import dispatch, fused, operators, plain
+from ..kernels import autograd, plain, policy
 from .activation import SLOPES, activate, check_activation, described, scripted_activation
 from .base import is_tracing
 from .convolution import WeightStandardizedConv1d, WeightStandardizedConv2d, WeightStandardizedConv3d
 from .functional import group_norm, moments, normalize
 from .per_image import PerImageNorm, check_groups, in_float32, in_groups, scale_shift
 from .registry import NORMS, register
-
-# Where torch's operator is behind the compiled kernel (`benchmarks/norms.py`): from so many values of a tensor, and of
-# a channel of one image.
-LARGE, LARGE_MAP = 1 << 17, 512
 
 
 class GroupNorm(PerImageNorm):
@@ -69,9 +65,11 @@ class GroupNorm(PerImageNorm):
     def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
         self._check_input_dim(x)
         alone = not is_tracing() and x.numel() == x.shape[0] * self.num_groups
-        if mask is None and not alone and self._prefers_kernel(x) and self._taken(x):
+        use = policy.for_groups if self.activation is None else policy.for_activated_groups
+        parts = self._parts_for_kernels(x, use) if mask is None and not alone else None
+        if parts is not None:
             slope = SLOPES[self.activation]
-            return fused.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, slope)
+            return autograd.group_norm(x, self.num_groups, parts.weight, parts.bias, self.eps, slope)
         self._check_memory(x)
         if mask is not None:
             y = group_norm(x, self.num_groups, self.weight, self.bias, self.eps, mask)
@@ -84,14 +82,6 @@ class GroupNorm(PerImageNorm):
         flat = input.flatten(2) if input.dim() > 2 else input  # see `plain.group_norm`
         y = torch.group_norm(flat, self.num_groups, self.weight, self.bias, self.eps).view(input.shape)
         return scripted_activation(y, self.activation)
-
-    def _prefers_kernel(self, x: Tensor) -> bool:
-        """Whether the kernel is the faster: on a CPU torch's is quick too, but for the channels last in memory."""
-        if torch.compiler.is_exporting() or not operators.preferred(x):
-            return False
-        if self.activation is not None or not x.is_cpu or not x.is_contiguous():
-            return True
-        return x.numel() >= LARGE and x.shape[2:].numel() >= LARGE_MAP
 
     def extra_repr(self) -> str:
         options = f"num_groups={self.num_groups}, eps={self.eps}, affine={self.affine}"
@@ -192,8 +182,9 @@ class ChannelLayerNorm(PerImageNorm):
 
     def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
         self._check_input_dim(x)
-        if not torch.compiler.is_compiling() and dispatch.takes(x, self.weight, self.bias):
-            return fused.position_norm(x, self.weight, self.bias, True, self.eps)
+        parts = self._parts_for_kernels(x, policy.unless_compiled)
+        if parts is not None:
+            return autograd.position_norm(x, parts.weight, parts.bias, True, self.eps)
         mean, var = moments(x, (1,))
         return normalize(x, mean, var, self.weight, self.bias, self.eps)
 
@@ -238,8 +229,9 @@ class RMSNorm(PerImageNorm):
 
     def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
         self._check_input_dim(x)
-        if not torch.compiler.is_compiling() and dispatch.takes(x, self.weight, None):
-            return fused.position_norm(x, self.weight, None, False, self.eps)
+        parts = self._parts_for_kernels(x, policy.unless_compiled)
+        if parts is not None:
+            return autograd.position_norm(x, parts.weight, None, False, self.eps)
         wide = in_float32(x)
         x_hat = wide * ((wide * wide).mean(1, keepdim=True) + self.eps).rsqrt()
         return scale_shift(x_hat, self.weight, None).to(x.dtype)

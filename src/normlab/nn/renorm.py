@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..errors import check
-from ..kernels import dispatch, fused
+from ..kernels import autograd, launch, policy
 from . import functional as F
 from .base import RunningStatistics, settle
 from .per_image import in_float32
@@ -40,9 +40,9 @@ class BatchRenorm(RunningStatistics):
         self.r_max, self.d_max, self.r_ramp, self.d_ramp = r_max, d_max, r_ramp, d_ramp
 
     def in_training(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None and not torch.compiler.is_compiling() and self._taken(x):
-            mean, var = dispatch.channel_moments(x)
-            return fused.batch_norm_of(
+        if mask is None and self._parts_for_kernels(x, policy.unless_compiled) is not None:
+            mean, var = launch.channel_moments(x)
+            return autograd.batch_norm_of(
                 x, mean, var, *self._corrected(mean, var, x.numel() // self.num_features), self.eps
             )
         values = in_float32(x)  # once, so that its gradients add up before rounding

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..errors import check
-from ..kernels import fused, operators
+from ..kernels import autograd, policy
 from ..kernels.running import STATISTICS, State, normalize_with_memory, rate_of, take_in, upgrade
 from . import functional as F
-from .activation import SLOPES, activate, check_activation, check_residual, described, scripted_activation
+from .activation import SLOPES, activate, check_activation, described, scripted_activation
 from .base import RunningStatistics, is_fresh, settle
 from .call import call, for_script
 from .registry import register
@@ -59,7 +59,7 @@ class RunningBatchNorm2d(RunningStatistics):
     """
 
     _checks_memory = True
-    _buffer_names = State._fields
+    _state_type = State
     momentum: float
     share: Tensor
     innovation: Tensor
@@ -113,20 +113,21 @@ class RunningBatchNorm2d(RunningStatistics):
 
     def _normalize(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(x)
-        if residual is not None:
-            check_residual(x, residual)
-        taken = self._taken(x, residual)
         slope = SLOPES[self.activation]
         if not self.training or x.numel() == 0:  # an empty batch has nothing to add
             mean, var = self.running_mean, self.running_var
-            if taken is not None and operators.preferred(x, reduces=False):
-                weight, bias = taken[:2]
-                return fused.frozen_norm(x, mean, var, weight, bias, self.eps, slope, residual)
+            parts = self._parts_for_kernels(x, policy.for_constants, residual)
+            if parts is not None:
+                return autograd.frozen_norm(x, mean, var, parts.weight, parts.bias, self.eps, slope, residual)
             self._check_memory(x, residual)
             mean, var = (F.per_channel(part, x) for part in (mean, var))
             return activate(F.normalize(x, mean, var, self.weight, self.bias, self.eps), self.activation, residual)
-        if taken is not None and mask is None:
-            return self._fast(x, taken, slope, residual)
+        parts = self._parts_for_kernels(x, policy.always, residual) if mask is None else None
+        if parts is not None:
+            state = parts.state if self.track_running_stats else self._state()
+            numbers = autograd.RunningNumbers(self.momentum, self.eps, self._kept_already())
+            weight, bias = parts.weight, parts.bias
+            return autograd.running_norm(x, weight, bias, state, numbers, self.step_bound, slope, residual)
         self._check_memory(x, residual)
         with torch.no_grad():
             mean, var, rate = settle(*self._updated(x, mask))
@@ -145,13 +146,6 @@ class RunningBatchNorm2d(RunningStatistics):
         mean, var = self.running_mean, self.running_var
         y = torch.nn.functional.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
         return scripted_activation(y, self.activation)
-
-    def _fast(self, x: Tensor, taken: tuple[Any, ...], slope: float, residual: Tensor | None) -> Tensor:
-        """The norm in training, by the kernels."""
-        weight, bias, *state = taken
-        state = State._make(state) if self.track_running_stats else self._state()
-        numbers = fused.RunningNumbers(self.momentum, self.eps, self._kept_already())
-        return fused.running_norm(x, weight, bias, state, numbers, self.step_bound, slope, residual)
 
     def extra_repr(self) -> str:
         options = f"eps={self.eps}, momentum={self.momentum}, affine={self.affine}, step_bound={self.step_bound}"

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels import dispatch, fused
+from ..kernels import autograd, launch, policy
 from . import functional as F
 from .base import RunningStatistics
 from .registry import register
@@ -39,14 +39,14 @@ class SyncBatchNorm(RunningStatistics):
         return not self.training  # each rank takes part in training, with an empty batch too
 
     def in_training(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        taken = self._taken_by_kernels(x, mask)
-        if taken is not None:
-            moments = _gathered(*dispatch.channel_moments(x), x.numel() // x.shape[1], self.process_group)
+        parts = self._parts_for_kernels(x, policy.unless_compiled) if mask is None else None
+        if parts is not None:
+            moments = _gathered(*launch.channel_moments(x), x.numel() // x.shape[1], self.process_group)
             self._average(*moments)
             if not _are_several(self.process_group):
-                return fused.batch_norm_of(x, *moments[:2], *taken[:2], eps=self.eps)
+                return autograd.batch_norm_of(x, *moments[:2], parts.weight, parts.bias, eps=self.eps)
             total = partial(_summed, group=self.process_group)
-            return fused.batch_norm_over_ranks(x, moments, *taken[:2], eps=self.eps, total=total)
+            return autograd.batch_norm_over_ranks(x, moments, parts.weight, parts.bias, eps=self.eps, total=total)
         mean, var, count = moments_over_ranks(x, self.process_group, mask)
         self._average(mean.detach(), var.detach(), count)
         if mask is not None:
@@ -58,13 +58,10 @@ class SyncBatchNorm(RunningStatistics):
         if mean is None:  # of this rank alone, as in torch
             mean, var, _ = _moments(x, mask)
             return self._normalized(x, mean, var)
-        taken = self._taken_by_kernels(x, mask)
-        if taken is not None:
-            return fused.frozen_norm(x, mean, var, *taken[:2], eps=self.eps, slope=1.0)
+        parts = self._parts_for_kernels(x, policy.unless_compiled) if mask is None else None
+        if parts is not None:
+            return autograd.frozen_norm(x, mean, var, parts.weight, parts.bias, eps=self.eps, slope=1.0)
         return self._normalized(x, mean, var)
-
-    def _taken_by_kernels(self, x: Tensor, mask: Tensor | None) -> tuple[Any, ...] | None:
-        return None if torch.compiler.is_compiling() or mask is not None else self._taken(x)
 
     def _normalized(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         return F.normalize(x, F.per_channel(mean, x), F.per_channel(var, x), self.weight, self.bias, self.eps)

@@ -115,7 +115,7 @@ Tensor empty(int64_t n) {
   return empty(1, &n, &stride, torch.types[0]);
 }
 
-// The input of a norm, in a layout that the kernels know: see `dispatch.describe`.
+// The input of a norm, in a layout that the kernels know: see `launch.describe`.
 class Input {
  public:
   explicit Input(const Tensor& x)

@@ -31,8 +31,8 @@ from checks import (
     step,
     with_drawn_parameters,
 )
-from normlab.kernels import gpu, native, operators, triton_parts, triton_running
-from normlab.kernels import triton as kernels
+from normlab.kernels import cpu, gpu, gpu_parts, gpu_running, policy
+from normlab.kernels import gpu_kernels as kernels
 from normlab.kernels.running import State
 from normlab.nn import (
     BatchNorm2d,
@@ -84,13 +84,13 @@ def triton_kernels(**constants):
     with ExitStack() as stack:
         if DEVICE == "cpu":
             stack.enter_context(within_tensors())
-            stack.enter_context(patch.multiple(native, run=run, kernels=object()))
+            stack.enter_context(patch.multiple(cpu, run=run, kernels=object()))
             stack.enter_context(operators_in_python())
         else:
             stack.enter_context(patch.object(gpu, "run", run))
         if constants:
             stack.enter_context(patch.multiple(gpu, **constants))
-        stack.enter_context(patch.object(operators, "LARGE_ON_GPU", 0))
+        stack.enter_context(patch.object(policy, "LARGE_ON_GPU", 0))
         yield calls
 
 
@@ -258,9 +258,9 @@ def test_a_compiler_for_gpus_takes_them():
 
 KERNELS = {
     name
-    for module in (kernels, triton_running)
+    for module in (kernels, gpu_running)
     for name, value in vars(module).items()
-    if hasattr(value, "arg_names") and not name.startswith("_") and not hasattr(triton_parts, name)
+    if hasattr(value, "arg_names") and not name.startswith("_") and not hasattr(gpu_parts, name)
 }
 
 

@@ -1,6 +1,6 @@
-"""Norms by the kernels, with their gradients: one kernel a pass, an operator of `operators`.
+"""Norms by the kernels, with their gradients: one kernel a pass, an operator of `library`.
 
-Each takes what `dispatch.takes` says.
+Each takes what `policy.takes` says.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import dispatch, operators, plain, running  # noqa: F401 - `operators` defines them
+from . import launch, library, plain, running  # noqa: F401 - `library` defines the operators
 
 # By attribute each would take as long as a part of a kernel does.
 _BATCH_FORWARD, _BATCH_BACKWARD = torch.ops.normlab.batch_forward.default, torch.ops.normlab.batch_backward.default
@@ -20,8 +20,8 @@ _GROUP_FORWARD, _GROUP_BACKWARD = torch.ops.normlab.group_forward.default, torch
 _FROZEN_FORWARD = torch.ops.normlab.frozen_forward.default
 
 
-class BatchStatistics(NamedTuple):
-    """Buffers of a batch norm layer, by their names there: float32, and the last int64."""
+class Statistics(NamedTuple):
+    """The buffers of a norm with running statistics, by their names there: float32, and the last int64."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -68,7 +68,7 @@ def batch_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    statistics: BatchStatistics | None,
+    statistics: Statistics | None,
     momentum: float | None,
     eps: float,
     slope: float,
@@ -292,9 +292,9 @@ class _GroupNorm(torch.autograd.Function):
 class _PositionNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, centred, eps):  # types: position_norm
-        laid, described = dispatch.describe(x)
+        laid, described = launch.describe(x)
         parts, kernel = x.numel() // x.shape[1], "position_forward"
-        y, saved, _ = dispatch.forward(laid, described, weight, bias, parts, 1.0, kernel, (), centred, eps)
+        y, saved, _ = launch.forward(laid, described, weight, bias, parts, 1.0, kernel, (), centred, eps)
         ctx.save_for_backward(x, weight, bias, saved)
         ctx.centred, ctx.eps = centred, eps
         return y
@@ -306,9 +306,9 @@ class _PositionNorm(torch.autograd.Function):
             distance = x.float() - x.float().mean(1, keepdim=True) if ctx.centred else x.float()
             x_hat = distance * (distance.square().mean(1, keepdim=True) + ctx.eps).rsqrt()
             return *_again(_scaled(x_hat, weight, bias).to(x.dtype), 1.0, (x, weight, bias), grads[0]), None, None
-        x, described = dispatch.describe(x)
+        x, described = launch.describe(x)
         numbers = 1.0, "position_backward", (), ctx.centred
-        found = dispatch.backward(grads[0], x, described, weight, bias, saved, *numbers)
+        found = launch.backward(grads[0], x, described, weight, bias, saved, *numbers)
         return *_wanted(found, weight, bias), None, None
 
 
@@ -316,7 +316,7 @@ def _through_activation(slope: float, grad: Tensor, y: Tensor) -> tuple[Tensor, 
     """The gradient of the sum of norm and residual whose activation is `y`; the slope left to the norm's kernel, 1."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return torch.where(y > 0, grad, slope * grad), 1.0
-    return dispatch.activation_backward(y, grad, slope), 1.0
+    return launch.activation_backward(y, grad, slope), 1.0
 
 
 def _wanted(found: Sequence[Tensor | None], weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .triton_parts import INFINITY, all_finite, lerp, merged, weight_or_one
+from .gpu_parts import INFINITY, all_finite, lerp, merged, weight_or_one
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # the least normal float32
 

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checks import assert_close, layouts, operators_in_python, step, with_drawn_parameters
-from normlab.kernels import dispatch, native, operators
+from normlab.kernels import cpu, launch, library
 from normlab.kernels.running import READ, State
 from normlab.nn import BatchNorm2d, GroupNorm, RunningBatchNorm2d, build_norm
 
-pytestmark = pytest.mark.skipif(native.PATH.startswith("composed"), reason=native.PATH)
+pytestmark = pytest.mark.skipif(cpu.PATH.startswith("composed"), reason=cpu.PATH)
 
 C, GROUPS, SLOPE, EPS = 4, 2, 0.25, 1e-5
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -40,7 +40,7 @@ def arguments(name, x, affine):
     }[name]
 
 
-NAMES = [name for name in vars(operators) if name.endswith(("_forward", "_backward")) and name[0] != "_"]
+NAMES = [name for name in vars(library) if name.endswith(("_forward", "_backward")) and name[0] != "_"]
 
 
 def written_in(language):
@@ -58,18 +58,18 @@ def calls():
     found += [name.removeprefix("normlab::") for name in names if name.startswith("normlab::")]
 
 
-languages = pytest.mark.parametrize("language", ["C++", "Python"] if operators.COMPILED else ["Python"])
-in_cpp = pytest.mark.skipif(not operators.COMPILED, reason="torch lacks what they need")
+languages = pytest.mark.parametrize("language", ["C++", "Python"] if library.COMPILED else ["Python"])
+in_cpp = pytest.mark.skipif(not library.COMPILED, reason="torch lacks what they need")
 
 
 def test_torch_calls_the_compiled_ones_from_2_10_on():
-    assert (torch.__version__ >= (2, 10)) == operators.COMPILED
+    assert (torch.__version__ >= (2, 10)) == library.COMPILED
 
 
 def test_those_in_python_are_for_a_torch_that_lacks_a_function(monkeypatch):
-    address = native._address
-    monkeypatch.setattr(native, "_address", lambda name: address(name.replace("torch_library_impl", "torch_lacks_it")))
-    assert not native.register_operators()
+    address = cpu._address
+    monkeypatch.setattr(cpu, "_address", lambda name: address(name.replace("torch_library_impl", "torch_lacks_it")))
+    assert not cpu.register_operators()
 
 
 @languages
@@ -98,9 +98,9 @@ def test_compiled_ones_do_what_those_in_python_do(name, shape, dtype, layout, gr
     others = [part.clone() if torch.is_tensor(part) and part.is_contiguous() else part for part in given]  # to change
     with pytest.MonkeyPatch.context() as patch:
         for function in ("describe", "forward", "backward"):
-            patch.setattr(dispatch, function, lambda *_: pytest.fail("Python was called"))
+            patch.setattr(launch, function, lambda *_: pytest.fail("Python was called"))
         found = getattr(torch.ops.normlab, name)(*given)
-    expected = getattr(operators, name)(*others)
+    expected = getattr(library, name)(*others)
     for one, other in zip((*found, *tensors(given)), (*expected, *tensors(others)), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
         assert one.stride() == other.stride()

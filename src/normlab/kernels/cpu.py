@@ -82,7 +82,7 @@ def _set_constants(constants: running.Constants) -> None:
 
 
 def register_operators() -> bool:
-    """Has the compiled module implement `operators` on a CPU; False if it, or this torch, cannot (before 2.10)."""
+    """Has the compiled module implement `library` on a CPU; False if it, or this torch, cannot (before 2.10)."""
     if kernels is None:
         return False
     try:

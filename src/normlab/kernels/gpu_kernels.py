@@ -10,7 +10,7 @@ channel // channels_per_part. Numbers and names are those of `csrc/module.cpp`.
 import triton
 import triton.language as tl
 
-from .triton_parts import all_finite, lerp, merged, weight_or_one
+from .gpu_parts import all_finite, lerp, merged, weight_or_one
 
 
 @triton.jit

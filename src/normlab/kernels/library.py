@@ -1,4 +1,4 @@
-"""The kernels as operators of `torch.library`: what `fused` makes norms of, and a compiler puts into its graph.
+"""The kernels as operators of `torch.library`: what `autograd` makes norms of, and a compiler puts into its graph.
 
 On a CPU torch calls them in the compiled module (`csrc/operators.cpp`), without Python in between. The functions here
 are for a GPU, and for a torch that lacks what the module needs of it.
@@ -10,31 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, native
-
-# A compiler's own code for a norm, but for running batch norm, is quicker up to so many values
-# (`benchmarks/norms.py --compiled`).
-LARGE = 1 << 16
-# Launched one by one, not recorded in a CUDA graph, our kernels of a step take longer to launch than torch's to run, on
-# an H200 up to 26 million values; see `benchmarks/results/norms.md`.
-LARGE_ON_GPU = 1 << 25
+from . import cpu, launch
 
 LIBRARY = torch.library.Library("normlab", "FRAGMENT")
-COMPILED = native.register_operators()  # on a CPU
+COMPILED = cpu.register_operators()  # on a CPU
 _PARAMETERS = "Tensor x, Tensor? weight, Tensor? bias"
 _GRADIENTS = "(Tensor, Tensor, Tensor)"
-
-
-def preferred(x: Tensor, reduces: bool = True) -> bool:
-    """Whether the kernel is quicker than torch's operator, or a compiler's code; running batch norm's always is.
-
-    Args:
-        x: the input.
-        reduces: whether the norm needs statistics of `x`: one that does not is merged into what stands before it.
-    """
-    if torch.compiler.is_compiling():
-        return x.is_cpu and reduces and x.numel() >= LARGE
-    return x.is_cpu or x.numel() >= LARGE_ON_GPU
 
 
 def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -59,7 +40,7 @@ def _fake_backward(grad, x, *_):
 
 def _like(x: Tensor) -> Tensor:
     """An empty tensor in the layout that the kernels write."""
-    return torch.empty_like(x.contiguous(memory_format=dispatch.layout_of(x)))
+    return torch.empty_like(x.contiguous(memory_format=launch.layout_of(x)))
 
 
 def _saved(x: Tensor, parts: int) -> Tensor:
@@ -89,8 +70,8 @@ def frozen_forward(x, weight, bias, residual, mean, var, slope, eps):
 @_operator(f"Tensor grad, {_PARAMETERS}, Tensor saved, float slope, float share) -> {_GRADIENTS}", _fake_backward)
 def batch_backward(grad, x, weight, bias, saved, slope, share):
     """The gradients of `x`, γ and β, where the batch has this share in mean and variance."""
-    x, described = dispatch.describe(x)
-    return dispatch.backward(grad, x, described, weight, bias, saved, slope, "batch_backward", (), share)
+    x, described = launch.describe(x)
+    return launch.backward(grad, x, described, weight, bias, saved, slope, "batch_backward", (), share)
 
 
 @_operator(
@@ -107,11 +88,11 @@ def running_forward(x, weight, bias, residual, *rest):
 
 
 def _of_channels(x, weight, bias, slope, kernel, residual, *statistics, numbers):
-    x, described = dispatch.describe(x)
+    x, described = launch.describe(x)
     if residual is not None:
-        residual = dispatch.laid(residual, described.layout, "residual")
+        residual = launch.laid(residual, described.layout, "residual")
     statistics = residual, *statistics
-    return dispatch.forward(x, described, weight, bias, x.shape[1], slope, kernel, statistics, *numbers)
+    return launch.forward(x, described, weight, bias, x.shape[1], slope, kernel, statistics, *numbers)
 
 
 @_operator(
@@ -124,10 +105,10 @@ def _of_channels(x, weight, bias, slope, kernel, residual, *statistics, numbers)
 def running_backward(grad, x, weight, bias, saved, rate, *rest):
     """The gradients of `x`, γ and β; changes the averages."""
     *memory, slope, step_bound, learns = rest
-    x, described = dispatch.describe(x)
-    dispatch.check_storage(rate, "rate")
+    x, described = launch.describe(x)
+    launch.check_storage(rate, "rate")
     kernel, numbers = "running_backward", (rate, step_bound, learns)
-    return dispatch.backward(grad, x, described, weight, bias, saved, slope, kernel, memory, *numbers)
+    return launch.backward(grad, x, described, weight, bias, saved, slope, kernel, memory, *numbers)
 
 
 @_operator(
@@ -136,13 +117,13 @@ def running_backward(grad, x, weight, bias, saved, rate, *rest):
 )
 def group_forward(x, weight, bias, num_groups, slope, eps):
     """The output, and the mean and 1/√(var + eps) of each group."""
-    x, described = dispatch.describe(x)
+    x, described = launch.describe(x)
     parts, kernel = len(x) * num_groups, "group_forward"
-    return dispatch.forward(x, described, weight, bias, parts, slope, kernel, (), num_groups, eps)[:2]
+    return launch.forward(x, described, weight, bias, parts, slope, kernel, (), num_groups, eps)[:2]
 
 
 @_operator(f"Tensor grad, {_PARAMETERS}, Tensor saved, int num_groups, float slope) -> {_GRADIENTS}", _fake_backward)
 def group_backward(grad, x, weight, bias, saved, num_groups, slope):
     """The gradients of `x`, γ and β."""
-    x, described = dispatch.describe(x)
-    return dispatch.backward(grad, x, described, weight, bias, saved, slope, "group_backward", (), num_groups)
+    x, described = launch.describe(x)
+    return launch.backward(grad, x, described, weight, bias, saved, slope, "group_backward", (), num_groups)

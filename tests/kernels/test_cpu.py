@@ -17,11 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import reference
 from checks import assert_close, cases, composed, double, gradients, layouts, step, with_drawn_parameters
-from normlab.kernels import dispatch, fused, native, plain
+from normlab.kernels import autograd, cpu, launch, plain, policy
 from normlab.nn import BatchNorm2d, BatchRenorm2d, ChannelLayerNorm, GroupNorm, RMSNorm, RunningBatchNorm2d
 from normlab.nn import functional as F
 
-pytestmark = pytest.mark.skipif(native.PATH.startswith("composed"), reason=native.PATH)
+pytestmark = pytest.mark.skipif(cpu.PATH.startswith("composed"), reason=cpu.PATH)
 
 EXAMPLES = settings(
     max_examples=150,
@@ -38,15 +38,15 @@ def float32(*parts):
     return [None if part is None else part.float() for part in parts]
 
 
-SETS = [] if native.kernels is None else native.kernels.instruction_sets
+SETS = [] if cpu.kernels is None else cpu.kernels.instruction_sets
 
 
 @pytest.fixture(params=SETS)
 def every_instruction_set(request):
     """Each that this machine has: another may have no more than the first of them."""
-    native.kernels.use_instructions(request.param)
+    cpu.kernels.use_instructions(request.param)
     yield
-    native.kernels.use_instructions(SETS[-1])
+    cpu.kernels.use_instructions(SETS[-1])
 
 
 def activated(norm, slope):
@@ -68,7 +68,9 @@ def test_batch_norm_equals_float64(case, slope):
     x64, grad64, *parameters64 = double([x, grad, *float32(*parameters)])
     plain = activated(lambda *inputs: F.batch_norm(*inputs, EPS), slope)
     expected = gradients(plain, grad64, x64, *parameters64)
-    fast = gradients(lambda *inputs: fused.batch_norm(*inputs, None, 0.1, EPS, slope), grad, x, *float32(*parameters))
+    fast = gradients(
+        lambda *inputs: autograd.batch_norm(*inputs, None, 0.1, EPS, slope), grad, x, *float32(*parameters)
+    )
     assert fast[0].dtype == x.dtype
     assert_close(fast, expected, TOLERANCE[x.dtype])
 
@@ -82,7 +84,9 @@ def test_frozen_norm_equals_float64(case, slope):
     x64, grad64, mean64, var64, *parameters64 = double([x, grad, mean, var, *float32(*parameters)])
     plain = activated(lambda x, w, b: reference.normalize(x, mean64, var64, w, b, EPS), slope)
     expected = gradients(plain, grad64, x64, *parameters64)
-    fast = gradients(lambda x, w, b: fused.frozen_norm(x, mean, var, w, b, EPS, slope), grad, x, *float32(*parameters))
+    fast = gradients(
+        lambda x, w, b: autograd.frozen_norm(x, mean, var, w, b, EPS, slope), grad, x, *float32(*parameters)
+    )
     assert_close(fast, expected, TOLERANCE[x.dtype])
 
 
@@ -95,7 +99,7 @@ def test_group_norm_equals_float64(case, slope, data):
     x64, grad64, *parameters64 = double([x, grad, *float32(*parameters)])
     plain = activated(lambda x, w, b: F.group_norm(x, groups, w, b, EPS), slope)
     expected = gradients(plain, grad64, x64, *parameters64)
-    fast = gradients(lambda x, w, b: fused.group_norm(x, groups, w, b, EPS, slope), grad, x, *float32(*parameters))
+    fast = gradients(lambda x, w, b: autograd.group_norm(x, groups, w, b, EPS, slope), grad, x, *float32(*parameters))
     assert_close(fast, expected, TOLERANCE[x.dtype])
 
 
@@ -107,11 +111,11 @@ def test_batch_norm_of_known_moments_equals_float64(case):
     expected = gradients(lambda *inputs: F.batch_norm(*inputs, EPS), grad64, x64, *parameters64)
 
     def norm(x, weight, bias):
-        return fused.batch_norm_of(x, *dispatch.channel_moments(x), weight, bias, EPS)
+        return autograd.batch_norm_of(x, *launch.channel_moments(x), weight, bias, EPS)
 
     assert_close(gradients(norm, grad, x, *float32(*parameters)), expected, TOLERANCE[x.dtype])
     moments = reference.channel_moments(x64)
-    assert_close(list(dispatch.channel_moments(x)), list(moments), TOLERANCE[x.dtype])
+    assert_close(list(launch.channel_moments(x)), list(moments), TOLERANCE[x.dtype])
 
 
 @pytest.mark.usefixtures("every_instruction_set")
@@ -125,7 +129,7 @@ def test_norms_of_positions_equal_float64(case, centred):
     else:
         plain = lambda x, w, b: reference.scale(reference.rms_norm(x, w, EPS), None, b)  # noqa: E731
     expected = gradients(plain, grad64, x64, weight64, bias64)
-    fast = gradients(lambda x, w, b: fused.position_norm(x, w, b, centred, EPS), grad, x, *float32(*parameters))
+    fast = gradients(lambda x, w, b: autograd.position_norm(x, w, b, centred, EPS), grad, x, *float32(*parameters))
     assert_close(fast, expected, TOLERANCE[x.dtype])
 
 
@@ -201,7 +205,7 @@ def test_tensors_so_large_that_the_system_is_asked_for_large_pages():
 def test_a_mean_far_from_zero_costs_no_digits(data):
     torch.manual_seed(data.draw(st.integers(0, 10**6)))
     x = data.draw(layouts)(torch.randn(3, 4, 9, 9) * 0.1 + 1000)
-    y = fused.batch_norm(x, None, None, None, 0.1, 1e-5, 1.0)
+    y = autograd.batch_norm(x, None, None, None, 0.1, 1e-5, 1.0)
     expected = nn.functional.batch_norm(x.double(), None, None, None, None, True, 0.1, 1e-5)
     assert_close([y], [expected], 1e-4)
 
@@ -279,21 +283,21 @@ def test_a_gradient_of_one_value_is_spread_out():
 
 def test_where_memory_alone_does_not_tell_they_are_not_used():
     layer, x = BatchNorm2d(3), torch.randn(4, 3, 2, 2)
-    assert dispatch.takes(x, layer.weight, None)
-    assert not dispatch.takes(x.double(), None, None)
-    assert not dispatch.takes(x[:0], None, None)
-    assert not dispatch.takes(x.to("meta"), None, None)
-    assert not dispatch.takes(x, torch.randn(3).double(), None)
-    assert not dispatch.takes(x, None, torch.randn(6)[::2])
-    assert not dispatch.takes(x, torch.randn(4), None)
-    assert not dispatch.takes(x, None, None, torch.randn(3).double())
+    assert policy.takes(x, layer.weight, None)
+    assert not policy.takes(x.double(), None, None)
+    assert not policy.takes(x[:0], None, None)
+    assert not policy.takes(x.to("meta"), None, None)
+    assert not policy.takes(x, torch.randn(3).double(), None)
+    assert not policy.takes(x, None, torch.randn(6)[::2])
+    assert not policy.takes(x, torch.randn(4), None)
+    assert not policy.takes(x, None, None, torch.randn(3).double())
     seen = []
-    torch.func.vmap(lambda part: (seen.append(dispatch.takes(part, None, None)), part)[1])(x)
-    torch.func.grad(lambda part: (seen.append(dispatch.takes(part, None, None)), part.sum())[1])(x)
+    torch.func.vmap(lambda part: (seen.append(policy.takes(part, None, None)), part)[1])(x)
+    torch.func.grad(lambda part: (seen.append(policy.takes(part, None, None)), part.sum())[1])(x)
     with torch.autograd.forward_ad.dual_level():
-        seen.append(dispatch.takes(torch.autograd.forward_ad.make_dual(x, x), None, None))
+        seen.append(policy.takes(torch.autograd.forward_ad.make_dual(x, x), None, None))
     with FlopCounterMode(display=False):
-        seen.append(dispatch.takes(x, None, None))
+        seen.append(policy.takes(x, None, None))
     assert seen == [False] * 4
 
 
@@ -303,8 +307,8 @@ def test_there_is_one_openmp_runtime():
 
 
 def test_they_can_be_switched_off():
-    code = "from normlab.kernels import native; print(native.PATH)"
-    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, native.SWITCH: "off"}, capture_output=True,
+    code = "from normlab.kernels import cpu; print(cpu.PATH)"
+    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, cpu.SWITCH: "off"}, capture_output=True,
                          text=True, check=True)  # fmt: skip
     assert run.stdout.strip() == "composed operators (NORMLAB_KERNELS=off)"
 
