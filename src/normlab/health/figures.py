@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..nn import RunningBatchNorm2d
+from ..nn.running import RunningBatchNorm
 from ..surgery.build import is_frozen
 from ..surgery.modules import called, never_updated
 from ..surgery.moments import Moments
@@ -118,7 +118,7 @@ def _momentum(norm: nn.Module) -> float | None:
 
 def _share(norm: nn.Module) -> tuple[float | None, bool]:
     """Of a running norm the share of a batch in its statistics, and whether no batch has adapted it yet."""
-    if not isinstance(norm, RunningBatchNorm2d):
+    if not isinstance(norm, RunningBatchNorm):
         return None, False
     return float(norm.share), never_updated(norm) is False and not bool(norm.innovation.any())
 

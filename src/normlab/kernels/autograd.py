@@ -79,11 +79,11 @@ def batch_norm(
     Args:
         x: (N, C, *space).
         weight: γ, (C,), float32, or None for 1.
-        bias: β, likewise, or None for 0.
+        bias: β, (C,), float32, or None for 0.
         statistics: changed by this call.
         momentum: weight of this batch in `statistics`; if None, one over the batches seen.
         eps: added to the variance.
-        slope: of the activation after the norm where it is below 0, from 0 (ReLU) to 1 (none).
+        slope: the slope of the activation after the norm for values below 0, from 0 (ReLU) to 1 (none).
         residual: as `x`; added before the activation.
     """
     momentum = -1.0 if momentum is None else momentum
@@ -125,9 +125,9 @@ def batch_norm_over_ranks(
     Args:
         x: as in `batch_norm`, and so are those not named here.
         moments: mean and biased variance of the whole, (C,), and its number of values, 0-d; constants.
-        weight: likewise.
-        bias: likewise.
-        eps: likewise.
+        weight: γ, (C,), float32, or None for 1.
+        bias: β, (C,), float32, or None for 0.
+        eps: added to the variance.
         total: called once a backward pass in which `x` wants a gradient, with the gradients of mean and variance by
             this part, (2, C); returns the sum of those by all parts.
     """
@@ -149,12 +149,12 @@ def running_norm(
     Args:
         x: (N, C, *space).
         weight: γ, (C,), float32, or None for 1.
-        bias: β, likewise, or None for 0.
+        bias: β, (C,), float32, or None for 0.
         state: changed by this call and by each backward pass, unless a value would become infinite or NaN.
-        numbers: of the layer.
+        numbers: those of the layer.
         step_bound: see `running.normalize_with_memory`.
         slope: as in `batch_norm`.
-        residual: likewise.
+        residual: as `x`; added before the activation.
     """
     step_bound = -1.0 if step_bound is None else step_bound
     return _RunningNorm(x, weight, bias, residual, state, slope, numbers, step_bound)
@@ -173,7 +173,7 @@ def position_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, centred
     Args:
         x: (N, C, *space).
         weight: γ, (C,), float32, or None for 1.
-        bias: β, likewise, or None for 0.
+        bias: β, (C,), float32, or None for 0.
         centred: whether the mean is subtracted.
         eps: added to the variance, or the mean square.
     """

@@ -16,10 +16,10 @@ from torch import Tensor
 from . import gpu_kernels as kernels
 from . import gpu_running, running
 
-PROGRAMS = 512  # a sum over a tensor is taken by so many, about: four for each multiprocessor of a large GPU
+PROGRAMS = 512  # take a sum over a tensor, about: four for each multiprocessor of a large GPU
 TILE = 2048  # values
 WARPS = 8
-WIDE, NARROW = 64, 16  # channels of a tile of a pass, and of a sum, of which there are fewer rows then
+WIDE, NARROW = 64, 16  # channels of a tile: of a pass, and of a sum, which then has fewer rows
 AT_ONCE = 8192  # values that a program on its own, which finishes a sum, loads at once
 WARPS_ALONE = 16  # of it
 
@@ -45,7 +45,7 @@ class Plan(NamedTuple):
         blocks: of images of a tile's size.
         tiles: of all channels of a tile.
         columns: blocks of channels.
-        rows: programs that share the tiles of a sum; of whole images, so many times `blocks`.
+        rows: programs that share the tiles of a sum; for sums of whole images a multiple of `blocks`.
     """
 
     sizes: tuple[int, int, int]
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, shape: Shape, each_image: bool = False, tile: int | None = None, widest: int = WIDE) -> "Plan":
-        """For sums over all images, or over each, in tiles of so many values, `TILE` by default.
+        """For sums over all images, or over each, in tiles of `tile` values, by default `TILE`.
 
         Where channels are last a tile has `widest` of them at most.
         """
@@ -240,7 +240,7 @@ def _moments(shape: Shape, x: Tensor, each_image: bool = False) -> Tensor:
 
 
 def _products(shape, g, x, norm, parts, slope, sums, each_image) -> Tensor:
-    """Rows of so many sums."""
+    """Rows of `sums` sums."""
     tile = TILE if sums == 2 else TILE // 2  # each sum of each value has its register
     plan = Plan.of(shape, each_image, tile, NARROW)
     rows = _rows(shape, plan, x, sums, each_image)

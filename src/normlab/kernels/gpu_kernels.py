@@ -15,7 +15,7 @@ from .gpu_parts import all_finite, lerp, merged, weight_or_one
 
 @triton.jit
 def _tile(t, n_blocks, N, C, S, LAST: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr):
-    """Of the tile of this number: its images and channels, with dimensions of 1, the places in memory, the mask."""
+    """The tile of this number: its images and channels, with dimensions of 1, the places in memory, the mask."""
     n = (t % n_blocks).to(tl.int64) * BN + tl.arange(0, BN)[:, None, None]
     c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :, None]
     s = (t // n_blocks) * BS + tl.arange(0, BS)[None, None, :]
@@ -238,7 +238,7 @@ def position_backward(
 
 @triton.jit
 def _tile_of_positions(t, blocks, C, S, LAST: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr):
-    """All channels of so many positions of an image: the image, the channels, places in memory, the mask."""
+    """All channels of BS positions of an image: the image, the channels, places in memory, the mask."""
     n = (t // blocks).to(tl.int64)
     c = tl.arange(0, BC)[:, None]
     s = (t % blocks) * BS + tl.arange(0, BS)[None, :]

@@ -79,7 +79,7 @@ def check_storage(part: Tensor, name: str) -> None:
     last = offset + sum(map(mul, (n - 1 for n in part.shape), part.stride()))
     needed = (last + 1) * part.itemsize
     if there < needed:
-        found = f"{needed} bytes of storage, of which {there} are there: it was freed, or resized"
+        found = f"{needed} bytes of storage, and {there} are there: it was freed, or resized"
         raise RuntimeError(f"normlab: {name} needs {found}")
 
 
@@ -166,6 +166,6 @@ def _run(x: Tensor) -> Callable[..., Any]:
     """What runs a kernel on this tensor's device."""
     if x.is_cpu:
         return cpu.run
-    from . import gpu  # with it Triton's compiler, of which a CPU has no need
+    from . import gpu  # not before: it imports Triton's compiler
 
     return gpu.run

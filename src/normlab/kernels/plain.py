@@ -73,11 +73,11 @@ def normalize_with_share(
     Args:
         x: (N, C, *space).
         mean: (C,), as computed from `x` with the share `mean_share`.
-        var: (C,), likewise, with `var_share`.
+        var: (C,), in which `x` has the share `var_share`.
         weight: γ, (C,) or None for 1.
         bias: β, (C,) or None for 0.
         mean_share: between 0 and 1, 0-d or (C,).
-        var_share: likewise.
+        var_share: between 0 and 1, 0-d or (C,).
         eps: added to the variance.
         mask: (N, 1, *space), True where a value is in `mean` and `var`; None for all.
     """

@@ -33,7 +33,7 @@ MOST_CHANNELS_ON_GPU, MOST_SUMS_ON_GPU = 1 << 13, 1 << 26
 
 
 def always(_: Tensor) -> bool:
-    """For running batch norm in training: of torch's operators it needs many."""
+    """For running batch norm in training, which needs many of torch's operators."""
     return True
 
 

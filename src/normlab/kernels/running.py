@@ -20,8 +20,8 @@ class Constants(NamedTuple):
     least_share: float = 0.01  # w, over momentum: statistics reach back over a thousand batches at most
     least_gradient_share: float = 0.1  # r, over momentum: averages of gradients reach back over a hundred
     tolerated_drift: float = 0.2  # over N: the cosine of e and d above which r grows
-    steps_remembered: float = 100  # the learning rate is the geometric mean of about so many steps
-    steady_images: float = 64  # from so many images on γ and β learn at the full rate
+    steps_remembered: float = 100  # the learning rate is the geometric mean of about this many steps
+    steady_images: float = 64  # from this many images on γ and β learn at the full rate
     along: float = 0.99  # the least cosine at which a step counts as one along its gradient
     pull: float = 0.1  # of γ and β, taken away in a step in which every image meets the bound
 
@@ -322,7 +322,7 @@ class _Step(NamedTuple):
 
 
 def parameter_share(images: int) -> float:
-    """p, the share of the learning rate at which γ and β learn from so many images."""
+    """p, the share of the learning rate at which γ and β learn from a batch of `images`."""
     return min(1, (images / CONSTANTS.steady_images) ** 0.5)
 
 

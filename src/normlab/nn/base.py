@@ -252,8 +252,8 @@ class RunningStatistics(PreciseStatistics, _NormBase):
             the mean of all batches.
         affine: learn γ and β.
         track_running_stats: keep statistics. Without, evaluation is as training; most norms need theirs.
-        device: of parameters and statistics.
-        dtype: of the parameters.
+        device: the device of parameters and statistics.
+        dtype: the type of the parameters.
         bias: learn β.
 
     Raises:
@@ -309,23 +309,26 @@ class RunningStatistics(PreciseStatistics, _NormBase):
         """What is learned beside γ and β: how many numbers, and the value of each at first."""
         return {}
 
-    def in_training(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def in_training(self, x: Tensor, mask: Tensor | None, *residual: Tensor | None) -> Tensor:
         """The norm of a batch by its own statistics, which enter the running ones.
 
         Args:
             x: (N, C, *space), not empty.
             mask: (N, 1, *space), True where a value counts; None for all.
+            residual: what to add, of a norm whose `forward` takes one.
         """
         raise NotImplementedError
 
-    def in_evaluation(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def in_evaluation(self, x: Tensor, mask: Tensor | None, *residual: Tensor | None) -> Tensor:
         """The norm of a batch by the running statistics. The batch may be empty; see `in_training`."""
         mean, var = F.unless_none((self.running_mean, self.running_var), x)
         return F.normalize(x, mean, var, self.weight, self.bias, self.eps)
 
-    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _normalize(self, x: Tensor, mask: Tensor | None, *residual: Tensor | None) -> Tensor:
         self._check_input_dim(x)
-        return self.in_evaluation(x, mask) if self._by_running_ones(x) else self.in_training(x, mask)
+        if self._by_running_ones(x):
+            return self.in_evaluation(x, mask, *residual)
+        return self.in_training(x, mask, *residual)
 
     def _by_running_ones(self, x: Tensor) -> bool:
         """Whether a batch is normalised by the running statistics: an empty one has none of its own."""
@@ -362,7 +365,7 @@ class RunningStatistics(PreciseStatistics, _NormBase):
         """Forget every batch, and set what is learned to what it was at first."""
         super().reset_parameters()
         for name, (_, start) in self.first_parameters().items():
-            if name in self._parameters:  # likewise
+            if name in self._parameters:  # torch's constructor resets before it is there
                 nn.init.constant_(self.get_parameter(name), start)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

@@ -91,8 +91,8 @@ class _Batch(PreciseStatistics, _NormBase):
         """The norm in torch's operators."""
         plainly = not torch.compiler.is_compiling() and not is_tracing()
         if torch.is_grad_enabled() and x.dim() > 3 and plainly and 1 in x.shape:
-            # Where a size is 1 strides can mean either memory format, of which torch's backward pass mistakes one for
-            # the other: its gradient is wrong.
+            # Where a size is 1 strides can mean either memory format. Torch's backward pass mistakes one for the other,
+            # and its gradient is wrong.
             layout = CHANNELS_LAST[x.dim()]
             last = x.is_contiguous(memory_format=layout) and not x.is_contiguous()
             y = self._composed(x.flatten(2)).reshape(x.shape)
@@ -108,7 +108,7 @@ class _Batch(PreciseStatistics, _NormBase):
                 mean, var = mean.clone(), var.clone()  # a buffer written meanwhile would end the backward pass
             return nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
         if x.numel() == x.shape[1] == channels:
-            # torch raises here, because the unbiased variance would be 0/0: of the variance one value says nothing.
+            # torch raises here, because the unbiased variance would be 0/0: one value says nothing about the variance.
             self._remember(x.detach().flatten(), var)
             return F.batch_norm(x, weight, bias, self.eps)
         if (
@@ -186,7 +186,7 @@ class BatchNormAct3d(_Batch):
 
 
 class _OfTorch:
-    """Of a layer that is of torch's class too: with an activation it is made a `with_activation`, which is not."""
+    """A layer that is of torch's class too. With an activation it is made a `with_activation`, which is not."""
 
     with_activation: type[_Batch]
 
@@ -201,17 +201,20 @@ class BatchNorm2d(_Batch, _OfTorch, nn.BatchNorm2d):
 
     In training μ and σ² are the mean and the biased variance over batch and space, and the gradient flows through
     them; the running statistics move by `momentum` towards μ and the unbiased variance. In evaluation μ and σ² are
-    the running statistics. It is `torch.nn.BatchNorm2d`, arguments, state and all, but for these cases. A batch of one
-    value a channel (one image, 1×1 map) gives y = β and moves the running mean, while the running variance, of which
-    one value says nothing, stays. A batch that holds an infinite value or NaN leaves the statistics alone, and so do
-    an empty batch and the second forward pass of an activation checkpoint that is not compiled. Cast to half precision
-    the layer keeps its statistics in float32. `momentum=None` compiles without a break.
+    the running statistics. It is a `torch.nn.BatchNorm2d` with the same arguments and state. It differs in these cases:
 
-    With `activation="relu"` or `"leaky_relu"` (of slope 0.01) the layer is that activation too: the same values and
-    gradients as with one after it, in less time, and without a tensor between the two. It is then a `BatchNormAct2d`,
-    and not of torch's class. `layer(x, residual=r)`, with a tensor like `x`, adds it before the activation: the end of
-    a residual block. `layer(x, mask=m)`, with m bool, (N, H, W), takes the statistics of the values where m is True,
-    and normalises all by them.
+    - A batch of one value a channel (one image, 1×1 map) gives y = β. It moves the running mean; the running variance
+      stays, since one value says nothing about it.
+    - A batch that holds an infinite value or NaN leaves the statistics alone. So does an empty batch, and so does the
+      second forward pass of an activation checkpoint that is not compiled.
+    - A layer cast to half precision keeps its statistics in float32.
+    - `momentum=None` compiles without a break.
+
+    With `activation="relu"` or `"leaky_relu"` (slope 0.01) the layer is that activation too. Values and gradients are
+    the same as with one after it, in less time and memory. The layer is then a `BatchNormAct2d`, not of torch's class.
+    `layer(x, residual=r)` adds r, a tensor like `x`, before the activation: the end of a residual block.
+    `layer(x, mask=m)`, with m bool, (N, H, W), takes the statistics of the values where m is True, and normalises all
+    values by them.
 
     Example:
         >>> norm = BatchNorm2d(4)

@@ -17,8 +17,8 @@ class DynamicTanh(PerImageNorm):
         num_features: C.
         alpha: α at first.
         affine: learn γ and β; α is learned in any case.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: the device of the parameters.
+        dtype: the type of the parameters.
         bias: learn β.
 
     Raises:
@@ -70,8 +70,8 @@ class DynamicErf(PerImageNorm):
         alpha: α at first.
         shift: s at first.
         affine: learn γ and β; α and s are learned in any case.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: the device of the parameters.
+        dtype: the type of the parameters.
         bias: learn β.
 
     Raises:

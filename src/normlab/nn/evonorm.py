@@ -24,8 +24,8 @@ class EvoNormS0(PerImageNorm):
         num_groups: a divisor of C; by default eight, or as many as divide C. The paper has 32.
         eps: added to the variance.
         affine: learn γ and β; v is learned in any case.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: the device of the parameters.
+        dtype: the type of the parameters.
         bias: learn β.
 
     Raises:
@@ -139,8 +139,8 @@ class EvoNorm2dB0(EvoNormB0):
         momentum: weight of a new batch in the running variance, above 0, to 1.
         affine: learn γ and β; v is learned in any case.
         track_running_stats: keep statistics; without, evaluation is as training.
-        device: of parameters and statistics.
-        dtype: of the parameters.
+        device: the device of parameters and statistics.
+        dtype: the type of the parameters.
         bias: learn β.
 
     Raises:

@@ -64,8 +64,8 @@ class FilterResponseNorm(PerImageNorm):
         eps: ε, or the least ε when it is learned.
         affine: learn γ and β; τ is learned in any case.
         learn_eps: learn ε, for maps of one or few values.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: the device of the parameters.
+        dtype: the type of the parameters.
         bias: learn β.
 
     Raises:

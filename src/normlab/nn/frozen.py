@@ -68,8 +68,8 @@ class FrozenBatchNorm2d(FrozenBatchNorm):
         eps: added to the variance.
         affine: learn γ and β.
         track_running_stats: True; see `RunningStatistics`.
-        device: of parameters and statistics.
-        dtype: of the parameters.
+        device: the device of parameters and statistics.
+        dtype: the type of the parameters.
         bias: learn β.
 
     Raises:

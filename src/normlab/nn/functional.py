@@ -35,7 +35,7 @@ def masked_moments(x: Tensor, mask: Tensor, dims: tuple[int, ...] | None = None)
 
     Args:
         x: (N, C, *space).
-        mask: of a shape that broadcasts to that of `x`; (N, 1, *space).
+        mask: (N, 1, *space), or another shape that broadcasts to that of `x`.
         dims: which become 1; by default all but the channels, for which the number of values is one, 0-d.
     """
     channels = dims is None
@@ -87,9 +87,9 @@ def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias:
     Args:
         x: (N, C, *space).
         mean: any shape that broadcasts against `x`.
-        var: likewise.
+        var: the variance, as `mean`.
         weight: γ, (C,) or broadcastable, or None for 1.
-        bias: β, likewise, or None for 0.
+        bias: β, as `weight`, or None for 0.
         eps: added to the variance.
     """
     scale = (var + eps).rsqrt()
@@ -143,7 +143,7 @@ def group_norm(
 
 
 def lesson_alpha(batch_size: int, momentum: float) -> float:
-    """α, the weight of a new batch of so many images: 1 − (1 − momentum) / √max(batch_size − 1, 1).
+    """α, the weight of a new batch of `batch_size` images: 1 − (1 − momentum) / √max(batch_size − 1, 1).
 
     The lesson's rule, made total: at batch 1 it is `momentum`, as at batch 2.
     """

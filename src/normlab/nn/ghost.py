@@ -84,8 +84,8 @@ class GhostBatchNorm2d(GhostBatchNorm):
         momentum: weight of a new virtual batch in the running statistics, above 0, to 1.
         affine: learn γ and β.
         track_running_stats: keep statistics; without, evaluation is as training.
-        device: of parameters and statistics.
-        dtype: of the parameters.
+        device: the device of parameters and statistics.
+        dtype: the type of the parameters.
         virtual_batch_size: images in a virtual batch.
         bias: learn β.
 

@@ -26,8 +26,8 @@ class GroupNorm(PerImageNorm):
         num_groups: a divisor of C; by default eight, or as many as divide C.
         eps: added to the variance.
         affine: learn γ and β.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: the device of the parameters.
+        dtype: the type of the parameters.
         bias: learn β.
         activation: see `BatchNorm2d`.
 
@@ -151,8 +151,8 @@ class ChannelLayerNorm(PerImageNorm):
         num_features: C.
         eps: added to the variance.
         affine: learn γ and β.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: the device of the parameters.
+        dtype: the type of the parameters.
         bias: learn β.
 
     Raises:
@@ -202,8 +202,8 @@ class RMSNorm(PerImageNorm):
         num_features: C.
         eps: added to the mean square.
         affine: learn γ.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: the device of the parameters.
+        dtype: the type of the parameters.
 
     Raises:
         InputError: `num_features` is less than 1, or the input is not (N, C, *space).

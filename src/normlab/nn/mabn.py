@@ -110,8 +110,8 @@ class MovingAverageBatchNorm2d(MovingAverageBatchNorm):
         q = average of the last q_B            r = clip(χ / √(q̂ + eps), 1/max_correction, max_correction)
         χ = √(q + eps)                         q̂ ← q̂ + momentum (q − q̂)
 
-    The gradient's own statistic ψ_B is averaged likewise, and r is a constant to it. With z = x / χ and g the gradient
-    of r z:
+    The gradient's own statistic ψ_B is averaged in the same way, and r is a constant to it. With z = x / χ and g the
+    gradient of r z:
 
         ψ_B = mean(r g z)                      ∂L/∂x = (r g − z · average of the last ψ_B) / χ
 
@@ -127,8 +127,8 @@ class MovingAverageBatchNorm2d(MovingAverageBatchNorm):
         momentum: weight of a new batch in the statistics of evaluation, above 0, to 1.
         affine: learn γ and β.
         track_running_stats: True; see `RunningStatistics`.
-        device: of parameters and statistics.
-        dtype: of the parameters.
+        device: the device of parameters and statistics.
+        dtype: the type of the parameters.
         bias: learn β.
         buffer_size: batches in the simple averages; the authors take 32 images in all.
         warmup_iters: batches before the simple averages are used, at least `buffer_size`.

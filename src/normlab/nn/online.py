@@ -131,10 +131,10 @@ class OnlineNorm2d(OnlineNorm):
         momentum: weight of a new image (not batch) in the running statistics, 1 − α, above 0, to 1.
         affine: learn γ and β.
         track_running_stats: True; see `RunningStatistics`.
-        device: of parameters and statistics.
-        dtype: of the parameters.
+        device: the device of parameters and statistics.
+        dtype: the type of the parameters.
         bias: learn β.
-        backward_momentum: likewise in the backward pass, 1 − α_b.
+        backward_momentum: the same in the backward pass, 1 − α_b.
         guard: "scale", "clamp" or "none".
 
     Raises:

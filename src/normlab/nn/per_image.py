@@ -20,8 +20,8 @@ class PerImageNorm(OnKernels):
     Args:
         num_features: C.
         affine: learn γ and β.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: the device of the parameters.
+        dtype: the type of the parameters.
         bias: learn β.
 
     Raises:

@@ -109,7 +109,7 @@ class BatchRenorm2d(BatchRenorm):
     norm, and widen linearly with the number of batches seen: from the first to the second number of `r_ramp` up to
     `r_max`, of `d_ramp` up to `d_max`. A run shorter than the ramps' first numbers trains as batch norm.
 
-    A batch of one value a channel has y = γd + β; it moves μ, while σ, of which one value says nothing, stays: there
+    A batch of one value a channel has y = γd + β. It moves μ; σ stays, since one value says nothing about it: there
     the paper would move σ towards √eps. `running_var` is σ² − eps, so that the state is that of a batch norm.
 
     Args:
@@ -118,13 +118,13 @@ class BatchRenorm2d(BatchRenorm):
         momentum: weight of a new batch in the running statistics, above 0, to 1; the paper's is 0.01.
         affine: learn γ and β.
         track_running_stats: True; see `RunningStatistics`.
-        device: of parameters and statistics.
-        dtype: of the parameters.
+        device: the device of parameters and statistics.
+        dtype: the type of the parameters.
         bias: learn β.
         r_max: the limit of r in the end, from 1.
         d_max: the limit of d in the end, from 0.
         r_ramp: the batches at which the limit of r starts to widen and is wide; the paper's by default.
-        d_ramp: likewise of d.
+        d_ramp: the same for d.
 
     Raises:
         InputError: an argument or the shape of an input is out of range.

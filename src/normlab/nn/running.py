@@ -18,45 +18,8 @@ from .registry import register
 SETTLED_SHARE = 0.01
 
 
-class RunningBatchNorm2d(RunningStatistics):
-    """Running batch norm of (N, C, H, W): y = γ (x − μ) / √(σ² + eps) + β, per channel.
-
-    μ and σ² are the running statistics, in evaluation and in training. In training this batch, of mean m and biased
-    variance v, enters them first, with the share w:
-
-        μ' = μ + w(m − μ)           σ²' = (1−w)σ² + w v + w(1−w)(m − μ)²
-
-    Three ideas make it train at any batch size. Watch the surprise: w grows while the means of batches stray from μ in
-    one direction, and falls while they stray at random. Subtract remembered means: in the backward pass the means A of
-    g and B of g x̂ are running averages too, with a share r of their own. Three guards for high rates: a bound for each
-    image's gradient, slower γ and β in small batches, and a pull that shrinks them while they overshoot.
-
-    Each forward pass in training moves μ and σ², each backward pass A and B. A batch with an infinite value or NaN
-    moves none of them. Arguments and buffers are those of `torch.nn.BatchNorm2d`, and the rest of `State` on top. The
-    state of a batch norm loads, and this one's loads into a batch norm with `strict=False`.
-
-    Args:
-        num_features: C.
-        eps: added to the variance.
-        momentum: how fast w and r adapt; above 0, below 1.
-        affine: learn γ and β.
-        track_running_stats: True; see `RunningStatistics`.
-        device: of parameters and statistics.
-        dtype: of the parameters.
-        bias: learn β.
-        step_bound: how far one image may move (γ, β) in a step, as a part of their length; None for no bound and pull.
-        activation: see `BatchNorm2d`.
-
-    Raises:
-        InputError: an argument or the shape of an input is out of range.
-
-    Example:
-        >>> norm = RunningBatchNorm2d(8)
-        >>> norm(torch.randn(1, 8, 4, 4)).shape
-        torch.Size([1, 8, 4, 4])
-
-    Source: `docs/running.md`, with all formulas.
-    """
+class RunningBatchNorm(RunningStatistics):
+    """Running batch norm of (N, C, *space); see `RunningBatchNorm2d`."""
 
     _checks_memory = True
     _state_type = State
@@ -91,40 +54,25 @@ class RunningBatchNorm2d(RunningStatistics):
         check(momentum is not None and 0 < momentum < 1, "momentum", momentum, "a number above 0, below 1")
         bounded = step_bound is None or step_bound > 0
         check(bounded, "step_bound", step_bound, "a number above 0, or None for no bound")
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, bias=bias)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.step_bound, self.activation = step_bound, check_activation(activation)
-        for name, buffer in State.empty(num_features, device)._asdict().items():
-            if name not in self._buffers:  # torch's constructor made the first three
-                self.register_buffer(name, buffer)
-        if dtype is not None:
-            self.to(dtype)
 
-    def reset_running_stats(self) -> None:
-        """Forget every batch: means 0, variances 1, gradients 0."""
-        super().reset_running_stats()
-        if State._fields[-1] in self._buffers:  # torch's constructor resets once before they are there
-            for name, buffer in State.empty(self.num_features, self.share.device)._asdict().items():
-                getattr(self, name).copy_(buffer)
+    def first_state(self) -> dict[str, Tensor]:
+        state = State.empty(self.num_features)._asdict()
+        return {name: state[name] for name in State._fields[3:]}
+
+    def settled_state(self) -> dict[str, Tensor]:
+        return {"share": torch.tensor(SETTLED_SHARE)}
 
     @for_script
     def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """The norm of `input`, and its activation of the sum with `residual`; see `OnKernels.forward`."""
         return call(self, input, mask, residual)
 
-    def _normalize(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(x)
-        slope = SLOPES[self.activation]
-        if not self.training or x.numel() == 0:  # an empty batch has nothing to add
-            mean, var = self.running_mean, self.running_var
-            parts = self._parts_for_kernels(x, policy.for_constants, residual)
-            if parts is not None:
-                return autograd.frozen_norm(x, mean, var, parts.weight, parts.bias, self.eps, slope, residual)
-            self._check_memory(x, residual)
-            mean, var = (F.per_channel(part, x) for part in (mean, var))
-            return activate(F.normalize(x, mean, var, self.weight, self.bias, self.eps), self.activation, residual)
+    def in_training(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
         parts = self._parts_for_kernels(x, policy.always, residual) if mask is None else None
         if parts is not None:
-            state = parts.state if self.track_running_stats else self._state()
+            state, slope = parts.state if self.track_running_stats else self._state(), SLOPES[self.activation]
             numbers = autograd.RunningNumbers(self.momentum, self.eps, self._kept_already())
             weight, bias = parts.weight, parts.bias
             return autograd.running_norm(x, weight, bias, state, numbers, self.step_bound, slope, residual)
@@ -134,6 +82,14 @@ class RunningBatchNorm2d(RunningStatistics):
         memory = self._state().memory
         y = normalize_with_memory(x, mean, var, self.weight, self.bias, rate, memory, self.step_bound, self.eps, mask)
         return activate(y, self.activation, residual)
+
+    def in_evaluation(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        parts = self._parts_for_kernels(x, policy.for_constants, residual)
+        if parts is not None:
+            mean, var, slope = parts.state.running_mean, parts.state.running_var, SLOPES[self.activation]
+            return autograd.frozen_norm(x, mean, var, parts.weight, parts.bias, self.eps, slope, residual)
+        self._check_memory(x, residual)
+        return activate(super().in_evaluation(x, mask), self.activation, residual)
 
     def _state(self) -> State:
         """The buffers, to be written, or copies while nothing is to be tracked."""
@@ -170,24 +126,75 @@ class RunningBatchNorm2d(RunningStatistics):
         return mean.flatten(), var.flatten(), (count > 0).long()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if prefix + "running_mean" in state_dict:  # what a batch norm's state has not
+        if prefix + "running_mean" in state_dict:
             upgrade(state_dict, prefix)
-            fresh = is_fresh(state_dict, prefix)  # old files do not say how many batches: some, if it is not
-            state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(int(not fresh)))
-            state_dict.setdefault(prefix + "share", torch.tensor(1.0 if fresh else SETTLED_SHARE))
-            for name, buffer in State.empty(self.num_features)._asdict().items():
-                state_dict.setdefault(prefix + name, buffer)
+            # Old files do not say how many batches there were: some, if the statistics are not fresh.
+            batches = torch.tensor(int(not is_fresh(state_dict, prefix)))
+            state_dict.setdefault(prefix + "num_batches_tracked", batches)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class RunningBatchNorm1d(RunningBatchNorm2d):
-    """Running batch norm of (N, C) or (N, C, L); see `RunningBatchNorm2d`."""
+class RunningBatchNorm1d(RunningBatchNorm):
+    """Running batch norm of (N, C) or (N, C, L); see `RunningBatchNorm2d`.
+
+    Example:
+        >>> RunningBatchNorm1d(4)(torch.randn(1, 4, 5)).shape
+        torch.Size([1, 4, 5])
+    """
 
     accepted_dims = (2, 3)
 
 
-class RunningBatchNorm3d(RunningBatchNorm2d):
-    """Running batch norm of (N, C, D, H, W); see `RunningBatchNorm2d`."""
+class RunningBatchNorm2d(RunningBatchNorm):
+    """Running batch norm of (N, C, H, W): y = γ (x − μ) / √(σ² + eps) + β, per channel.
+
+    μ and σ² are the running statistics, in evaluation and in training. In training this batch, of mean m and biased
+    variance v, enters them first, with the share w:
+
+        μ' = μ + w(m − μ)           σ²' = (1−w)σ² + w v + w(1−w)(m − μ)²
+
+    Three ideas make it train at any batch size. Watch the surprise: w grows while the means of batches stray from μ in
+    one direction, and falls while they stray at random. Subtract remembered means: in the backward pass the means A of
+    g and B of g x̂ are running averages too, with a share r of their own. Three guards for high rates: a bound for each
+    image's gradient, slower γ and β in small batches, and a pull that shrinks them while they overshoot.
+
+    Each forward pass in training moves μ and σ², each backward pass A and B. A batch with an infinite value or NaN
+    moves none of them. Arguments and buffers are those of `torch.nn.BatchNorm2d`, and the rest of `State` on top. The
+    state of a batch norm loads, and this one's loads into a batch norm with `strict=False`.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: how fast w and r adapt; above 0, below 1.
+        affine: learn γ and β.
+        track_running_stats: True; see `RunningStatistics`.
+        device: the device of parameters and statistics.
+        dtype: the type of the parameters.
+        bias: learn β.
+        step_bound: how far one image may move (γ, β) in a step, as a part of their length; None for no bound and pull.
+        activation: see `BatchNorm2d`.
+
+    Raises:
+        InputError: an argument or the shape of an input is out of range.
+
+    Example:
+        >>> norm = RunningBatchNorm2d(8)
+        >>> norm(torch.randn(1, 8, 4, 4)).shape
+        torch.Size([1, 8, 4, 4])
+
+    Source: `docs/running.md`, with all formulas.
+    """
+
+    accepted_dims = (4,)
+
+
+class RunningBatchNorm3d(RunningBatchNorm):
+    """Running batch norm of (N, C, D, H, W); see `RunningBatchNorm2d`.
+
+    Example:
+        >>> RunningBatchNorm3d(4)(torch.randn(1, 4, 3, 5, 5)).shape
+        torch.Size([1, 4, 3, 5, 5])
+    """
 
     accepted_dims = (5,)
 

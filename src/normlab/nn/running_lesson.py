@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ..kernels.plain import normalize_with_share
 from . import functional as F
-from .base import RunningStatistics, is_fresh, settle
+from .base import RunningStatistics, settle
 from .registry import register
 
-# The lesson's guard of the first steps: until so many images were seen, no variance counts as less than MIN_VAR.
+# The lesson's guard of the first steps: until FEW_SAMPLES images were seen, a variance counts as MIN_VAR at least.
 FEW_SAMPLES = 20
 MIN_VAR = 0.01
 
@@ -18,76 +18,23 @@ MIN_VAR = 0.01
 SETTLED = -1.0
 
 
-class LessonRunningNorm2d(RunningStatistics):
-    """The lesson's running batch norm of (N, C, H, W): y = γ (x − μ) / √(σ² + eps) + β, per channel.
-
-    μ and σ² are running statistics, in training and in evaluation alike; in training this batch enters them first.
-    A batch of `bs` images with n values a channel, mean m and biased variance v has the weight α(bs) and the share w:
-
-        α = 1 − (1 − momentum) / √max(bs − 1, 1)
-        C' = (1−α)C + αn            w = αn / C'
-        μ' = μ + w(m − μ)           σ²' = (1−w)σ² + w v + w(1−w)(m − μ)²
-
-    The gradient flows through the batch's share, the earlier part is a constant:
-
-        ∂L/∂xᵢ = γ/√(σ²'+eps) · [gᵢ − (w/n)(Σg + x̂ᵢ Σ g x̂)]
-
-    While fewer than 20 images were seen σ² counts as 0.01 at least. A batch of one value a channel is as good as any
-    other. Statistics are kept and computed in float32 at least, also when the module is cast to half precision.
-
-    The arguments are those of `torch.nn.BatchNorm2d`, and so are `weight`, `bias`, `running_mean`, `running_var` and
-    `num_batches_tracked`; `count` (C above) and `num_samples_tracked` (images seen) come on top. The state of a
-    batch norm loads into this layer; its own loads into a batch norm with `strict=False`.
-
-    Args:
-        num_features: C.
-        eps: added to the variance.
-        momentum: weight of a new batch of one or two images, above 0, to 1.
-        affine: learn γ and β.
-        track_running_stats: True; see `RunningStatistics`.
-        device: of parameters and statistics.
-        dtype: of the parameters.
-        bias: learn β.
-
-    Raises:
-        InputError: an argument or the shape of an input is out of range.
-
-    Source: fastai course v3 part 2, lesson 10; here in the form that neither cancels nor overflows.
-    """
+class LessonRunningNorm(RunningStatistics):
+    """The lesson's running batch norm of (N, C, *space); see `LessonRunningNorm2d`."""
 
     momentum: float
     count: Tensor
     num_samples_tracked: Tensor
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-    ):
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, bias=bias)
-        self.register_buffer("count", torch.zeros((), device=device))
-        self.register_buffer("num_samples_tracked", torch.zeros((), dtype=torch.long, device=device))
-        if dtype is not None:
-            self.to(dtype)
+    def first_state(self) -> dict[str, Tensor]:
+        return {"count": torch.zeros(()), "num_samples_tracked": torch.zeros((), dtype=torch.long)}
 
-    def reset_running_stats(self) -> None:
-        """Forget every batch: mean 0, variance 1, counts 0."""
-        super().reset_running_stats()
-        if "count" in self._buffers:  # torch's constructor resets once before it is there
-            self.count.zero_()
-            self.num_samples_tracked.zero_()
+    def settled_state(self) -> dict[str, Tensor]:
+        return {"count": torch.tensor(SETTLED), "num_samples_tracked": torch.tensor(FEW_SAMPLES)}
 
-    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        self._check_input_dim(x)
-        if not self.training or x.numel() == 0:  # an empty batch has nothing to add
-            return F.normalize_running(x, self._state(), self.weight, self.bias, self.eps, self._min_var())
+    def in_evaluation(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return F.normalize_running(x, self._state(), self.weight, self.bias, self.eps, self._min_var())
+
+    def in_training(self, x: Tensor, mask: Tensor | None) -> Tensor:
         with torch.no_grad():
             state, share, images = self._updated(x, mask)
             var = state.var.maximum(self._min_var(images))
@@ -130,22 +77,70 @@ class LessonRunningNorm2d(RunningStatistics):
     def _state(self) -> F.RunningState:
         return F.RunningState(self.running_mean, self.running_var, self.count)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if prefix + "running_mean" in state_dict and prefix + "count" not in state_dict:  # a batch norm's state
-            fresh = is_fresh(state_dict, prefix)
-            state_dict[prefix + "count"] = torch.tensor(0.0 if fresh else SETTLED)
-            state_dict[prefix + "num_samples_tracked"] = torch.tensor(0 if fresh else FEW_SAMPLES)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+class LessonRunningNorm1d(LessonRunningNorm):
+    """The lesson's running batch norm of (N, C) or (N, C, L); see `LessonRunningNorm2d`.
 
-class LessonRunningNorm1d(LessonRunningNorm2d):
-    """The lesson's running batch norm of (N, C) or (N, C, L); see `LessonRunningNorm2d`."""
+    Example:
+        >>> LessonRunningNorm1d(4)(torch.randn(2, 4, 5)).shape
+        torch.Size([2, 4, 5])
+    """
 
     accepted_dims = (2, 3)
 
 
-class LessonRunningNorm3d(LessonRunningNorm2d):
-    """The lesson's running batch norm of (N, C, D, H, W); see `LessonRunningNorm2d`."""
+class LessonRunningNorm2d(LessonRunningNorm):
+    """The lesson's running batch norm of (N, C, H, W): y = γ (x − μ) / √(σ² + eps) + β, per channel.
+
+    μ and σ² are running statistics, in training and in evaluation alike; in training this batch enters them first.
+    A batch of `bs` images with n values a channel, mean m and biased variance v has the weight α(bs) and the share w:
+
+        α = 1 − (1 − momentum) / √max(bs − 1, 1)
+        C' = (1−α)C + αn            w = αn / C'
+        μ' = μ + w(m − μ)           σ²' = (1−w)σ² + w v + w(1−w)(m − μ)²
+
+    The gradient flows through the batch's share, the earlier part is a constant:
+
+        ∂L/∂xᵢ = γ/√(σ²'+eps) · [gᵢ − (w/n)(Σg + x̂ᵢ Σ g x̂)]
+
+    While fewer than 20 images were seen σ² counts as 0.01 at least. A batch of one value a channel is as good as any
+    other. Statistics are kept and computed in float32 at least, also when the module is cast to half precision.
+
+    The arguments are those of `torch.nn.BatchNorm2d`, and so are `weight`, `bias`, `running_mean`, `running_var` and
+    `num_batches_tracked`; `count` (C above) and `num_samples_tracked` (images seen) come on top. The state of a
+    batch norm loads into this layer; its own loads into a batch norm with `strict=False`.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: weight of a new batch of one or two images, above 0, to 1.
+        affine: learn γ and β.
+        track_running_stats: True; see `RunningStatistics`.
+        device: the device of parameters and statistics.
+        dtype: the type of the parameters.
+        bias: learn β.
+
+    Raises:
+        InputError: an argument or the shape of an input is out of range.
+
+    Example:
+        >>> norm = LessonRunningNorm2d(4)
+        >>> norm(torch.randn(2, 4, 5, 5)).shape, int(norm.num_samples_tracked)
+        (torch.Size([2, 4, 5, 5]), 2)
+
+    Source: fastai course v3 part 2, lesson 10; here in the form that neither cancels nor overflows.
+    """
+
+    accepted_dims = (4,)
+
+
+class LessonRunningNorm3d(LessonRunningNorm):
+    """The lesson's running batch norm of (N, C, D, H, W); see `LessonRunningNorm2d`.
+
+    Example:
+        >>> LessonRunningNorm3d(4)(torch.randn(2, 4, 3, 5, 5)).shape
+        torch.Size([2, 4, 3, 5, 5])
+    """
 
     accepted_dims = (5,)
 

@@ -80,8 +80,8 @@ class SwitchableNorm2d(SwitchableNorm):
         momentum: weight of a new batch in the running statistics, above 0, to 1.
         affine: learn γ and β; the mixture is learned in any case.
         track_running_stats: keep statistics; without, evaluation is as training.
-        device: of parameters and statistics.
-        dtype: of the parameters.
+        device: the device of parameters and statistics.
+        dtype: the type of the parameters.
         bias: learn β.
 
     Raises:
@@ -127,7 +127,7 @@ def switchable_norm(
     Args:
         x: (N, C, *space).
         mean_weight: (3,), for instance, layer and batch; its softmax is w. (N, C) leaves out the first.
-        var_weight: likewise, for w'.
+        var_weight: the same for w'.
         weight: γ, (C,) or None for 1.
         bias: β, (C,) or None for 0.
         eps: added to the variance.

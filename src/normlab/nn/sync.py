@@ -110,8 +110,8 @@ class SyncBatchNorm2d(SyncBatchNorm):
         affine: learn γ and β.
         track_running_stats: keep statistics; without, evaluation is as training.
         process_group: the ranks to share statistics with; None for all there are.
-        device: of parameters and statistics.
-        dtype: of the parameters.
+        device: the device of parameters and statistics.
+        dtype: the type of the parameters.
         bias: learn β.
 
     Raises:

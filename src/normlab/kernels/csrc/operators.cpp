@@ -85,7 +85,7 @@ void check_storage(const Tensor& tensor, const char* name) {
   const int64_t there = get(torch.storage_size, tensor);
   if (there < bytes) {
     throw std::runtime_error(std::string("normlab: ") + name + " needs " + std::to_string(bytes) +
-                             " bytes of storage, of which " + std::to_string(there) +
+                             " bytes of storage, and " + std::to_string(there) +
                              " are there: it was freed, or resized");
   }
 }
