@@ -40,11 +40,11 @@ class Row:
         at_least: the validation accuracy to reach at the end; None if the run is recorded as failing, that is
             diverging or staying under `FAILS`.
         recorded: what the lesson and two other published runs show, validation accuracy by epoch.
-        on: which seeds have to do so: "every", or, where single runs are recorded of a kind that depends much on the
-            seed (without norm, or at the edge of stability), "most" or "some".
+        on: which seeds have to do so: "every", "most" or "some". Runs without norm and runs at the edge of stability
+            depend much on their seed: for these it is "most" or "some".
         bn: whether the block has its norm.
-        lr_shares: of a schedule of straight lines, the shares of the fit …
-        lr_points: … and the learning rates between them.
+        lr_points: the learning rates that a schedule joins by straight lines; empty for a constant rate.
+        lr_shares: the share of the run that each line takes.
     """
 
     id: str
@@ -76,19 +76,19 @@ NORM_NAMES = {
     "conv_rbn": "running batch norm",
 }
 ROWS = (
-    Row("R1", "conv_layer", 512, 0.4, 2, 0.94, ".9526, .9540; .9698; .9701", on="most", bn=False),
-    Row("R2", "conv_layer", 512, 1.0, 2, None, ".1064, .1064", on="some", bn=False),
-    Row("R3", "conv_bn", 512, 1.0, 2, 0.97, ".9715, .9733; .9716; .9334"),
-    Row("R4", "conv_layer", 512, 1.0, 2, 0.97, ".9797, .9789; .9776; .9800"),
-    Row("R5", "conv_layer", 512, 0.6, 8, 0.98, "—; .9877; .9860", lr_shares=(0.3, 0.7), lr_points=(0.6, 2.0, 0.1)),
-    Row("R6", "conv_ln", 512, 0.8, 3, None, "—; nan (trains at .2–.4)", on="some"),
+    Row("R1", "conv_layer", 512, 0.4, 2, 0.94, "0.9526, 0.9540; 0.9698; 0.9701", on="most", bn=False),
+    Row("R2", "conv_layer", 512, 1.0, 2, None, "0.1064, 0.1064", on="some", bn=False),
+    Row("R3", "conv_bn", 512, 1.0, 2, 0.97, "0.9715, 0.9733; 0.9716; 0.9334"),
+    Row("R4", "conv_layer", 512, 1.0, 2, 0.97, "0.9797, 0.9789; 0.9776; 0.9800"),
+    Row("R5", "conv_layer", 512, 0.6, 8, 0.98, "—; 0.9877; 0.9860", lr_shares=(0.3, 0.7), lr_points=(0.6, 2.0, 0.1)),
+    Row("R6", "conv_ln", 512, 0.8, 3, None, "—; nan (trains at 0.2–0.4)", on="some"),
     Row("R7", "conv_in", 512, 0.1, 3, None, "—; nan"),
-    Row("R8a", "conv_bn", 2, 1.0, 1, None, ".1531"),
-    Row("R8b", "conv_layer", 2, 1.0, 1, None, ".1531"),
-    Row("R9", "conv_layer", 2, 0.4, 1, None, ".1841; .2604; .2348"),
-    Row("R10", "conv_rbn", 2, 1.0, 1, None, ".0991 (loss nan)"),
-    Row("R11", "conv_rbn", 2, 0.4, 1, 0.90, ".9621; .9723; .957–.972"),
-    Row("R12", "conv_rbn", 32, 1.0, 1, 0.955, "—; .9818; .9787", lr_shares=(1.0,), lr_points=(1.0, 0.2)),
+    Row("R8a", "conv_bn", 2, 1.0, 1, None, "0.1531"),
+    Row("R8b", "conv_layer", 2, 1.0, 1, None, "0.1531"),
+    Row("R9", "conv_layer", 2, 0.4, 1, None, "0.1841; 0.2604; 0.2348"),
+    Row("R10", "conv_rbn", 2, 1.0, 1, None, "0.0991 (loss nan)"),
+    Row("R11", "conv_rbn", 2, 0.4, 1, 0.90, "0.9621; 0.9723; 0.957–0.972"),
+    Row("R12", "conv_rbn", 32, 1.0, 1, 0.955, "—; 0.9818; 0.9787", lr_shares=(1.0,), lr_points=(1.0, 0.2)),
 )
 
 
@@ -102,11 +102,11 @@ def reproduce(
 ) -> bool:
     """Run the rows for each seed, in `workers` processes, and show ours beside the recorded figures.
 
-    Results are kept in `folder/runs.jsonl`, and those found there are not run again; the table also goes to
-    `folder/table.md`. Interrupted by Ctrl-C, it shows what there is, and raises KeyboardInterrupt.
+    Results are kept in `folder/runs.jsonl`; those found there are not run again. The table goes to `folder/table.md`
+    too. Ctrl-C ends it: it shows what there is, and raises KeyboardInterrupt.
 
     Returns:
-        whether every row behaves as recorded.
+        Whether every row behaves as recorded.
 
     Raises:
         InputError: an unknown row, or a folder that cannot be written.
@@ -179,7 +179,7 @@ AS_RECORDED = "as recorded"
 
 
 def verdict(row: Row, runs: Sequence[Record], seeds: int) -> str:
-    """Whether as many seeds as the row asks for behave as recorded; if not, how many do."""
+    """`AS_RECORDED` if enough seeds for the row behave as recorded; else how many do."""
     if len(runs) < seeds:
         return f"{len(runs)} of {seeds} seeds run"
     behaving = sum(_behaves(row, record.final("accuracy")) for record in runs)
