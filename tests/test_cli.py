@@ -49,7 +49,7 @@ def test_list_fits_a_terminal_of_100_columns(monkeypatch, capsys):
 def test_the_settings_of_a_trial_have_one_help(monkeypatch, capsys, command):
     _, out, _ = normlab(monkeypatch, capsys, command, "--help")
     shown = " ".join(out.replace("│", " ").split())
-    for said in ("Passes over the training images.", "How the learning rate moves (normlab list).", "none for all."):
+    for said in ("Passes over the training images.", "How the learning rate moves (normlab list).", "None for all."):
         assert shown.count(said) == 1
     assert ("(default: 0.1)" in shown) == (command == "train")
 
@@ -123,7 +123,10 @@ def own(tmp_path, monkeypatch):
         (["own.py:make", "--batches", "own.py:ends"], "own.py, line 18: OSError: no disk."),
         (["own.py:make", "--batches", "own.py:batches", "--weights", "own.py"], "weights='own.py' is damaged"),
         (["own.py:make", "--batches", "own.py:batches", "--batch-size", "2"], "batch_size=2 is not usable"),
-        (["runs/train", "--loss", "own.py:make"], "loss='own.py:make' is not usable. Accepted: that only with --batch"),
+        (
+            ["runs/train", "--loss", "own.py:make"],
+            "loss='own.py:make' is not usable. Accepted: None for a run. Give --batches too",
+        ),
     ],
 )
 def test_diagnose_tells_what_is_wrong_with_a_users_things_in_a_line(monkeypatch, capsys, own, options, said):

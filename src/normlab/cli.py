@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 GOES_ON = "what is done is kept, run the same command to go on"
 
+Names = Annotated[list[str], arg(metavar="NAME ...")]
+WholeNumbers = Annotated[list[int], arg(metavar="INT ...")]
+Numbers = Annotated[list[float], arg(metavar="FLOAT ...")]
+
 # torch takes more than a second to import: the commands import what they need, so that --help answers at once.
+# A text under a field is its help. The settings of a trial have theirs in the plan.
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,9 @@ class Train(Shared, Varied):
 
     kept: ClassVar[str] = "this run is not kept: its record, pictures and weights are written when it ends"
 
-    lr: float = 0.1  # its help is that of Varied
+    lr: float = 0.1
     data_dir: Path | None = None
-    """Folder with local copies of the data sets (or the variable NORMLAB_DATA)."""
+    """Folder with local copies of the data sets; the variable NORMLAB_DATA names one too."""
     out: Path = Path("runs/train")
     """Folder for the record and the pictures."""
 
@@ -66,24 +71,24 @@ class Train(Shared, Varied):
         return 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Diagnose:
-    """Say what is wrong with the norms of a model, and what helps; exit status 1 if something is."""
+    """Say what is wrong with the norms of a model, and what helps. The exit status is 1 if something is wrong."""
 
-    model: Positional[str] = "runs/train"
-    """Folder that normlab train wrote; or module:name (or file.py:name) of a model or a function that makes one."""
+    model: Positional[Annotated[str, arg(metavar="[MODEL]")]] = "runs/train"
+    """Folder that normlab train wrote; or module:name (or file.py:name) of a model, or of a function that makes one."""
     batches: str | None = None
-    """module:name of an iterable of batches or a function that makes it; a run's are its own."""
+    """Batches for a model of your own: module:name of an iterable, or of a function that makes it."""
     weights: Path | None = None
     """State to load into a model of your own: .safetensors, or as torch.save writes it."""
     loss: str | None = None
-    """module:name of a function of output and target, for a model of your own."""
+    """Loss of a model of your own: module:name of a function of output and target."""
     batch_size: int | None = None
-    """Images a batch of a run; by default what it trained with."""
+    """Images a batch of a run; as many as it trained with if None."""
     limit: int = 32
-    """Take no more batches than this."""
+    """The most batches to take."""
     data_dir: Path | None = None
-    """Folder with local copies of the data sets (or the variable NORMLAB_DATA)."""
+    """Folder with local copies of the data sets; the variable NORMLAB_DATA names one too."""
     out: Path = Path("runs/diagnosis")
     """Folder for the figures (JSON) and the picture."""
 
@@ -110,31 +115,36 @@ class Diagnose:
         from .study.subject import of_run, of_user
 
         if self.batches is not None:
-            check(self.batch_size is None, "batch_size", self.batch_size, "none, with batches of your own")
+            check(self.batch_size is None, "batch_size", self.batch_size, "None with --batches, which have their size")
             return of_user(self.model, self.batches, self.weights, self.loss)
         for name in ("weights", "loss"):
             given = getattr(self, name)
-            check(given is None, name, str(given), "that only with --batches, for a model of your own")
+            check(given is None, name, str(given), "None for a run", "Give --batches too for a model of your own.")
         return of_run(Path(self.model), self.batch_size, self.data_dir)
 
 
-@dataclass
-class Compare:
+@dataclass(frozen=True)
+class Several:
+    """The values that a comparison combines."""
+
+    norms: Names = field(default_factory=lambda: ["none", "batch", "group", "layer", "instance", "running"])
+    """Registered names of the norms (normlab list)."""
+    batch_sizes: WholeNumbers = field(default_factory=lambda: [2, 32, 512])
+    """Images a step."""
+    lrs: Numbers = field(default_factory=lambda: [0.4])
+    """Learning rates; their peaks where the schedule moves them."""
+    seeds: WholeNumbers = field(default_factory=lambda: [0])
+    """Seeds; the table shows mean and deviation over them."""
+
+
+@dataclass(frozen=True)
+class Compare(Shared, Several):
     """Compare norms at several batch sizes: a table, a picture and a page."""
 
     kept: ClassVar[str] = GOES_ON
 
-    norms: list[str] = field(default_factory=lambda: ["none", "batch", "group", "layer", "instance", "running"])
-    """Registered names of the norms (normlab list)."""
-    batch_sizes: list[int] = field(default_factory=lambda: [2, 32, 512])
-    """Images a step."""
-    lrs: list[float] = field(default_factory=lambda: [0.4])
-    """Learning rates."""
-    seeds: list[int] = field(default_factory=lambda: [0])
-    """Seeds; the table shows mean and deviation over them."""
-    shared: Annotated[Shared, arg(name="")] = field(default_factory=Shared)
     data_dir: Path | None = None
-    """Folder with local copies of the data sets (or the variable NORMLAB_DATA)."""
+    """Folder with local copies of the data sets; the variable NORMLAB_DATA names one too."""
     out: Path = Path("runs/compare")
     """Folder for the results; runs found there are not run again."""
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
@@ -143,22 +153,22 @@ class Compare:
     def run(self, console: Console) -> int:
         from .study.compare import compare
 
-        trials = grid(self.norms, self.batch_sizes, self.lrs, self.seeds, self.shared)
+        trials = grid(self.norms, self.batch_sizes, self.lrs, self.seeds, self)
         command = shlex.join(["normlab", *sys.argv[1:]])
         compare(trials, self.out, data_dir=self.data_dir, workers=self.workers, console=console, command=command)
         return 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reproduce:
-    """Make the lesson's recorded runs again and show them beside the recorded figures."""
+    """Make the lesson's recorded runs again, and show them beside the recorded figures."""
 
     kept: ClassVar[str] = GOES_ON
 
-    rows: list[str] = field(default_factory=list)
-    """Which of R1 to R12; all of them by default."""
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Seeds; every one has to behave as recorded."""
+    rows: Annotated[Names, arg(help_behavior_hint="(default: all)")] = field(default_factory=list)
+    """Which of R1 to R12."""
+    seeds: WholeNumbers = field(default_factory=lambda: [0, 1, 2])
+    """Seeds; a row says on how many of them it has to behave as recorded."""
     out: Path = Path("runs/reproduce")
     """Folder for the results; runs found there are not run again."""
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
@@ -171,9 +181,9 @@ class Reproduce:
         return 0 if whole else 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class List:
-    """List the norms, data sets and networks."""
+    """List the norms, networks, data sets and schedules."""
 
     def run(self, console: Console) -> int:
         from .data import DATASETS
@@ -193,9 +203,9 @@ class List:
         return 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Info:
-    """Say what is installed, and whether the compiled kernels are in use, or why not."""
+    """Say what is installed, and whether the compiled kernels are in use. If they are not, say why."""
 
     def run(self, console: Console) -> int:
         import platform

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import check, is_real, is_whole, unknown
 from .schedules import SCHEDULES
 
-# The text under a field is its help on the command line too.
+# A text under a field is its help on the command line too.
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Shared:
     model: str = "convnet"
     """Name of the network (normlab list)."""
     images: int | None = None
-    """How many training images are used, the first ones; none for all."""
+    """How many training images are used, the first ones; None for all."""
     clip: float | None = None
-    """Bound on the norm of the whole gradient; none for no clipping."""
+    """Bound on the norm of the whole gradient; None for no clipping."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Trial(Shared, Varied):  # fields in the order norm … seed, epochs … cl
     """
 
     task: str | None = None
-    """What else a study does, in its own words; none where norm, data and network say it all."""
+    """What else a study does, in its own words; None where norm, data and network say it all."""
 
     def __post_init__(self) -> None:
         for name in ("norm", "data", "model"):
@@ -64,9 +64,9 @@ class Trial(Shared, Varied):  # fields in the order norm … seed, epochs … cl
         check(is_whole(self.seed), "seed", self.seed, "a whole number from 0")
         check(is_whole(self.epochs, 1), "epochs", self.epochs, "a whole number from 1")
         images, clip, task = self.images, self.clip, self.task
-        check(images is None or is_whole(images, 1), "images", images, "a whole number from 1, or none for all")
-        check(clip is None or (is_real(clip) and clip > 0), "clip", clip, "a number above 0, or none for no clipping")
-        check(task is None or isinstance(task, str), "task", task, "words, or none")
+        check(images is None or is_whole(images, 1), "images", images, "a whole number from 1, or None for all")
+        check(clip is None or (is_real(clip) and clip > 0), "clip", clip, "a number above 0, or None for no clipping")
+        check(task is None or isinstance(task, str), "task", task, "words, or None")
         if self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)
 
