@@ -32,18 +32,18 @@ def compare(
 ) -> list[Record]:
     """Run the trials that `folder` does not hold yet, and write `runs.jsonl`, `comparison.png` and `report.html` there.
 
-    Interrupted by Ctrl-C, it writes and shows what there is, and raises KeyboardInterrupt.
+    Ctrl-C ends it: it writes and shows what there is, and raises KeyboardInterrupt.
 
     Args:
         trials: see `plan.grid`.
-        folder: of the results; runs found there, made by the same versions, are not run again.
+        folder: of the results. Runs found there are not run again, if the same versions made them.
         data_dir: of local copies of the data.
         workers: processes.
         console: for progress and table.
         command: the command line, for the page.
 
     Returns:
-        the records of `trials`, those that ended.
+        The records of the trials that ended.
 
     Raises:
         InputError: a trial asks for what is not there, or the folder cannot be written.

@@ -35,7 +35,7 @@ class Job:
     Attributes:
         key: names it in the store.
         label: one line for people.
-        cost: estimated, in any unit; for the order (dear first) and the time left.
+        cost: an estimate in any unit. The dearest job begins first, and the time left is reckoned by it.
         run: a function of the module, or a partial of one, that takes a callback and returns the record.
         settings: for the record if the run fails.
     """
@@ -52,8 +52,8 @@ def run_jobs(jobs: Sequence[Job], store: RunStore, workers: int, console: Consol
 
     Each process uses its share of the cores, but no more threads than the variable OMP_NUM_THREADS says.
 
-    An error in a job becomes a record of the status `failed`. Ctrl-C ends the runs that are on the way, which are
-    lost, and comes through as KeyboardInterrupt; what has ended is kept.
+    An error in a job becomes a record of the status `failed`. Ctrl-C ends the runs that are on the way, and comes
+    through as KeyboardInterrupt. These runs are lost; what has ended is kept.
 
     Raises:
         InputError: a worker process was killed from outside.
@@ -81,7 +81,9 @@ def run_jobs(jobs: Sequence[Job], store: RunStore, workers: int, console: Consol
                         display.end(job, record)
                 display.update(_drain(told))
         except BrokenProcessPool as error:
-            raise InputError("A worker process was killed, perhaps for want of memory. Run again to go on.") from error
+            raise InputError(
+                "A worker process was killed, perhaps for lack of memory. Run again with fewer workers to go on."
+            ) from error
         except KeyboardInterrupt:
             stop.set()
             for future in pending:
@@ -90,7 +92,7 @@ def run_jobs(jobs: Sequence[Job], store: RunStore, workers: int, console: Consol
 
 
 def threads_of_each(workers: int) -> int:
-    """The cores divided among so many processes; no more than the variable OMP_NUM_THREADS says, if it is set."""
+    """The cores divided among the workers; no more than the variable OMP_NUM_THREADS says, if it is set."""
     share = max(1, (os.cpu_count() or 1) // workers)
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # further ones are of nested regions
     return min(share, int(asked)) if asked.isdecimal() and int(asked) else share
@@ -144,7 +146,7 @@ def _work(job: Job) -> Record | None:
 
 
 def _traceback(error: Exception) -> str:
-    """The traceback; of each path no more than names the file, since records go to other machines."""
+    """The traceback. Each path is cut to its last three parts, since records go to other machines."""
     told = traceback.TracebackException.from_exception(error)
     one: traceback.TracebackException | None = told
     while one is not None:
@@ -180,7 +182,7 @@ def _single_threaded_start(threads: int):
 
 
 class _Display:
-    """Says how far all the jobs are: a line for each that ends, and in between what `_show` makes of it."""
+    """Says how far all the jobs are: a line for each that ends; in between it is up to `_show`."""
 
     def __init__(self, jobs: Sequence[Job], console: Console):
         self.console, self._costs = console, {job.key: job.cost for job in jobs}

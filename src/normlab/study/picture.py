@@ -19,8 +19,8 @@ from .summary import conditions_of, is_number, summarize, values_of, varying
 def write_png(records: Iterable[Record], path: str | Path, *, apart: bool = True) -> None:
     """Draw accuracy against batch size, at each norm's best learning rate, and the training loss of those runs.
 
-    The accuracy is drawn by its error on a logarithmic scale, so that .95 and .98 lie apart and .1 is still there.
-    Runs that diverged are crosses.
+    The accuracy is drawn by its error on a logarithmic scale: 0.95 and 0.98 lie apart, and 0.1 is still there. Runs
+    that diverged are crosses.
 
     Args:
         records: of a study.

@@ -41,7 +41,7 @@ def of_run(folder: Path, batch_size: int | None, data_dir: Path | None) -> Subje
         data_dir: folder with local copies of the data sets.
 
     Raises:
-        InputError: there is no run, its weights are missing, damaged or another model's, or its norms are others.
+        InputError: there is no run; or its weights are missing, damaged or those of another model.
     """
     if _is_a_name(str(folder)):
         raise InputError(f"batches is missing: {folder}, a model of your own, needs --batches module:name to run on.")
@@ -63,9 +63,9 @@ def of_user(model: str, batches: str, weights: Path | None, loss: str | None) ->
 
     Args:
         model: `module:name` or `file.py:name` of a module, or of a function that makes one.
-        batches: the same of an iterable of batches.
+        batches: `module:name` of an iterable of batches, or of a function that makes one.
         weights: a state to load, see `load_weights`.
-        loss: the same of a function of the model's output and a batch's second part.
+        loss: `module:name` of a function of the model's output and a batch's second part.
 
     Raises:
         InputError: one of them is not there, not what it should be, or their code fails.

@@ -33,15 +33,15 @@ from .schedules import SCHEDULES
 VALID_BATCH = 256
 CURVE_POINTS = 100
 
-# Up to this batch size torch's own convolutions take half the time of oneDNN's; on no other net here do they.
+# Up to this batch size torch's own convolutions take half the time of oneDNN's. The other nets gain nothing.
 SMALL_BATCH = {"convnet": 8}
 
 
 def run_trial(trial: Trial, data_dir: str | Path | None = None, callbacks: tuple[Callback, ...] = ()) -> Record:
-    """Train as `trial` says and return the record: settings, status, figures of each epoch, curve, versions.
+    """Train as `trial` says, and return the record.
 
-    The status is `finished` or `diverged` (a training loss that is not finite; training stops there). Data are
-    normalised by the mean and deviation of the training images. Deterministic on one machine for one thread count.
+    Training stops at a loss that is not finite: the status is `diverged`, else `finished`. Data are normalised by the
+    mean and deviation of the training images. Runs are deterministic on one machine for one number of threads.
 
     Raises:
         InputError: an unknown norm, model or data set, or a batch size above the number of images.
@@ -50,7 +50,7 @@ def run_trial(trial: Trial, data_dir: str | Path | None = None, callbacks: tuple
 
 
 def run_learner(trial: Trial, learner: Learner) -> tuple[Record, Recorder]:
-    """Fit what `build_learner` made of `trial`; the record, and the recorder with every step."""
+    """Train what `build_learner` made of `trial`. Returns the record, and the recorder with every step."""
     recorder, guard = Recorder(), StopWhenDiverged()
     learner.callbacks += [recorder, guard]
     start = time.perf_counter()
@@ -95,7 +95,7 @@ def make_record(
     seconds: float,
     parameters: int,
 ) -> Record:
-    """What is kept of a run, with versions, machine and time; the losses as at most 100 means of successive steps."""
+    """The record of a run that ended, with versions, machine and time. Its curve is that of `thin`."""
     return Record(
         key,
         settings,

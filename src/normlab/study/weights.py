@@ -56,10 +56,10 @@ def save_weights(model: nn.Module, path: Path, run: str) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> list[str]:
-    """Load a state into a model; returns what is odd: keys that are left over, and how norms differ from their card.
+    """Load a state into a model. Returns what is odd: keys that are left over, and how norms differ from their card.
 
-    Names count without the prefixes of DataParallel (`module.`) and torch.compile (`_orig_mod.`), and without one that
-    all of the model has there, such as `model.` in the checkpoints of Lightning.
+    Names count without the prefixes of DataParallel (`module.`) and torch.compile (`_orig_mod.`). They count without
+    a prefix of the whole model too, such as `model.` in the checkpoints of Lightning.
 
     Args:
         model: it is changed.
@@ -122,7 +122,7 @@ def _reason(error: Exception) -> str:
 
 
 def _metadata(content: bytes) -> dict[str, str]:
-    """Of a `.safetensors` file: eight bytes of length, then a header in JSON."""
+    """The metadata of a `.safetensors` file: it begins with eight bytes of length and a header in JSON."""
     (length,) = struct.unpack("<Q", content[:8])
     return json.loads(content[8 : 8 + length]).get("__metadata__", {})
 
