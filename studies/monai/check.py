@@ -26,13 +26,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normlab.files import write_whole
-from normlab.nn import BatchNorm2d, RunningBatchNorm2d
+from normlab.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from normlab.nn.running import RunningBatchNorm
 from normlab.study.store import LineStore
 from normlab.surgery import Report, Row, convert, fold
 
 STORE = LineStore(Path(__file__).parent / "results.jsonl")
 TABLE = Path(__file__).parent / "README.md"
 NORMS = {f"torch.nn.modules.{name}" for name in ("batchnorm", "instancenorm", "normalization")}
+BATCH_NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 TOLERANCE = 1e-5  # the largest difference, over the largest value
 Inputs = tuple[Any, ...]
 Figures = dict[str, Any]
@@ -161,10 +163,10 @@ def check_conversion(model: nn.Module, inputs: Inputs) -> Figures:
     if not all(names(row, own) for row in report.touched):
         there = convert(model, "running", only=_BatchNorm)
     before, running = outputs(model, inputs), outputs(there.model, inputs)
-    steps = [there, convert(there.model, "batch", only=RunningBatchNorm2d, inplace=True)]
+    steps = [there, convert(there.model, "batch", only=RunningBatchNorm, inplace=True)]
     batch, state = outputs(there.model, inputs), copy.deepcopy(there.model.state_dict())
-    steps.append(convert(there.model, "running", only=BatchNorm2d, inplace=True))
-    steps.append(convert(there.model, "batch", only=RunningBatchNorm2d, inplace=True))
+    steps.append(convert(there.model, "running", only=BATCH_NORMS, inplace=True))
+    steps.append(convert(there.model, "batch", only=RunningBatchNorm, inplace=True))
     record = {
         "norms": sum(map(is_norm, model.modules())),
         "batch_norms": sum(isinstance(module, _BatchNorm) for module in model.modules()),

@@ -297,6 +297,12 @@ class RunningStatistics(PreciseStatistics, _NormBase):
         if dtype is not None:
             self.to(dtype)
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = cls.__dict__
+        if "in_evaluation" in own and "_scripted" not in own:
+            setattr(cls, "_scripted", None)  # noqa: B010 - the base's would compute something else
+
     def first_state(self) -> dict[str, Tensor]:
         """The buffers beside torch's, as they are before any batch."""
         return {}

@@ -1,7 +1,5 @@
 """EvoNorm: two layers, found by search, that are norm and activation in one."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -69,7 +67,6 @@ class EvoNormS0(PerImageNorm):
 class EvoNormB0(RunningStatistics):
     """EvoNorm-B0 of (N, C, *space); see `EvoNorm2dB0`."""
 
-    _scripted: Any = None
     averages, needs_statistics = True, False
     v: nn.Parameter
 

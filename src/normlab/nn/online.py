@@ -19,7 +19,6 @@ CLAMP = 5.0  # the authors'
 class OnlineNorm(RunningStatistics):
     """Online norm of (N, C, *space); see `OnlineNorm2d`."""
 
-    _scripted: Any = None
     momentum: float
     error_product: Tensor
     error_mean: Tensor

@@ -17,7 +17,6 @@ Moments = tuple[Tensor, Tensor]
 class SwitchableNorm(RunningStatistics):
     """Switchable norm of (N, C, *space); see `SwitchableNorm2d`."""
 
-    _scripted: Any = None
     averages, needs_statistics = True, False
     mean_weight: nn.Parameter
     var_weight: nn.Parameter

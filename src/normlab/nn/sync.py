@@ -18,6 +18,7 @@ class SyncBatchNorm(RunningStatistics):
     """Sync batch norm of (N, C, *space); see `SyncBatchNorm2d`."""
 
     averages, needs_statistics = True, False
+    _scripted = RunningStatistics._scripted
 
     def __init__(
         self,
