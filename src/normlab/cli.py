@@ -95,13 +95,13 @@ class Diagnose:
     def run(self, console: Console) -> int:
         from .health import diagnose
         from .study.compare import check_writable
-        from .study.named import told
+        from .study.named import explain_failure
 
         subject = self._subject()
         check_writable(self.out)
         for note in subject.notes:
             console.print(f"warning: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-        with told(f"model={self.model!r} failed on batches={self.batches!r}"):
+        with explain_failure(f"model={self.model!r} failed on batches={self.batches!r}"):
             found = diagnose(
                 subject.model, subject.batches, loss=subject.loss, optimizer=subject.optimizer, limit=self.limit
             )

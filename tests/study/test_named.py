@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from normlab.errors import InputError
-from normlab.study.named import find_named, make_named, told
+from normlab.study.named import explain_failure, find_named, make_named
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def test_a_function_that_fails_is_told_with_its_line(here):
 
 
 def test_ctrl_c_in_the_users_code_is_ctrl_c():
-    with pytest.raises(KeyboardInterrupt), told("model failed"):
+    with pytest.raises(KeyboardInterrupt), explain_failure("model failed"):
         raise KeyboardInterrupt
 
 

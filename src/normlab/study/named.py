@@ -28,7 +28,7 @@ def find_named(argument: str, name: str) -> Any:
     """
     module, colon, attribute = name.rpartition(":")
     check(bool(colon and module and attribute), argument, name, "module:name, or file.py:name")
-    with told(f"{argument}={name!r} cannot be imported"):
+    with explain_failure(f"{argument}={name!r} cannot be imported"):
         loaded = _file(Path(module)) if module.endswith(".py") else _module(module)
     if not hasattr(loaded, attribute):
         own = [one for one, thing in vars(loaded).items() if not one.startswith("_") and _is_own(thing, loaded)]
@@ -43,12 +43,12 @@ def make_named(argument: str, name: str, make: Any) -> Any:
         InputError: it is none, or fails.
     """
     check(callable(make), argument, name, "module:name of the thing itself, or of a function without arguments")
-    with told(f"{argument}={name!r} failed"):
+    with explain_failure(f"{argument}={name!r} failed"):
         return make()
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
+def explain_failure(what: str) -> Iterator[None]:
     """Inside, an error of the user's code becomes an InputError: what failed, their file and line, their message.
 
     Raises:

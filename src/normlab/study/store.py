@@ -42,7 +42,7 @@ class LineStore:
         if not self.path.exists():
             return []
         lines = self.path.read_bytes().split(b"\n")[:-1]
-        return [self._made(make, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        return [self._parse(make, number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
     def append(self, values: dict[str, Any]) -> None:
         """Add a line; when this returns it is on the disk.
@@ -61,7 +61,7 @@ class LineStore:
         except OSError as error:
             raise InputError(f"{self.path} cannot be written: {error.strerror}. Choose another folder.") from error
 
-    def _made(self, make: Callable[[Any], T], number: int, line: bytes) -> T:
+    def _parse(self, make: Callable[[Any], T], number: int, line: bytes) -> T:
         try:
             return make(json.loads(line))
         except (ValueError, TypeError) as error:

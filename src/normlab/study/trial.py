@@ -70,7 +70,7 @@ def run_learner(trial: Trial, learner: Learner) -> tuple[Record, Recorder]:
 
 def build_learner(trial: Trial, data_dir: str | Path | None = None, callbacks: tuple[Callback, ...] = ()) -> Learner:
     """The learner of a trial, seeded, with metrics, schedule and clipping as the trial says, and `callbacks`."""
-    data = _normalized(trial.data, str(data_dir) if data_dir else None)
+    data = _load_normalized(trial.data, str(data_dir) if data_dir else None)
     images = trial.images or len(data.x_train)
     torch.manual_seed(trial.seed)
     model = build_model(trial.model, trial.norm, len(data.classes), data.x_train.shape[1])
@@ -139,7 +139,7 @@ def quick_convolutions(model: str, batch_size: int) -> Iterator[None]:
 
 
 @lru_cache(maxsize=1)
-def _normalized(name: str, data_dir: str | None) -> ImageData:
+def _load_normalized(name: str, data_dir: str | None) -> ImageData:
     """The data set, normalised; kept for the next trial of this process."""
     data = load_dataset(name, data_dir)
     mean, deviation = data.x_train.mean(), data.x_train.std()

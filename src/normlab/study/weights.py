@@ -71,7 +71,7 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
             another shape.
     """
     saved = read_weights(path)
-    state = _renamed(path, saved.state, model)
+    state = _rename(path, saved.state, model)
     here = model.state_dict()
     shapes = [
         f"{key} {tuple(part.shape)}, in the model {tuple(here[key].shape)}"
@@ -83,9 +83,9 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
         found = model.load_state_dict(state, strict=False)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"weights={str(path)!r} are of another model: {error}") from error
-    left = [_described(key, state[key]) for key in found.unexpected_keys]
-    _refuse(path, "missing", found.missing_keys, f"; left over: {_enumerated(left)}" if left else "")
-    notes = [f"weights={str(path)!r}: left over, not in the model: {_enumerated(left)}."] if left else []
+    left = [_describe(key, state[key]) for key in found.unexpected_keys]
+    _refuse(path, "missing", found.missing_keys, f"; left over: {_enumerate(left)}" if left else "")
+    notes = [f"weights={str(path)!r}: left over, not in the model: {_enumerate(left)}."] if left else []
     if saved.card is not None:
         notes += [f"weights={str(path)!r}: {difference}" for difference in check_card(model, saved.card)]
     return notes
@@ -104,7 +104,7 @@ def read_weights(path: Path) -> Saved:
             return Saved(load(content), more.get(CARD), more.get(RUN))
         loaded = torch.load(path, "cpu", weights_only=True)
     except OSError as error:
-        raise InputError(f"weights={str(path)!r} cannot be read: {error.strerror}.") from error
+        raise InputError(f"weights={str(path)!r} cannot be read: {error.strerror}. Check its path.") from error
     except Exception as error:  # what a reader raises on a damaged file is of many kinds
         raise InputError(
             f"weights={str(path)!r} is damaged, or not of weights alone ({_reason(error)}). "
@@ -138,13 +138,13 @@ def _state_in(path: Path, loaded: Any) -> Saved:
     odd = [f"{key!r} ({type(key).__name__})" for key in found if not isinstance(key, str)]
     _refuse(path, "with keys that are no names", odd)
     tensors = any(isinstance(part, Tensor) for part in found.values())
-    keys = _enumerated([_described(key, part) for key, part in found.items()]) or "nothing"
+    keys = _enumerate([_describe(key, part) for key, part in found.items()]) or "nothing"
     check(tensors, f"weights={str(path)!r}: keys", keys, f"tensors by name, alone or under {', '.join(STATE_KEYS)}")
     return Saved(found, loaded.get(CARD))
 
 
-def _renamed(path: Path, state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """With the model's own prefixes in place of those in the file; other keys as they are."""
+def _rename(path: Path, state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The state with the model's own prefixes in place of those in the file. Other keys stay as they are."""
     here = {plain_name(key): key for key in model.state_dict()}
     own = set(here.values())
     prefix = _prefix({plain_name(key) for key in state}, here)
@@ -175,13 +175,15 @@ def _differ(part: Tensor, here: Tensor) -> bool:
 def _refuse(path: Path, how: str, keys: Iterable[str], more: str = "") -> None:
     keys = list(keys)
     if keys:
-        raise InputError(f"weights={str(path)!r} are of another model: {how}: {_enumerated(keys)}{more}.")
+        raise InputError(
+            f"weights={str(path)!r} are of another model: {how}: {_enumerate(keys)}{more}. Give those of this model."
+        )
 
 
-def _described(key: str, part: Any) -> str:
+def _describe(key: str, part: Any) -> str:
     return key if isinstance(part, Tensor) else f"{key} ({type(part).__name__})"
 
 
-def _enumerated(names: list[str]) -> str:
+def _enumerate(names: list[str]) -> str:
     rest = len(names) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
