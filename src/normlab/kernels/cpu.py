@@ -20,7 +20,7 @@ def run(kernel: str, arguments: tuple[int, ...], tensors: tuple[Tensor | None, .
     """The kernel of this name, on tensors in memory that it knows; see `csrc/module.cpp`."""
     pointers = [0 if part is None else part.data_ptr() for part in tensors]
     values = [number.item() if isinstance(number, Tensor) else number for number in numbers]
-    return getattr(kernels, kernel)(*arguments, *pointers, *values)
+    return getattr(kernels, kernel)(*arguments, pointers, *values)
 
 
 def _load() -> tuple[Any, str]:
@@ -33,7 +33,7 @@ def _load() -> tuple[Any, str]:
         return None, f"composed operators ({error})"
     _native.set_constants(running.CONSTANTS)
     threads = _openmp()
-    _native.set_openmp(*(threads or [0] * 5))
+    _native.set_openmp(threads or [0] * 5)
     return _native, f"compiled kernels, {_native.instruction_sets[-1]}" + ("" if threads else ", one thread")
 
 

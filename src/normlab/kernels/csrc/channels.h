@@ -1,4 +1,5 @@
-// Norms whose statistics are of channels: the passes over a tensor that they are made of.
+// Batch norm and frozen norm: statistics of each channel, those of this batch or given ones. Also what other norms use
+// of them: the moments of a batch, and the gradient of an activation.
 #pragma once
 
 #include <algorithm>
@@ -6,235 +7,111 @@
 #include <cstdint>
 #include <vector>
 
-#include "loops.h"
-#include "pages.h"
-#include "threads.h"
+#include "passes.h"
+#include "tensors.h"
 
 namespace normlab {
 
-// A tensor of (images, channels, space), as one run of `space` values for each image and channel, or, if `last`, with
-// the channels last in memory: `space` rows for each image.
-struct Shape {
-  int64_t images, channels, space;
-  bool last;
-
-  int64_t values() const { return images * space; }  // of a channel
-  int64_t numel() const { return images * channels * space; }
-
-  // What one thread takes at a time: with channels last some rows of an image, else a run. Sums are taken segment by
-  // segment and then added in order, so that they are the same for any number of threads.
-  static constexpr int64_t kRows = 256;
-  int64_t segments_per_image() const { return last ? (space + kRows - 1) / kRows : 1; }
-  int64_t segments() const { return images * segments_per_image(); }
+struct MomentsOfChannels {
+  const void* x;
+  float* mean_and_var;  // written; the variance is biased
 };
 
-template <class T>
-const Loops<T>& loops();
-
-// Calls `rows(segment, image, offset, n)` for each segment of rows, or `some_runs(runs)` for some at a time.
-template <class EachRows, class SomeRuns>
-void each_segment(const Shape& shape, EachRows rows, SomeRuns some_runs) {
-  if (shape.last) {
-    const int64_t per_image = shape.segments_per_image();
-    parallel_for(shape.segments(), shape.numel(), [&](int64_t begin, int64_t end) {
-      for (int64_t segment = begin; segment < end; ++segment) {
-        const int64_t image = segment / per_image, first = segment % per_image * Shape::kRows;
-        const int64_t n = std::min(Shape::kRows, shape.space - first);
-        rows(segment, image, (image * shape.space + first) * shape.channels, n);
-      }
-    });
-  } else {
-    parallel_for(shape.images * shape.channels, shape.numel(),
-                 [&](int64_t begin, int64_t end) { some_runs(Runs{begin, end, shape.channels, shape.space}); });
-  }
+inline void channel_moments(const Layout& layout, const MomentsOfChannels& tensors) {
+  float *mean = tensors.mean_and_var, *var = mean + layout.shape.channels;
+  with_type(layout.type, [&](auto* x) { moments(layout.shape, x, mean, var); }, tensors.x);
 }
 
-// The same tensor, where images need not be told apart: with the channels last they are one.
-inline Shape without_images(const Shape& shape) {
-  return shape.last ? Shape{1, shape.channels, shape.values(), true} : shape;
-}
-
-// Runs so short that a call for each takes longer than its values do. Such a tensor is gone through in rows instead: an
-// image is a row, in which every position of every channel is a column of its own.
-constexpr int64_t kShort = 64, kManyImages = 16, kMostColumns = 1 << 14;
-inline bool has_short_runs(const Shape& shape) {
-  return !shape.last && shape.space < kShort && shape.images >= kManyImages &&
-         shape.channels * shape.space <= kMostColumns;
-}
-inline Shape rows_of_columns(const Shape& shape) { return {1, shape.channels * shape.space, shape.images, true}; }
-
-// What belongs to channels, for each of their columns; for a tensor with short runs, which has few of them.
-class Columns {
- public:
-  explicit Columns(const Shape& shape) : shape_(shape), columns_(shape.channels * shape.space) {
-    values_.clear();
-    if (has_short_runs(shape)) values_.reserve(kMost * columns_);  // what operator() returned stays where it is
-  }
-  const float* operator()(const float* of_channels) {
-    for (int64_t c = 0; c < shape_.channels; ++c) values_.insert(values_.end(), shape_.space, of_channels[c]);
-    return values_.data() + values_.size() - columns_;
-  }
-  Gates operator()(Gates z) { return {(*this)(z.scale), (*this)(z.bias), z.slope}; }
-
- private:
-  static constexpr int64_t kMost = 6;
-  const Shape shape_;
-  const int64_t columns_;
-  inline static thread_local std::vector<float> values_;
+struct BatchForward {
+  Forward pass;
+  const void* residual;              // added before the activation, or null
+  float *running_mean, *running_var;  // or null, all three
+  int64_t* num_batches;
 };
 
-// Adds up the sums of all segments of `shape`, `each` for each of its channels, which are those of `tensor` or columns.
-inline void add_segments(const Shape& tensor, const Shape& shape, int64_t each, const float* sums, double* total) {
-  const int64_t columns = shape.channels / tensor.channels;
-  for (int64_t segment = 0; segment < shape.segments(); ++segment) {
-    for (double* to = total; to < total + tensor.channels * each; to += each) {
-      for (int64_t column = 0; column < columns; ++column) {
-        for (int64_t i = 0; i < each; ++i) to[i] += *sums++;
-      }
-    }
+// A batch enters the running statistics unless its own are infinite or NaN. momentum: below 0 for the mean of all
+// batches.
+inline void enter_batch(const BatchForward& tensors, const Shape& shape, const float* mean, const float* var,
+                        double momentum) {
+  bool finite = true;
+  for (int64_t c = 0; c < shape.channels; ++c) finite &= std::isfinite(mean[c]) && std::isfinite(var[c]);
+  if (!finite) return;
+  const double n = static_cast<double>(shape.values());
+  const double batches = static_cast<double>(++*tensors.num_batches);
+  const auto share = static_cast<float>(momentum < 0 ? 1 / batches : momentum);
+  const auto unbias = static_cast<float>(n / std::max(n - 1, 1.0));
+  float *to_mean = tensors.running_mean, *to_var = tensors.running_var;
+  for (int64_t c = 0; c < shape.channels; ++c) {
+    to_mean[c] = lerp(to_mean[c], mean[c], share);
+    to_var[c] = lerp(to_var[c], var[c] * unbias, share);
   }
 }
 
-// Mean and biased variance of each channel.
-template <class T>
-void moments(const Shape& tensor, const T* x, float* mean, float* var) {
-  const bool in_columns = has_short_runs(tensor);
-  const Shape shape = in_columns ? rows_of_columns(tensor) : without_images(tensor);
-  const int64_t channels = tensor.channels;
-  thread_local std::vector<float> shift, sums;
-  thread_local std::vector<double> total;
-  shift.resize(channels);
-  sums.resize(shape.segments() * shape.channels * 2);
-  total.assign(channels * 2, 0);
-  // Squares of the distance from a value of the channel, so that a mean far from 0 cancels nothing.
-  for (int64_t c = 0; c < channels; ++c) shift[c] = to_float(x[tensor.last ? c : c * tensor.space]);
-  Columns columns(tensor);
-  const float* shifts = in_columns ? columns(shift.data()) : shift.data();
-  float* to = sums.data();
-  each_segment(
-      shape,
-      [&](int64_t segment, int64_t, int64_t offset, int64_t n) {
-        loops<T>().moments_rows(x + offset, n, shape.channels, shifts, to + segment * shape.channels * 2);
-      },
-      [&](Runs runs) { loops<T>().moments(x, runs, shifts, to); });
-  add_segments(tensor, shape, 2, to, total.data());
-  const double n = static_cast<double>(tensor.values());
+// Batch norm with the statistics of this batch.
+inline void batch_forward(const Layout& layout, const BatchForward& tensors, double slope, double momentum,
+                          double eps) {
+  const Forward& pass = tensors.pass;
+  const int64_t channels = layout.shape.channels;
+  float *mean = pass.saved, *var = mean + channels;
+  channel_moments(layout, {pass.x, pass.saved});
+  if (tensors.running_mean) enter_batch(tensors, layout.shape, mean, var, momentum);
+  for (int64_t c = 0; c < channels; ++c) var[c] = 1 / std::sqrt(var[c] + static_cast<float>(eps));
+  normalize(layout, pass, tensors.residual, slope);
+}
+
+struct FrozenForward {
+  Forward pass;
+  const void* residual;  // added before the activation, or null
+  const float *mean, *var;
+};
+
+// The norm with this mean and variance.
+inline void frozen_forward(const Layout& layout, const FrozenForward& tensors, double slope, double eps) {
+  const Forward& pass = tensors.pass;
+  const int64_t channels = layout.shape.channels;
+  float *mean = pass.saved, *inverse = mean + channels;
   for (int64_t c = 0; c < channels; ++c) {
-    const double distance = total[2 * c] / n;
-    mean[c] = static_cast<float>(shift[c] + distance);
-    const double variance = total[2 * c + 1] / n - distance * distance;
-    var[c] = static_cast<float>(variance < 0 ? 0 : variance);  // NaN stays
+    mean[c] = tensors.mean[c];
+    inverse[c] = 1 / std::sqrt(tensors.var[c] + static_cast<float>(eps));
   }
+  normalize(layout, pass, tensors.residual, slope);
 }
 
-// y: z, plus `residual` unless that is null, and the activation after it, see `Gates`.
-template <class T>
-void affine(const Shape& tensor, const T* x, const T* residual, T* y, const float* mean, Gates z) {
-  prefer_large_pages(y, tensor.numel() * sizeof(T));
-  const bool in_columns = has_short_runs(tensor);
-  const Shape shape = in_columns ? rows_of_columns(tensor) : without_images(tensor);
-  Columns columns(tensor);
-  if (in_columns) mean = columns(mean), z = columns(z);
-  each_segment(
-      shape,
-      [&](int64_t, int64_t, int64_t offset, int64_t n) {
-        const T* added = residual ? residual + offset : nullptr;
-        loops<T>().affine_rows(x + offset, added, y + offset, n, shape.channels, mean, z);
-      },
-      [&](Runs runs) { loops<T>().affine(x, residual, y, runs, mean, z); });
-}
-
-// out: what of g the activation lets through, that gave y.
-template <class T>
-void gate(int64_t n, const T* y, const T* g, T* out, float slope) {
-  prefer_large_pages(out, n * sizeof(T));
-  constexpr int64_t kPart = 1 << 12;
-  parallel_for((n + kPart - 1) / kPart, n, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kPart, last = std::min(end * kPart, n);
-    loops<T>().gate(y + first, g + first, out + first, last - first, slope);
-  });
-}
-
-// The sums of `Loops::products`, [segment][channel][sum], all of them or those that the gradient needs.
-template <class T>
-void products(bool all, const Shape& shape, const T* g, const T* x, const float* mean, Gates z, float* sums) {
-  const int64_t channels = shape.channels, each = channels * (all ? kSums : kOfGradient);
-  each_segment(
-      shape,
-      [&](int64_t segment, int64_t, int64_t offset, int64_t n) {
-        loops<T>().products_rows(all, g + offset, x + offset, n, channels, mean, z, sums + segment * each);
-      },
-      [&](Runs runs) { loops<T>().products(all, g, x, runs, mean, z, sums); });
-}
-
-// The same of all images, [channel][sum].
-template <class T>
-void total_products(bool all, const Shape& tensor, const T* g, const T* x, const float* mean, Gates z, double* total) {
-  const bool in_columns = has_short_runs(tensor);
-  const Shape shape = in_columns ? rows_of_columns(tensor) : without_images(tensor);
-  Columns columns(tensor);
-  if (in_columns) mean = columns(mean), z = columns(z);
-  thread_local std::vector<float> sums;
-  const int64_t each = all ? kSums : kOfGradient;
-  sums.resize(shape.segments() * shape.channels * each);
-  products(all, shape, g, x, mean, z, sums.data());
-  add_segments(tensor, shape, each, sums.data(), total);
-}
-
-// Whether images are so small that their sums, one by one, take longer than all of them at once and what is needed of
-// each.
-inline bool has_small_images(const Shape& shape) {
-  return shape.last ? shape.images >= kManyImages && shape.space < kShort / 4 : has_short_runs(shape);
-}
-
-// Of each image Σg².
-template <class T>
-void image_squares(const Shape& shape, const T* g, float* squares) {
-  const int64_t row = shape.channels * shape.space;
-  const float zero = 0;
-  parallel_for(shape.images, shape.numel(), [&](int64_t begin, int64_t end) {
-    for (int64_t image = begin; image < end; ++image) {
-      float sums[2];
-      loops<T>().moments(g + image * row, {0, 1, 1, row}, &zero, sums);
-      squares[image] = sums[1];
-    }
-  });
-}
-
-// Of each channel of each image Σd, [image][channel].
-template <class T>
-void image_distances(const Shape& shape, const T* x, const float* mean, float* distances) {
-  const int64_t channels = shape.channels, row = channels * shape.space;
-  parallel_for(shape.images, shape.numel(), [&](int64_t begin, int64_t end) {
-    if (!shape.last) {
-      return loops<T>().distances(x, {begin * channels, end * channels, channels, shape.space}, mean, distances);
-    }
-    for (int64_t image = begin; image < end; ++image) {
-      loops<T>().distances_rows(x + image * row, shape.space, channels, mean, distances + image * channels);
-    }
-  });
-}
-
-// out = factor·p·g + q (x − mean) + r, with a factor for each image, or 1 if `factor` is null, and g what the
-// activation after z lets through.
-template <class T>
-void combine(const Shape& tensor, const T* g, const T* x, T* out, const float* factor, const float* mean, Gates z,
-             const float* p, const float* q, const float* r) {
-  prefer_large_pages(out, tensor.numel() * sizeof(T));
-  Shape shape = tensor;
-  Columns columns(tensor);
-  if (has_short_runs(tensor)) {
-    shape = {tensor.images, tensor.channels * tensor.space, 1, true};
-    mean = columns(mean), z = columns(z), p = columns(p), q = columns(q), r = columns(r);
+// The gradient of both. share: of the batch in mean and variance, 1 or 0.
+inline void batch_backward(const Layout& layout, const Backward& pass, double slope, double share) {
+  const Shape& shape = layout.shape;
+  const float *mean = pass.saved, *inverse = mean + shape.channels;
+  thread_local std::vector<float> p, q, r;
+  thread_local std::vector<double> total;
+  total.assign(shape.channels * kOfGradient, 0);
+  for (auto* part : {&p, &q, &r}) part->resize(shape.channels);
+  const Gates z = gates(layout, pass, slope);
+  const auto sum = [&](auto* grad, auto* x) { total_products(false, shape, grad, x, mean, z, total.data()); };
+  with_type(layout.type, sum, pass.grad, pass.x);
+  const double part = share / static_cast<double>(shape.values());
+  for (int64_t c = 0; c < shape.channels; ++c) {
+    pass.grad_bias[c] = static_cast<float>(total[kOfGradient * c]);
+    pass.grad_weight[c] = static_cast<float>(total[kOfGradient * c + 1] * inverse[c]);
+    p[c] = inverse[c] * or_one(pass.weight, c);
+    q[c] = static_cast<float>(-part * p[c] * inverse[c] * pass.grad_weight[c]);
+    r[c] = static_cast<float>(-part * p[c] * pass.grad_bias[c]);
   }
-  if (!factor) shape = without_images(shape);
-  each_segment(
-      shape,
-      [&](int64_t, int64_t image, int64_t offset, int64_t n) {
-        const float f = factor ? factor[image] : 1.0f;
-        loops<T>().combine_rows(g + offset, x + offset, out + offset, n, shape.channels, f, mean, z, p, q, r);
-      },
-      [&](Runs runs) { loops<T>().combine(g, x, out, runs, factor, mean, z, p, q, r); });
+  const auto write = [&](auto* grad, auto* x, auto* grad_x) {
+    combine(shape, grad, x, grad_x, nullptr, mean, z, p.data(), q.data(), r.data());
+  };
+  with_type(layout.type, write, pass.grad, pass.x, pass.grad_x);
+}
+
+struct ActivationBackward {
+  const void *y, *grad;  // y: what the activation gave
+  void* grad_x;          // written: what the activation lets through of `grad`
+};
+
+inline void activation_backward(const Layout& layout, const ActivationBackward& tensors, double slope) {
+  const auto of_type = [&](auto* y, auto* grad, auto* grad_x) {
+    gate(layout.shape.numel(), y, grad, grad_x, static_cast<float>(slope));
+  };
+  with_type(layout.type, of_type, tensors.y, tensors.grad, tensors.grad_x);
 }
 
 }  // namespace normlab

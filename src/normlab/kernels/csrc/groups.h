@@ -1,4 +1,5 @@
-// Norms whose statistics are of each image by itself, over groups of channels and space.
+// Group norm: statistics of each image by itself, over groups of channels and space. A group's channels lie next to
+// each other: without channels last a group is one run, else it is made of the sums of its channels.
 #pragma once
 
 #include <algorithm>
@@ -6,7 +7,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "channels.h"
+#include "passes.h"
+#include "tensors.h"
 
 namespace normlab {
 
@@ -28,14 +30,14 @@ struct Moments {
   double inverse(double eps) const { return 1 / std::sqrt((squares < 0 ? 0 : squares / count) + eps); }
 };
 
-// y = weight (x − mean) inverse + bias and the activation after it, see `Gate`. saved: means, then inverses,
-// [image][group].
+// y = weight (x − mean) inverse + bias and the activation after it, see `Gates`. saved: [image][group].
 template <class T>
-void group_forward(const Shape& shape, int64_t groups, const T* x, T* y, const float* weight, const float* bias,
-                   float* saved, float slope, double eps) {
+void group_forward_of(const Shape& shape, const Forward& pass, const T* x, T* y, float slope, int64_t groups,
+                      double eps) {
   prefer_large_pages(y, shape.numel() * sizeof(T));
   const int64_t channels = shape.channels, members = channels / groups, space = shape.space;
-  float *means = saved, *inverses = saved + shape.images * groups;
+  const float *weight = pass.weight, *bias = pass.bias;
+  float *means = pass.saved, *inverses = means + shape.images * groups;
   const int64_t all = shape.images * channels;
   thread_local std::vector<float> shifts, sums, mean, scales, biases;
   for (auto* part : {&shifts, &mean, &scales, &biases}) part->resize(all);
@@ -101,15 +103,16 @@ void group_forward(const Shape& shape, int64_t groups, const T* x, T* y, const f
       no_runs);
 }
 
-// With x̂ = (x − mean) inverse and h = weight·g, per image and group: inverse (h − mean h − x̂ mean h x̂), where g is what
-// the activation lets through.
+// With x̂ = (x − mean) inverse and h = weight·g, per image and group: inverse (h − mean h − x̂ mean h x̂). g is what the
+// activation lets through.
 template <class T>
-void group_backward(const Shape& shape, int64_t groups, const T* g, const T* x, T* out, const float* weight,
-                    const float* bias, const float* saved, float* grad_weight, float* grad_bias, float slope) {
+void group_backward_of(const Shape& shape, const Backward& pass, const T* g, const T* x, T* out, float slope,
+                       int64_t groups) {
   prefer_large_pages(out, shape.numel() * sizeof(T));
   const int64_t channels = shape.channels, members = channels / groups, space = shape.space;
   const int64_t per_image = shape.segments_per_image(), all = shape.images * channels;
-  const float *means = saved, *inverses = saved + shape.images * groups;
+  const float *weight = pass.weight, *bias = pass.bias;
+  const float *means = pass.saved, *inverses = means + shape.images * groups;
   thread_local std::vector<float> mean, scale, shift, sums, p, q, r, of_weight, of_bias;
   for (auto* part : {&mean, &scale, &shift, &p, &q, &r, &of_weight, &of_bias}) part->resize(all);
   sums.resize(shape.segments() * channels * kOfGradient);
@@ -182,9 +185,23 @@ void group_backward(const Shape& shape, int64_t groups, const T* g, const T* x, 
     total[channels + i % channels] += to_bias[i];
   }
   for (int64_t c = 0; c < channels; ++c) {
-    grad_weight[c] = static_cast<float>(total[c]);
-    grad_bias[c] = static_cast<float>(total[channels + c]);
+    pass.grad_weight[c] = static_cast<float>(total[c]);
+    pass.grad_bias[c] = static_cast<float>(total[channels + c]);
   }
+}
+
+inline void group_forward(const Layout& layout, const Forward& pass, double slope, int64_t groups, double eps) {
+  const auto of_type = [&](auto* x, auto* y) {
+    group_forward_of(layout.shape, pass, x, y, static_cast<float>(slope), groups, eps);
+  };
+  with_type(layout.type, of_type, pass.x, pass.y);
+}
+
+inline void group_backward(const Layout& layout, const Backward& pass, double slope, int64_t groups) {
+  const auto of_type = [&](auto* grad, auto* x, auto* grad_x) {
+    group_backward_of(layout.shape, pass, grad, x, grad_x, static_cast<float>(slope), groups);
+  };
+  with_type(layout.type, of_type, pass.grad, pass.x, pass.grad_x);
 }
 
 }  // namespace normlab

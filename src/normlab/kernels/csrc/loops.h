@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 
 namespace normlab {
 
@@ -89,11 +90,7 @@ struct Loops {
                                  const float* inverse, float* sums);
 };
 
-struct AllLoops {
-  Loops<float> of_float;
-  Loops<BFloat16> of_bfloat16;
-  Loops<Float16> of_float16;
-};
+using AllLoops = std::tuple<Loops<float>, Loops<BFloat16>, Loops<Float16>>;
 
 extern const AllLoops kLoopsPlain;
 #if defined(__x86_64__)

@@ -1,4 +1,4 @@
-// The operators of `normlab.kernels.operators` on a CPU.
+// The operators of `normlab.kernels.library` on a CPU.
 #pragma once
 
 #include <cstdint>

@@ -1,11 +1,16 @@
-// Norms whose statistics are of each position of each image, over the channels.
+// Layer norm and RMS norm: statistics of each position of each image, over the channels. Positions are gone through
+// some at a time, since with the channels first their values lie far apart.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#include "channels.h"
+#include "instructions.h"
+#include "loops.h"
+#include "pages.h"
+#include "tensors.h"
+#include "threads.h"
 
 namespace normlab {
 
@@ -41,7 +46,7 @@ void each_positions(const Shape& shape, Part part) {
 
 // saved: means, then 1/√(var + eps), of each position.
 template <class T>
-void position_norm_forward(const Shape& shape, const PositionNorm& norm, const T* x, T* y, float* saved) {
+void position_forward_of(const Shape& shape, const PositionNorm& norm, const T* x, T* y, float* saved) {
   prefer_large_pages(y, shape.numel() * sizeof(T));
   float *means = saved, *inverses = saved + shape.values();
   each_positions(shape, [&](int64_t, int64_t at, int64_t offset, int64_t n) {
@@ -54,11 +59,11 @@ void position_norm_forward(const Shape& shape, const PositionNorm& norm, const T
 }
 
 template <class T>
-void position_norm_backward(const Shape& shape, const PositionNorm& norm, const T* g, const T* x, T* out,
-                            const float* saved, float* grad_weight, float* grad_bias) {
+void position_backward_of(const Shape& shape, const PositionNorm& norm, const Backward& pass, const T* g, const T* x,
+                          T* out) {
   prefer_large_pages(out, shape.numel() * sizeof(T));
   const int64_t channels = shape.channels;
-  const float *means = saved, *inverses = saved + shape.values();
+  const float *means = pass.saved, *inverses = means + shape.values();
   thread_local std::vector<float> sums;
   const int64_t segments = position_segments(shape);
   sums.resize(segments * 2 * channels);
@@ -78,9 +83,24 @@ void position_norm_backward(const Shape& shape, const PositionNorm& norm, const 
     for (int64_t i = 0; i < 2 * channels; ++i) total[i] += *to++;
   }
   for (int64_t c = 0; c < channels; ++c) {
-    grad_weight[c] = static_cast<float>(total[c]);
-    grad_bias[c] = static_cast<float>(total[channels + c]);
+    pass.grad_weight[c] = static_cast<float>(total[c]);
+    pass.grad_bias[c] = static_cast<float>(total[channels + c]);
   }
+}
+
+// centred: layer norm, else RMS norm. No activation: the slope is 1.
+inline void position_forward(const Layout& layout, const Forward& pass, double, bool centred, double eps) {
+  const PositionNorm norm{layout.shape.channels, pass.weight, pass.bias, centred, static_cast<float>(eps)};
+  const auto of_type = [&](auto* x, auto* y) { position_forward_of(layout.shape, norm, x, y, pass.saved); };
+  with_type(layout.type, of_type, pass.x, pass.y);
+}
+
+inline void position_backward(const Layout& layout, const Backward& pass, double, bool centred) {
+  const PositionNorm norm{layout.shape.channels, pass.weight, pass.bias, centred, 0};
+  const auto of_type = [&](auto* grad, auto* x, auto* grad_x) {
+    position_backward_of(layout.shape, norm, pass, grad, x, grad_x);
+  };
+  with_type(layout.type, of_type, pass.grad, pass.x, pass.grad_x);
 }
 
 }  // namespace normlab

@@ -1,4 +1,5 @@
-// The rule of running batch norm: the twin of `normlab.kernels.running` on a CPU.
+// The rule of running batch norm: the twin of `normlab.kernels.running` on a CPU, with its constants and both passes in
+// the order that they have there.
 #pragma once
 
 #include <algorithm>
@@ -8,8 +9,10 @@
 #include <vector>
 
 #include "channels.h"
-#include "norms.h"
-#include "pointers.h"
+#include "passes.h"
+#include "running_state.h"
+#include "running_sums.h"
+#include "tensors.h"
 
 namespace normlab {
 
@@ -18,6 +21,15 @@ struct Constants {
   double least_share, least_gradient_share, tolerated_drift, steps_remembered, steady_images, along, pull;
 };
 inline Constants constants;
+
+// --- forward ---------------------------------------------------------------------------------------------------------
+
+struct RunningForward {
+  Forward pass;
+  const void* residual;  // added before the activation, or null
+  Statistics kept;
+  Averages averages;
+};
 
 // The cosine of two vectors, of which the products are added one by one.
 struct Cosine {
@@ -34,80 +46,102 @@ struct Cosine {
 };
 
 // A share that has grown by so much, kept between `least` and 1; NaN stays.
-inline float grown(float share, double growth, double least) {
+inline float grow(float share, double growth, double least) {
   const double w = share * std::exp(growth);
   return static_cast<float>(w < least ? least : w > 1 ? 1 : w);
 }
 
-// Returns the share of this batch in the averages of the backward pass,
-// see `normlab.kernels.running.take_in`.
-double running_forward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer x, Pointer y,
-                       Pointer weight, Pointer bias, Pointer saved, Pointer residual, Pointer running_mean,
-                       Pointer running_var, Pointer num_batches_tracked, Pointer share, Pointer innovation,
-                       Pointer gradient_share, Pointer gradient_average, Pointer gradient_latest, double slope,
-                       double momentum, double eps, bool recomputing) {
-  const Shape shape{images, channels, space, last};
-  float *mean = at<float>(saved), *inverse = mean + channels;
-  float *kept_mean = at<float>(running_mean), *kept_var = at<float>(running_var);
-  int64_t& batches = *at<int64_t>(num_batches_tracked);
-  const auto epsilon = static_cast<float>(eps);
-  const int64_t seen = batches + (recomputing ? 0 : 1);
-  double rate = *at<float>(gradient_share);
-  if (recomputing) {
-    std::copy_n(kept_mean, channels, mean);
-    std::copy_n(kept_var, channels, inverse);
-  } else {
-    with_type(type, [&](auto* t) {
-      using T = std::remove_pointer_t<decltype(t)>;
-      moments(shape, at<const T>(x), mean, inverse);
-    });
-    thread_local std::vector<float> innovations;
-    innovations.resize(channels);
-    float* last_innovation = at<float>(innovation);
-    const float *average = at<float>(gradient_average), *latest = at<float>(gradient_latest);
-    Cosine with_last, with_drift;
-    for (int64_t c = 0; c < channels; ++c) {
-      const float scale = 1 / std::sqrt(kept_var[c] + epsilon), e = (mean[c] - kept_mean[c]) * scale;
-      innovations[c] = e;
-      with_last.add(e, last_innovation[c]);
-      with_drift.add(e, (average[c] - latest[c]) * scale * scale * or_one(at<float>(weight), c));
-    }
-    const double gain = std::max(momentum, 1.0 / static_cast<double>(seen));
-    const float new_share = grown(*at<float>(share), with_last.value() * gain, constants.least_share * momentum);
-    const float new_gradient_share =
-        grown(*at<float>(gradient_share), (with_drift.value() - constants.tolerated_drift / static_cast<double>(images)) * gain,
-              constants.least_gradient_share * momentum);
-    bool finite = std::isfinite(new_share) && std::isfinite(new_gradient_share);
-    for (int64_t c = 0; c < channels; ++c) {
-      const float distance = mean[c] - kept_mean[c], beside = (1 - new_share) * distance;
-      inverse[c] = lerp(kept_var[c], inverse[c] + beside * distance, new_share);
-      mean[c] -= beside;
-      finite &= std::isfinite(mean[c]) && std::isfinite(inverse[c]) && std::isfinite(innovations[c]);
-    }
-    if (finite) {
-      std::copy_n(mean, channels, kept_mean);
-      std::copy_n(inverse, channels, kept_var);
-      std::copy_n(innovations.data(), channels, last_innovation);
-      *at<float>(share) = new_share;
-      *at<float>(gradient_share) = new_gradient_share;
-      batches = seen;
-    }
-    rate = new_gradient_share;
+// Enters a batch in the statistics, unless one would become infinite or NaN. mean, var: of the batch, then what the
+// statistics are with it. Returns its share in the averages, without regard to the first batches.
+inline float take_in(const RunningForward& tensors, const Shape& shape, double momentum, float eps, float* mean,
+                     float* var) {
+  const Statistics& kept = tensors.kept;
+  const Averages& averages = tensors.averages;
+  const int64_t channels = shape.channels, seen = *kept.num_batches_tracked + 1;
+  thread_local std::vector<float> innovation;
+  innovation.resize(channels);
+  Cosine with_last, with_drift;
+  for (int64_t c = 0; c < channels; ++c) {
+    const float scale = 1 / std::sqrt(kept.running_var[c] + eps), e = (mean[c] - kept.running_mean[c]) * scale;
+    const float drift = averages.gradient_average[c] - averages.gradient_latest[c];
+    innovation[c] = e;
+    with_last.add(e, kept.innovation[c]);
+    with_drift.add(e, drift * scale * scale * or_one(tensors.pass.weight, c));
   }
-  for (int64_t c = 0; c < channels; ++c) inverse[c] = 1 / std::sqrt(inverse[c] + epsilon);
-  with_type(type, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    affine(shape, at<const T>(x), at<const T>(residual), at<T>(y), mean,
-           gates(channels, inverse, at<float>(weight), at<float>(bias), slope));
-  });
+  const double gain = std::max(momentum, 1.0 / static_cast<double>(seen));
+  const double tolerated = constants.tolerated_drift / static_cast<double>(shape.images);
+  const float share = grow(*kept.share, with_last.value() * gain, constants.least_share * momentum);
+  const float gradient_share =
+      grow(*kept.gradient_share, (with_drift.value() - tolerated) * gain, constants.least_gradient_share * momentum);
+  bool finite = std::isfinite(share) && std::isfinite(gradient_share);
+  for (int64_t c = 0; c < channels; ++c) {
+    const float distance = mean[c] - kept.running_mean[c], beside = (1 - share) * distance;
+    var[c] = lerp(kept.running_var[c], var[c] + beside * distance, share);
+    mean[c] -= beside;
+    finite &= std::isfinite(mean[c]) && std::isfinite(var[c]) && std::isfinite(innovation[c]);
+  }
+  if (finite) {
+    std::copy_n(mean, channels, kept.running_mean);
+    std::copy_n(var, channels, kept.running_var);
+    std::copy_n(innovation.data(), channels, kept.innovation);
+    *kept.num_batches_tracked = seen;
+    *kept.share = share;
+    *kept.gradient_share = gradient_share;
+  }
+  return gradient_share;
+}
+
+// Returns the share of this batch in the averages of the backward pass. recomputing: it is in the statistics already.
+inline double running_forward(const Layout& layout, const RunningForward& tensors, double slope, double momentum,
+                              double eps, bool recomputing) {
+  const Forward& pass = tensors.pass;
+  const Statistics& kept = tensors.kept;
+  const int64_t channels = layout.shape.channels, seen = *kept.num_batches_tracked + (recomputing ? 0 : 1);
+  const auto epsilon = static_cast<float>(eps);
+  float *mean = pass.saved, *var = mean + channels;
+  double rate = *kept.gradient_share;
+  if (recomputing) {
+    std::copy_n(kept.running_mean, channels, mean);
+    std::copy_n(kept.running_var, channels, var);
+  } else {
+    channel_moments(layout, {pass.x, pass.saved});
+    rate = take_in(tensors, layout.shape, momentum, epsilon, mean, var);
+  }
+  for (int64_t c = 0; c < channels; ++c) var[c] = 1 / std::sqrt(var[c] + epsilon);
+  normalize(layout, pass, tensors.residual, slope);
   return std::max(rate, 1.0 / static_cast<double>(std::max<int64_t>(seen, 1)));
 }
 
-// What is measured of the steps; last_rate: the share of the last batch in the averages, as long as its step was.
-struct Measured {
-  float log_lr, steps, output_square, step_length, last_rate;
+// --- backward --------------------------------------------------------------------------------------------------------
 
-  // Enters how γ and β have moved since the backward pass before, at which they were `before` and had this gradient.
+struct RunningBackward {
+  Backward pass;
+  Averages averages;
+  Steps steps;
+};
+
+// The numbers among `Steps`, while it is not known whether they are kept.
+struct Measured {
+  float log_learning_rate, learning_rate_steps, output_square, step_length, latest_gradient_share;
+
+  explicit Measured(const Steps& of)
+      : log_learning_rate(*of.log_learning_rate),
+        learning_rate_steps(*of.learning_rate_steps),
+        output_square(*of.output_square),
+        step_length(*of.step_length),
+        latest_gradient_share(*of.latest_gradient_share) {}
+
+  // rate: of this batch.
+  void keep(const Steps& to, float rate) const {
+    *to.log_learning_rate = log_learning_rate;
+    *to.learning_rate_steps = learning_rate_steps;
+    *to.output_square = output_square;
+    *to.step_length = step_length;
+    *to.latest_gradient_share = rate;
+  }
+
+  // Enters how γ and β have moved since the backward pass before, at which they were `before` and had this gradient,
+  // which is 0 then.
   void enter_step(const std::vector<float>& now, const float* before, std::vector<float>& gradient) {
     double far = 0, force = 0, product = 0;
     for (std::size_t i = 0; i < now.size(); ++i) {
@@ -118,202 +152,124 @@ struct Measured {
     }
     far = std::sqrt(far);
     force = std::sqrt(force);
-    const bool shows = far > 0 && force > 0, along = shows && product < -static_cast<float>(constants.along) * far * force;
+    const bool shows = far > 0 && force > 0;
+    const bool along = shows && product < -static_cast<float>(constants.along) * far * force;
     const auto length = static_cast<float>(shows ? far / force : 1);
     if (shows) {
-      steps += 1;
-      log_lr = lerp(log_lr, std::log(length), std::max(1 / steps, 1 / static_cast<float>(constants.steps_remembered)));
+      learning_rate_steps += 1;
+      const float share = std::max(1 / learning_rate_steps, 1 / static_cast<float>(constants.steps_remembered));
+      log_learning_rate = lerp(log_learning_rate, std::log(length), share);
     }
     if (along) {
-      step_length = step_length > 0 ? lerp(step_length, length, last_rate) : length;
-      last_rate *= length / step_length;
+      step_length = step_length > 0 ? lerp(step_length, length, latest_gradient_share) : length;
+      latest_gradient_share *= length / step_length;
     }
     if (far > 0) std::fill(gradient.begin(), gradient.end(), 0.0f);
   }
 };
 
-// The backward pass of running batch norm, see `normlab.kernels.running.normalize_with_memory`. step_bound: below 0 for
-// none. learns: weight and bias are there and both want a gradient.
-void running_backward(int type, int64_t images, int64_t channels, int64_t space, bool last, Pointer g, Pointer x,
-                      Pointer out, Pointer weight, Pointer bias, Pointer saved, Pointer weight_grad, Pointer bias_grad,
-                      Pointer gradient_average, Pointer gradient_latest, Pointer parameters_before,
-                      Pointer parameters_gradient, Pointer log_learning_rate, Pointer learning_rate_steps,
-                      Pointer output_square, Pointer step_length, Pointer latest_gradient_share, double slope,
-                      double batch_rate, double step_bound, bool learns) {
-  const Shape shape{images, channels, space, last};
-  const float *mean = at<float>(saved), *inverse = mean + channels;
+// Makes the factors of those images less than 1 whose gradient is longer than the bound; returns how many those are.
+// parameters: γ and β. lr: η.
+inline int64_t bound_images(Sums& sums, const std::vector<float>& parameters, float lr, double step_bound,
+                            std::vector<float>& factor) {
+  double size = 0;
+  for (const float value : parameters) size += double{value} * value;
+  const double length = std::sqrt(std::max(size, static_cast<double>(parameters.size() / 2)));
+  // The length of a gradient over its bound, from the square of the former.
+  const auto excess = [&](double square) { return std::sqrt(square) * (lr / (length * step_bound)); };
+  const float* squares = sums.squares([&](double square) { return excess(square) <= 1; });
+  int64_t over = 0;
+  for (std::size_t image = 0; squares && image < factor.size(); ++image) {
+    const double of_image = excess(squares[image]);
+    if (of_image > 1) factor[image] = static_cast<float>(1 / of_image), ++over;
+  }
+  return over;
+}
+
+// k, what is added of γ and β to their gradient, where so many images met the bound.
+inline float pull_of(int64_t over, int64_t images, float lr, float output_square) {
+  const float tiny = std::numeric_limits<float>::min(), n = static_cast<float>(images);
+  const float overshoot = 1 - n / std::max(lr * output_square, tiny);
+  return static_cast<float>(over) / n * std::max(overshoot, 0.0f) * static_cast<float>(constants.pull) /
+         std::max(lr, tiny);
+}
+
+// p, the share of the learning rate at which γ and β learn from so many images.
+inline float parameter_share(int64_t images) {
+  return std::min(1.0f, std::sqrt(static_cast<float>(images) / static_cast<float>(constants.steady_images)));
+}
+
+// The backward pass, see `normlab.kernels.running.normalize_with_memory`. batch_rate: what the forward pass returned.
+// step_bound: below 0 for none. learns: weight and bias are there and both want a gradient.
+inline void running_backward(const Layout& layout, const RunningBackward& tensors, double slope, double batch_rate,
+                             double step_bound, bool learns) {
+  const Backward& pass = tensors.pass;
+  const Steps& steps = tensors.steps;
+  const int64_t images = layout.shape.images, channels = layout.shape.channels, both = 2 * channels;
   const auto rate = static_cast<float>(batch_rate);
-  const int64_t both = 2 * channels;
-  thread_local std::vector<float> sums, of_images, distances, of_distance, squares, factor, p, q, r, now, gradient;
-  thread_local std::vector<double> total, of_channels;
+  const Gates z = gates(layout, pass, slope);
+  thread_local Sums sums;
+  sums.take(layout, pass, z);
+
+  thread_local std::vector<float> factor, now, gradient;
   factor.assign(images, 1);
-  total.assign(both, 0);
-  of_channels.assign(channels * kSums, 0);
-  now.resize(both);
-  gradient.assign(at<float>(parameters_gradient), at<float>(parameters_gradient) + both);
-  for (auto* part : {&p, &q, &r}) part->resize(channels);
-  const Gates z = gates(channels, inverse, at<float>(weight), at<float>(bias), slope);
-  // What is needed of each image by itself comes with the sums of its channels, unless images are small.
-  const int64_t per_image = shape.segments_per_image();
-  const auto of_each_image = [&] {
-    sums.resize(shape.segments() * channels * kSums);
-    with_type(type, [&](auto* t) {
-      using T = std::remove_pointer_t<decltype(t)>;
-      products(true, shape, at<const T>(g), at<const T>(x), mean, z, sums.data());
-    });
-  };
-  const bool together = has_small_images(shape) && slope == 1;
-  of_images.assign(images, 0);
-  if (together) {
-    with_type(type, [&](auto* t) {
-      using T = std::remove_pointer_t<decltype(t)>;
-      total_products(true, shape, at<const T>(g), at<const T>(x), mean, z, of_channels.data());
-    });
-  } else {
-    distances.assign(images * channels, 0);
-    of_each_image();
-    for (int64_t segment = 0; segment < shape.segments(); ++segment) {
-      for (int64_t c = 0; c < channels; ++c) {
-        const float* of = sums.data() + (segment * channels + c) * kSums;
-        of_images[segment / per_image] += of[2];
-        distances[segment / per_image * channels + c] += of[3];
-      }
-    }
-  }
-
-  Measured known{*at<float>(log_learning_rate), *at<float>(learning_rate_steps), *at<float>(output_square),
-                 *at<float>(step_length), *at<float>(latest_gradient_share)};
+  now.assign(both, 0);
+  gradient.assign(steps.parameters_gradient, steps.parameters_gradient + both);
+  Measured measured(steps);
+  int64_t over = 0;
   float pull = 0;
-  bool bounded = false;
   if (learns) {
-    std::copy_n(at<float>(weight), channels, now.data());
-    std::copy_n(at<float>(bias), channels, now.data() + channels);
-    known.enter_step(now, at<float>(parameters_before), gradient);
-    const float lr = std::exp(known.log_lr);
-    double size = 0;
-    for (const float value : now) size += double{value} * value;
-    const double of_parameters = std::sqrt(std::max(size, static_cast<double>(channels)));
-    // The length of the gradient over its bound, from the square of the former.
-    const auto excess = [&](double square) { return std::sqrt(square) * (lr / (of_parameters * step_bound)); };
-    int64_t over = 0;
-    if (step_bound >= 0) {
-      // No image exceeds the bound if all of them together do not.
-      double square = 0;
-      for (int64_t c = 0; c < channels; ++c) square += of_channels[c * kSums + 2];
-      if (together && !(excess(square) <= 1)) {
-        with_type(type, [&](auto* t) {
-          using T = std::remove_pointer_t<decltype(t)>;
-          image_squares(shape, at<const T>(g), of_images.data());
-        });
-      }
-      for (int64_t image = 0; image < images; ++image) {
-        const double of_image = excess(of_images[image]);
-        if (of_image > 1) factor[image] = static_cast<float>(1 / of_image), ++over;
-      }
-    }
-    bounded = over > 0;
-
-    // The mean squared length of the images' outputs, averaged over space.
-    double length = 0;
-    of_distance.resize(channels);
-    for (int64_t c = 0; c < channels; ++c) of_distance[c] = inverse[c] * now[c] / static_cast<float>(space);
-    if (together && space == 1) {
-      for (int64_t c = 0; c < channels; ++c) {
-        const double scale = of_distance[c], shift = now[channels + c], *of = &of_channels[c * kSums];
-        length += scale * (scale * of[4] + 2 * shift * of[3]) + static_cast<double>(images) * shift * shift;
-      }
-    } else {
-      if (together) {
-        distances.resize(images * channels);
-        with_type(type, [&](auto* t) {
-          using T = std::remove_pointer_t<decltype(t)>;
-          image_distances(shape, at<const T>(x), mean, distances.data());
-        });
-      }
-      squares.assign(channels, 0);
-      for (int64_t image = 0; image < images; ++image) {
-        const float *of = distances.data() + image * channels, *shift = now.data() + channels;
-        for (int64_t c = 0; c < channels; ++c) {
-          const float pooled = of[c] * of_distance[c] + shift[c];
-          squares[c] += pooled * pooled;
-        }
-      }
-      for (const float square : squares) length += square;
-    }
-    known.output_square = lerp(known.output_square, static_cast<float>(length / static_cast<double>(images)), rate);
-    if (step_bound >= 0) {
-      const float tiny = std::numeric_limits<float>::min(), n = static_cast<float>(images);
-      const float overshoot = 1 - n / std::max(lr * known.output_square, tiny);
-      pull = static_cast<float>(over) / n * std::max(overshoot, 0.0f) * static_cast<float>(constants.pull) / std::max(lr, tiny);
-    }
+    std::copy_n(pass.weight, channels, now.data());
+    std::copy_n(pass.bias, channels, now.data() + channels);
+    measured.enter_step(now, steps.parameters_before, gradient);
+    const float lr = std::exp(measured.log_learning_rate);
+    if (step_bound >= 0) over = bound_images(sums, now, lr, step_bound, factor);
+    const auto output_square = static_cast<float>(sums.output_square(now));
+    measured.output_square = lerp(measured.output_square, output_square, rate);
+    if (step_bound >= 0) pull = pull_of(over, images, lr, measured.output_square);
   }
+  const float* factors = over > 0 ? factor.data() : nullptr;
 
-  if (together && bounded && type == 0) {
-    thread_local std::vector<float> bounded_grad;
-    const int64_t row = channels * space;
-    bounded_grad.resize(images * row);
-    for (int64_t image = 0; image < images; ++image) {
-      const float f = factor[image], *from = at<float>(g) + image * row;
-      float* to = bounded_grad.data() + image * row;
-      for (int64_t i = 0; i < row; ++i) to[i] = f * from[i];
-    }
-    of_channels.assign(channels * kSums, 0);
-    total_products(true, shape, bounded_grad.data(), at<float>(x), mean, z, of_channels.data());
-  } else if (!together || bounded) {
-    if (together) of_each_image();
-    of_channels.assign(channels * kSums, 0);
-    for (int64_t segment = 0; segment < shape.segments(); ++segment) {
-      const double f = factor[segment / per_image];
-      for (int64_t c = 0; c < channels; ++c) {
-        const float* of = sums.data() + (segment * channels + c) * kSums;
-        of_channels[c * kSums] += f * of[0];
-        of_channels[c * kSums + 1] += f * of[1];
-        of_channels[c * kSums + 4] += of[4];
-      }
-    }
-  }
+  const std::vector<double>& of_channels = sums.of_channels(factors);
+  const float *mean = pass.saved, *inverse = mean + channels, share = parameter_share(images);
+  const double n = static_cast<double>(layout.shape.values());
+  float *average = tensors.averages.gradient_average, *latest = tensors.averages.gradient_latest;
+  thread_local std::vector<float> p, q, r;
+  thread_local std::vector<double> total;  // Σg, then Σ g x̂
+  for (auto* part : {&p, &q, &r}) part->resize(channels);
+  total.resize(both);
   bool finite = true;
-  float *average = at<float>(gradient_average), *latest = at<float>(gradient_latest);
-  float *grad_weight = at<float>(weight_grad), *grad_bias = at<float>(bias_grad);
-  const double n = static_cast<double>(shape.values());
-  const float parameter_share =
-      std::min(1.0f, std::sqrt(static_cast<float>(images) / static_cast<float>(constants.steady_images)));
   for (int64_t c = 0; c < channels; ++c) {
-    const double of_bias = total[c] = of_channels[c * kSums];
-    const double of_weight = total[channels + c] = of_channels[c * kSums + 1] * inverse[c];
+    const double* of = &of_channels[c * kSums];
+    const double of_bias = total[c] = of[0], of_weight = total[channels + c] = of[1] * inverse[c];
     finite &= std::isfinite(static_cast<float>(of_bias)) && std::isfinite(static_cast<float>(of_weight));
     auto own = static_cast<float>(of_weight / n);
-    own /= std::max(1.0f, rate * static_cast<float>(of_channels[c * kSums + 4] * inverse[c] * inverse[c] / n));
-    const float scale = inverse[c] * or_one(at<float>(weight), c);
+    own /= std::max(1.0f, rate * static_cast<float>(of[4] * inverse[c] * inverse[c] / n));
+    const float scale = inverse[c] * or_one(pass.weight, c);
     const auto subtracted = [&](int64_t i, float own) {
-      return lerp(lerp(average[i], latest[i], known.last_rate), own, rate) * scale;
+      return lerp(lerp(average[i], latest[i], measured.latest_gradient_share), own, rate) * scale;
     };
     p[c] = scale;
     q[c] = -subtracted(channels + c, own) * inverse[c];
     r[c] = -subtracted(c, static_cast<float>(of_bias / n));
-    grad_weight[c] = static_cast<float>(of_weight) * parameter_share + (learns ? now[c] * pull : 0.0f);
-    grad_bias[c] = static_cast<float>(of_bias) * parameter_share + (learns ? now[channels + c] * pull : 0.0f);
-    gradient[c] += grad_weight[c];
-    gradient[channels + c] += grad_bias[c];
+    pass.grad_weight[c] = static_cast<float>(of_weight) * share + now[c] * pull;
+    pass.grad_bias[c] = static_cast<float>(of_bias) * share + now[channels + c] * pull;
+    gradient[c] += pass.grad_weight[c];
+    gradient[channels + c] += pass.grad_bias[c];
   }
   if (finite) {
     for (int64_t i = 0; i < both; ++i) {
-      average[i] = lerp(average[i], latest[i], known.last_rate);
+      average[i] = lerp(average[i], latest[i], measured.latest_gradient_share);
       latest[i] = static_cast<float>(total[i] / n);
     }
-    if (learns) std::copy_n(now.data(), both, at<float>(parameters_before));
-    std::copy_n(gradient.data(), both, at<float>(parameters_gradient));
-    *at<float>(log_learning_rate) = known.log_lr;
-    *at<float>(learning_rate_steps) = known.steps;
-    *at<float>(output_square) = known.output_square;
-    *at<float>(step_length) = known.step_length;
-    *at<float>(latest_gradient_share) = rate;
+    if (learns) std::copy_n(now.data(), both, steps.parameters_before);
+    std::copy_n(gradient.data(), both, steps.parameters_gradient);
+    measured.keep(steps, rate);
   }
-  with_type(type, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    combine(shape, at<const T>(g), at<const T>(x), at<T>(out), bounded ? factor.data() : nullptr, mean, z, p.data(),
-            q.data(), r.data());
-  });
+  const auto write = [&](auto* grad, auto* x, auto* grad_x) {
+    combine(layout.shape, grad, x, grad_x, factors, mean, z, p.data(), q.data(), r.data());
+  };
+  with_type(layout.type, write, pass.grad, pass.x, pass.grad_x);
 }
 
 }  // namespace normlab
