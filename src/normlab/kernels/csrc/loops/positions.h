@@ -1,4 +1,5 @@
-// Loops of norms whose statistics are of each position, over the channels. Included by `loops.cpp`, like `simd.h`.
+// Loops of norms whose statistics are of each position, over the channels: some positions at a time, or, with the
+// channels last, one after another.
 #pragma once
 
 #include <algorithm>

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <utility>
 
-#include "loops.h"
+#include "../loops.h"
 
 namespace normlab {
 namespace {
