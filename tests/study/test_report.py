@@ -4,6 +4,7 @@ import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.util import find_spec
 
 import pytest
 
@@ -99,8 +100,10 @@ class TestHtml:
 @pytest.fixture(scope="module")
 def browser():
     program = os.environ.get("NORMLAB_CHROMIUM") or shutil.which("chromium")
-    if not program:
-        missing = "no browser: install chromium or name one in NORMLAB_CHROMIUM"
+    missing = None if program else "no browser: install chromium or name one in NORMLAB_CHROMIUM"
+    if find_spec("playwright") is None:
+        missing = "no playwright: install normlab[dev]"
+    if missing:
         pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
     from playwright.sync_api import sync_playwright
 
