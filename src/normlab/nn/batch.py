@@ -114,9 +114,9 @@ class _Batch(PreciseStatistics, _NormBase):
         if (
             mean is None or not self.track_running_stats
         ):  # ONNX, given the two below, would take them for running statistics
-            return nn.functional.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
+            return _by_the_batch(x, None, None, weight, bias, 0.0, self.eps)
         batch_mean, batch_var = x.new_zeros(2, channels, dtype=dtype)
-        y = nn.functional.batch_norm(x, batch_mean, batch_var, weight, bias, True, 1.0, self.eps)
+        y = _by_the_batch(x, batch_mean, batch_var, weight, bias, 1.0, self.eps)
         self._remember(batch_mean, batch_var)
         return y
 
@@ -146,6 +146,19 @@ class _Batch(PreciseStatistics, _NormBase):
         self._average(mean.detach().flatten(), var.detach().flatten(), count)
         mean, var = F.unless_empty(count, (mean, var), (self.running_mean, self.running_var))
         return F.normalize(x, mean, var, self.weight, self.bias, self.eps)
+
+
+def _by_the_batch(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    share: float,
+    eps: float,
+) -> Tensor:
+    """Batch norm by torch's operator itself: `nn.functional.batch_norm` refuses eps=0, which the kernels take."""
+    return torch.batch_norm(x, weight, bias, mean, var, True, share, eps, torch.backends.cudnn.enabled)
 
 
 class BatchNormAct2d(_Batch):
