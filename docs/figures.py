@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
+from normlab.colours import BLUE
 from normlab.nn import RunningBatchNorm2d
 
 BATCHES, DRIFTS_FROM, RESTS_FROM = 600, 240, 280
@@ -34,10 +35,10 @@ def main() -> None:
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 4.5), sharex=True, height_ratios=(2, 1))
     above.plot(seen, ".", color="0.7", markersize=4, label="mean of a batch of two images")
     above.plot(ordinary, color="0.4", label=f"fixed share {FIXED}")
-    above.plot(running, color="#0072b2", label="running")
+    above.plot(running, color=BLUE, label="running")
     above.set_ylabel("mean of a channel")
     above.legend(frameon=False, loc="upper left")
-    below.semilogy(shares, color="#0072b2")
+    below.semilogy(shares, color=BLUE)
     below.set(xlabel="batch", ylabel="share w")
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)

@@ -13,7 +13,7 @@ import normlab
 ROOT = Path(normlab.__file__).parent
 FLOORS = [
     {"errors"},
-    {"choice", "files"},
+    {"choice", "colours", "files"},
     {"kernels", "training", "observe", "data", "notebook"},
     {"nn"},
     {"surgery", "models"},

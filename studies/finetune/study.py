@@ -28,6 +28,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import normlab
+from normlab.colours import BLUE, GREEN, GREY, PINK, RED, SKY, VERMILION, VIOLET
 from normlab.data import ImageData, TensorBatches, load_dataset
 from normlab.files import write_whole
 from normlab.models import build_model
@@ -129,7 +130,7 @@ WAYS = {
 }
 MARKERS = "osD"
 BEGIN, END = "<!-- from here on made by `study.py report` -->", "<!-- up to here -->"
-COLOURS = ("#D55E00", "#8A8A8A", "#2F9BDB", "#8844DD", "#009E73", "#CC79A7", "#0072B2", "#C80046")
+COLOURS = (VERMILION, GREY, SKY, VIOLET, GREEN, PINK, BLUE, RED)
 
 
 # Training

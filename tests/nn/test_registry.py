@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 import normlab.nn as norms
+from normlab.colours import PALETTE
 from normlab.errors import InputError
 from normlab.nn import NORMS, build_norm, register
-from normlab.study.charts import PALETTE
 
 
 @pytest.fixture

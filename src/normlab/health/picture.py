@@ -7,12 +7,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from ..colours import PALETTE
 from .faults import FAR
 from .layer import Layer
 
 MEASURES = {"noise": ("o", "noise of a batch"), "offset": ("s", "offset of running statistics"), "gap": ("D", "gap")}
 SHARES = {"constant": "constant", "closed": "closed by a rectifier", "silent": "constant after it"}
-COLORS = ("#0072b2", "#d55e00", "#009e73")  # told apart by colour-blind eyes
 LEAST, MOST = 1e-2, 1e3  # of the axis of deviations
 LINE, MARGIN = 0.165, 1.8  # inches: of text; of titles and axis
 MOST_ROWS = 150
@@ -38,7 +38,7 @@ def draw(layers: Sequence[Layer], lines: Sequence[str]) -> Figure:
 
 def _draw_deviations(axes: Axes, layers: Sequence[Layer]) -> None:
     axes.axvspan(FAR, MOST, color="#f4e3d7", zorder=0)
-    for color, (name, (marker, label)) in zip(COLORS, MEASURES.items(), strict=True):
+    for color, (name, (marker, label)) in zip(PALETTE, MEASURES.items(), strict=False):
         known = [(getattr(layer, name), y) for y, layer in enumerate(layers) if getattr(layer, name) is not None]
         x = [min(max(value, LEAST), MOST) for value, _ in known]
         axes.plot(x, [y for _, y in known], marker, color=color, ms=5, alpha=0.8, label=label)
@@ -49,7 +49,7 @@ def _draw_deviations(axes: Axes, layers: Sequence[Layer]) -> None:
 
 def _draw_shares(axes: Axes, layers: Sequence[Layer]) -> None:
     start = [0.0] * len(layers)
-    for color, (name, label) in zip(COLORS, SHARES.items(), strict=True):
+    for color, (name, label) in zip(PALETTE, SHARES.items(), strict=False):
         width = [getattr(layer, name) or 0.0 for layer in layers]
         axes.barh(range(len(layers)), width, left=start, color=color, label=label)
         start = [a + b for a, b in zip(start, width, strict=True)]

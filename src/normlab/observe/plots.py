@@ -18,7 +18,7 @@ from .activations import ActivationStats
 FIRST = 10
 FEW = 10  # lines that matplotlib gives colours of their own
 # Rises in lightness, also to the colour-blind; grey is where there is nothing to show.
-COLOURS = matplotlib.colormaps["viridis"].with_extremes(bad="lightgrey")
+COLOURMAP = matplotlib.colormaps["viridis"].with_extremes(bad="lightgrey")
 FAINTEST = 1e-4
 
 
@@ -31,7 +31,7 @@ def plot_activations(stats: ActivationStats) -> Figure:
         for column, last in enumerate((FIRST, None)):
             axis = axes[row][column]
             if len(series) > FEW:
-                axis.set_prop_cycle(color=COLOURS(np.linspace(0, 0.95, len(series))))
+                axis.set_prop_cycle(color=COLOURMAP(np.linspace(0, 0.95, len(series))))
             for name, values in series.items():
                 axis.plot(stats.steps[:last], values[:last], label=name, linewidth=1)
             span = f"first {FIRST} {looked_at}" if last else "all batches"
@@ -61,7 +61,7 @@ def plot_histograms(stats: ActivationStats) -> Figure:
         totals = np.where(counts.any(1), counts.sum(1), np.nan)
         shares = np.maximum(counts.T / totals, FAINTEST)
         extent = (*_span(stats), -stats.limit, stats.limit)
-        axis.imshow(shares, norm=colours, cmap=COLOURS, aspect="auto", origin="lower", extent=extent)
+        axis.imshow(shares, norm=colours, cmap=COLOURMAP, aspect="auto", origin="lower", extent=extent)
         axis.set_title(_title(stats, name), fontsize="medium")
         axis.label_outer()
     for axis in axes.flat[len(histograms) :]:
@@ -70,7 +70,7 @@ def plot_histograms(stats: ActivationStats) -> Figure:
         axis.tick_params(labelbottom=True)
     figure.supxlabel("training batch")
     figure.supylabel("output")
-    scale = ScalarMappable(colours, COLOURS)
+    scale = ScalarMappable(colours, COLOURMAP)
     figure.colorbar(scale, ax=figure.axes, label="share of the values", extend="min", aspect=12 * rows, extendfrac=0.02)
     return figure
 
@@ -89,7 +89,7 @@ def plot_near_zero(stats: ActivationStats) -> Figure:
     extent = (*_span(stats), len(shares) - 0.5, -0.5)
     finite = [counts.any(1) for counts in _shown(stats, stats.histograms).values()]
     image = axis.imshow(
-        np.where(finite, list(shares.values()), np.nan), vmin=0, vmax=1, cmap=COLOURS, aspect="auto", extent=extent
+        np.where(finite, list(shares.values()), np.nan), vmin=0, vmax=1, cmap=COLOURMAP, aspect="auto", extent=extent
     )
     axis.set_yticks(range(len(shares)), [_title(stats, name) for name in shares])
     axis.set(title=f"outputs nearer to zero than {stats.limit / stats.bins:.2g}", xlabel="training batch")

@@ -4,12 +4,11 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..colours import PALETTE
 from ..nn import NORMS
 from .summary import Group, best, is_number, show, title_of, values_of, varying
 
-# Told apart by the colour-blind, on white and on black; a norm's record says which is its own.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#C80046", "#2F9BDB", "#8844DD", "#8A8A8A")
-COLOURS = {
+COLOURS = {  # a norm's record says which is its own
     name: PALETTE[place]
     for place, name in sorted((norm.colour, name) for name, norm in NORMS.items() if norm.colour is not None)
 }
