@@ -1,5 +1,5 @@
-// Batch norm and frozen norm: statistics of each channel, those of this batch or given ones. Also what other norms use
-// of them: the moments of a batch, and the gradient of an activation.
+// Batch norm and frozen norm: each channel has statistics, of this batch or given. Other norms use the two steps that
+// also stand here: the moments of a batch, and the gradient of an activation.
 #pragma once
 
 #include <algorithm>
@@ -29,8 +29,8 @@ struct BatchForward {
   int64_t* num_batches;
 };
 
-// A batch enters the running statistics unless its own are infinite or NaN. momentum: below 0 for the mean of all
-// batches.
+// Enters a batch in the running statistics, unless its own are infinite or NaN. momentum: the share of the batch, or
+// below 0 for the mean of all batches.
 inline void enter_batch(const BatchForward& tensors, const Shape& shape, const float* mean, const float* var,
                         double momentum) {
   bool finite = true;
@@ -77,7 +77,7 @@ inline void frozen_forward(const Layout& layout, const FrozenForward& tensors, d
   normalize(layout, pass, tensors.residual, slope);
 }
 
-// The gradient of both. share: of the batch in mean and variance, 1 or 0.
+// The gradient of both norms. share: 1 if mean and variance are the batch's, 0 if they are constants.
 inline void batch_backward(const Layout& layout, const Backward& pass, double slope, double share) {
   const Shape& shape = layout.shape;
   const float *mean = pass.saved, *inverse = mean + shape.channels;

@@ -1,5 +1,5 @@
 // Group norm: statistics of each image by itself, over groups of channels and space. A group's channels lie next to
-// each other: without channels last a group is one run, else it is made of the sums of its channels.
+// each other: with the channels first a group is one run, else its sums are made of those of its channels.
 #pragma once
 
 #include <algorithm>
@@ -42,7 +42,7 @@ void group_forward_of(const Shape& shape, const Forward& pass, const T* x, T* y,
   thread_local std::vector<float> shifts, sums, mean, scales, biases;
   for (auto* part : {&shifts, &mean, &scales, &biases}) part->resize(all);
   float *to_mean = mean.data(), *to_scale = scales.data(), *to_bias = biases.data();
-  // What the channels of a group are scaled with, once its statistics are there.
+  // Writes what the channels of group i are scaled with, once its statistics are there.
   auto factors = [&](int64_t i, const Moments& m) {
     means[i] = static_cast<float>(m.mean);
     inverses[i] = static_cast<float>(m.inverse(eps));
@@ -103,8 +103,8 @@ void group_forward_of(const Shape& shape, const Forward& pass, const T* x, T* y,
       no_runs);
 }
 
-// With x̂ = (x − mean) inverse and h = weight·g, per image and group: inverse (h − mean h − x̂ mean h x̂). g is what the
-// activation lets through.
+// grad_x = inverse (h − mean h − x̂ mean h x̂) in each group, with x̂ = (x − mean) inverse and h = weight·g, where g is
+// what the activation lets through.
 template <class T>
 void group_backward_of(const Shape& shape, const Backward& pass, const T* g, const T* x, T* out, float slope,
                        int64_t groups) {
@@ -125,7 +125,7 @@ void group_backward_of(const Shape& shape, const Backward& pass, const T* g, con
     shift[i] = bias ? bias[c] : 0;
   }
   const Gates z = {scale.data(), shift.data(), slope};
-  // The factors of a group's channels, once the sums of its segments are there.
+  // Writes the factors of the channels of group i, once the sums of its segments are there.
   auto factors = [&](int64_t i) {
     const int64_t image = i / groups, first = i % groups * members;
     const double inverse = inverses[i];

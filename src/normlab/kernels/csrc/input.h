@@ -1,5 +1,5 @@
-// The input of a norm as torch hands it over, in a layout that the kernels know; and the tensors that must fit it. As
-// `normlab.kernels.launch.describe` does in Python.
+// The input of a norm as torch hands it over, copied if the kernels do not know its layout, and the tensors that must
+// fit it. `normlab.kernels.launch.describe` is the same in Python.
 #pragma once
 
 #include <algorithm>
@@ -39,14 +39,15 @@ class Input {
 
   Tensor empty_like() const { return empty(dim_, sizes_, get(torch.strides, laid()), dtype_); }
 
-  // A tensor like x, in its layout: itself or a copy, which is kept; null if there is none. name: for an error.
+  // The values of a tensor like x, in the layout of x; null if there is no tensor. copy: made if one is needed; must
+  // live as long as they. name: for an error.
   const void* like_x(const char* name, const Tensor& tensor, Tensor& copy) const {
     if (!tensor) return nullptr;
     copy = laid(tensor, name);
     return data(copy ? copy : tensor);
   }
 
-  // A statistic or parameter; null if there is none. name: for an error.
+  // The values of a statistic or parameter, one a channel; null if there is none. name: for an error.
   float* of_channels(const char* name, const Tensor& tensor) const {
     return values<float>(name, tensor, layout.shape.channels);
   }
@@ -56,7 +57,7 @@ class Input {
  private:
   const Tensor& laid() const { return copy_ ? copy_ : given_; }
 
-  // The dimension of which `inner` lie further inside.
+  // Dimensions in their order in memory, from the innermost, 0.
   int64_t dimension(int64_t inner) const {
     if (!channels_last_) return dim_ - 1 - inner;
     return inner == 0 ? 1 : inner == dim_ - 1 ? 0 : dim_ - inner;

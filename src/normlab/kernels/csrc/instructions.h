@@ -13,7 +13,7 @@ struct InstructionSet {
   const AllLoops* loops;
 };
 
-// Those that this machine has, the best one last.
+// All that this machine has, the best one last.
 const std::vector<InstructionSet>& instruction_sets();
 
 extern const AllLoops* loops_in_use;

@@ -1,4 +1,5 @@
-// The loops over all values of a tensor, one set for each type of value and instruction set.
+// The loops over all values of a tensor: what each computes. There is a table of them for each type of value and each
+// instruction set; the code is in `loops/`.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +22,7 @@ inline float to_float(BFloat16 value) {
   return result;
 }
 
-// How many sums `products` takes; and how many of them the gradient of a norm needs, the first ones.
+// How many sums `products` takes; the gradient of a norm needs the first two.
 constexpr int kSums = 5, kOfGradient = 2;
 
 // How many positions a norm of positions takes at a time.
@@ -40,8 +41,7 @@ struct Runs {
   int64_t first, last, channels, space;
 };
 
-// What a norm of each position over its channels is made of: weight and bias, or null for 1 and 0; the mean is
-// subtracted if it is `centred`.
+// A norm of each position over its channels. weight, bias: null for 1 and 0. centred: the mean is subtracted.
 struct PositionNorm {
   int64_t channels;
   const float *weight, *bias;
@@ -64,11 +64,11 @@ struct Loops {
   // y: z, plus `residual` unless that is null, and the activation after it.
   void (*affine)(const T* x, const T* residual, T* y, Runs runs, const float* mean, Gates z);
   void (*affine_rows)(const T* x, const T* residual, T* y, int64_t n, int64_t channels, const float* mean, Gates z);
-  // out: what of n values of g the activation lets through, that gave y.
+  // out: the n values of g that the activation lets through. y: what the activation gave.
   void (*gate)(const T* y, const T* g, T* out, int64_t n, float slope);
 
   // sums: Σg, Σgd, Σg², Σd, Σd² with d = x − mean, and g what the activation after z lets through; as for `moments`.
-  // Of `all`, or of those that the gradient needs.
+  // all: take every sum, or only those that the gradient needs.
   void (*products)(bool all, const T* g, const T* x, Runs runs, const float* mean, Gates z, float* sums);
   void (*products_rows)(bool all, const T* g, const T* x, int64_t n, int64_t channels, const float* mean, Gates z,
                         float* sums);

@@ -1,5 +1,4 @@
-// What `normlab.kernels.cpu` calls: the norms on pointers, the constants and functions they need, the operators.
-// Bindings only; a norm's work stands in its own header.
+// The Python module that `normlab.kernels.cpu` calls. It has bindings only; each norm's work stands in its own header.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 
@@ -20,7 +19,7 @@ namespace nb = nanobind;
 namespace normlab {
 namespace {
 
-// The fields of a struct that has nothing but fields of one size, as Python lists them.
+// The fields of a struct, all of one size, as Python lists them.
 template <class Field, class Struct>
 using Fields = std::array<Field, sizeof(Struct) / sizeof(Field)>;
 
@@ -42,10 +41,10 @@ void define(nb::module_& m, const char* name, Result (*norm)(const Layout&, cons
   m.def(name, from_python, nb::call_guard<nb::gil_scoped_release>());
 }
 
-// In the order of `normlab.kernels.running.Constants`.
+// Python lists them in the order of `normlab.kernels.running.Constants`.
 void set_constants(const Fields<double, Constants>& values) { constants = with_fields<Constants, double>(values); }
 
-// In the order of `OpenMP`.
+// Python lists them in the order of `OpenMP`.
 void set_openmp(const Fields<uintptr_t, OpenMP>& functions) { openmp = with_fields<OpenMP, uintptr_t>(functions); }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The operators of `normlab.kernels.library` on a CPU, for torch to call without Python in between: on a small tensor
-// that takes longer than the kernel. Each makes its results, and the struct of pointers that its norm takes.
+// Python takes longer than the kernel. An operator makes its results, and the struct of pointers that its norm takes.
 #include "operators.h"
 
 #include <array>
@@ -27,14 +27,14 @@ struct Parameters {
   OptionalTensor weight, bias;
 };
 
-// Those buffers of the running state that are in this struct of pointers.
+// The tensors of a struct of pointers of the running state.
 template <class Struct>
 using Buffers = std::array<Tensor, std::size(Struct::kBuffers)>;
 
 using Outputs = std::array<Tensor, 2>;    // y, and what is saved
 using Gradients = std::array<Tensor, 3>;  // of x, weight and bias
 
-// parts: how many means are saved.
+// parts: how many means and as many inverses are saved.
 Outputs make_outputs(const Input& in, int64_t parts) {
   const int64_t sizes[] = {2, parts}, strides[] = {parts, 1};
   return {in.empty_like(), empty(2, sizes, strides, torch.types[0])};
@@ -166,7 +166,7 @@ Gradients group_backward(const Tensor& grad, const Parameters& of, const Tensor&
   return found;
 }
 
-// Arguments as torch hands them over, on a stack. A tensor is ours from then on, and so is the box of what may be None.
+// Takes an argument from torch's stack. A tensor is ours from then on, and so is the box of one that may be None.
 void take(Value*& next, Tensor& to) { to.reset(reinterpret_cast<Handle>(*next++)); }
 
 void take(Value*& next, OptionalTensor& to) {
@@ -193,7 +193,7 @@ void take(Value*& next, Parameters& to) {
   take(next, to.bias);
 }
 
-// How many values of the stack are taken: each is as large here as there, but for a bool.
+// How many values an argument has on the stack. They are as large here as there, but for a bool.
 template <class T>
 constexpr uint64_t kValues = (sizeof(T) + sizeof(Value) - 1) / sizeof(Value);
 
@@ -207,7 +207,7 @@ void call(std::array<Tensor, results> (*function)(Arguments...), Value* stack, u
   for (Tensor& found : std::apply(function, taken)) *stack++ = reinterpret_cast<Value>(found.release());
 }
 
-// Arguments are on the stack, and results take their place.
+// What torch calls: arguments are on the stack, and results take their place.
 template <auto function>
 void boxed(Value* stack, uint64_t arguments, uint64_t) {
   call(function, stack, arguments);

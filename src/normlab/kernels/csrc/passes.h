@@ -33,7 +33,7 @@ void each_segment(const Shape& shape, EachRows rows, SomeRuns some_runs) {
   }
 }
 
-// The same tensor, where images need not be told apart: with the channels last they are one.
+// The same tensor, if images need not be told apart. With the channels last they become one image.
 inline Shape without_images(const Shape& shape) {
   return shape.last ? Shape{1, shape.channels, shape.values(), true} : shape;
 }
@@ -47,7 +47,7 @@ inline bool has_short_runs(const Shape& shape) {
 }
 inline Shape rows_of_columns(const Shape& shape) { return {1, shape.channels * shape.space, shape.images, true}; }
 
-// What belongs to channels, for each of their columns; for a tensor with short runs, which has few of them.
+// Repeats what belongs to a channel for each of its columns. For tensors with short runs, which have few columns.
 class Columns {
  public:
   explicit Columns(const Shape& shape) : shape_(shape), columns_(shape.channels * shape.space) {
@@ -67,7 +67,8 @@ class Columns {
   inline static thread_local std::vector<float> values_;
 };
 
-// Adds up the sums of all segments of `shape`, `each` for each of its channels, which are those of `tensor` or columns.
+// Adds up the sums of all segments of `shape`, which has the channels of `tensor`, or its columns. each: how many sums
+// a channel has.
 inline void add_segments(const Shape& tensor, const Shape& shape, int64_t each, const float* sums, double* total) {
   const int64_t columns = shape.channels / tensor.channels;
   for (int64_t segment = 0; segment < shape.segments(); ++segment) {
@@ -128,7 +129,7 @@ void affine(const Shape& tensor, const T* x, const T* residual, T* y, const floa
       [&](Runs runs) { loops<T>().affine(x, residual, y, runs, mean, z); });
 }
 
-// out: what of g the activation lets through, that gave y.
+// out: what the activation lets through of g. y: what the activation gave.
 template <class T>
 void gate(int64_t n, const T* y, const T* g, T* out, float slope) {
   prefer_large_pages(out, n * sizeof(T));
@@ -151,7 +152,7 @@ void products(bool all, const Shape& shape, const T* g, const T* x, const float*
       [&](Runs runs) { loops<T>().products(all, g, x, runs, mean, z, sums); });
 }
 
-// The same of all images, [channel][sum].
+// The same sums over all images, [channel][sum].
 template <class T>
 void total_products(bool all, const Shape& tensor, const T* g, const T* x, const float* mean, Gates z, double* total) {
   const bool in_columns = has_short_runs(tensor);
@@ -165,13 +166,13 @@ void total_products(bool all, const Shape& tensor, const T* g, const T* x, const
   add_segments(tensor, shape, each, sums.data(), total);
 }
 
-// Whether images are so small that their sums, one by one, take longer than all of them at once and what is needed of
-// each.
+// Whether images are small: then the sums of each image take longer than those of the whole batch and, where they are
+// needed, Σg² and Σd of each image.
 inline bool has_small_images(const Shape& shape) {
   return shape.last ? shape.images >= kManyImages && shape.space < kShort / 4 : has_short_runs(shape);
 }
 
-// Of each image Σg².
+// Σg² of each image.
 template <class T>
 void image_squares(const Shape& shape, const T* g, float* squares) {
   const int64_t row = shape.channels * shape.space;
@@ -185,7 +186,7 @@ void image_squares(const Shape& shape, const T* g, float* squares) {
   });
 }
 
-// Of each channel of each image Σd, [image][channel].
+// Σd of each channel of each image, [image][channel].
 template <class T>
 void image_distances(const Shape& shape, const T* x, const float* mean, float* distances) {
   const int64_t channels = shape.channels, row = channels * shape.space;
@@ -199,8 +200,8 @@ void image_distances(const Shape& shape, const T* x, const float* mean, float* d
   });
 }
 
-// out = factor·p·g + q (x − mean) + r, with a factor for each image, or 1 if `factor` is null, and g what the
-// activation after z lets through.
+// out = factor·p·g + q (x − mean) + r, where g is what the activation after z lets through. factor: one for each image,
+// or null for 1.
 template <class T>
 void combine(const Shape& tensor, const T* g, const T* x, T* out, const float* factor, const float* mean, Gates z,
              const float* p, const float* q, const float* r) {
@@ -225,7 +226,8 @@ inline float lerp(float from, float to, float share) {
   return share < 0.5f ? from + share * (to - from) : to - (to - from) * (1 - share);
 }
 
-// z = weight (x − mean) inverse + bias, with the activation after it. For use before the thread's next call.
+// z = weight (x − mean) inverse + bias, with the activation after it. What is returned lasts until this thread's next
+// call.
 template <class Pass>
 Gates gates(const Layout& layout, const Pass& pass, double slope) {
   const int64_t channels = layout.shape.channels;

@@ -1,5 +1,5 @@
-// Layer norm and RMS norm: statistics of each position of each image, over the channels. Positions are gone through
-// some at a time, since with the channels first their values lie far apart.
+// Layer norm and RMS norm: each position of each image has statistics, over its channels. Positions are gone through
+// some at a time, since with the channels first the values of one lie far apart.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 
 namespace normlab {
 
-// How often `each_positions` calls: with the channels last for positions of several images at a time.
+// How often `each_positions` calls. With the channels last a call may have positions of several images.
 inline int64_t position_segments(const Shape& shape) {
   const int64_t parts = shape.last ? 1 : shape.images, positions = shape.values() / parts;
   return parts * ((positions + kPositions - 1) / kPositions);

@@ -31,7 +31,7 @@ struct RunningForward {
   Averages averages;
 };
 
-// The cosine of two vectors, of which the products are added one by one.
+// The cosine of two vectors; their values are added pair by pair.
 struct Cosine {
   double product = 0, length = 0, other_length = 0;
 
@@ -45,14 +45,14 @@ struct Cosine {
   }
 };
 
-// A share that has grown by so much, kept between `least` and 1; NaN stays.
+// The share times e^growth, kept between `least` and 1; NaN stays.
 inline float grow(float share, double growth, double least) {
   const double w = share * std::exp(growth);
   return static_cast<float>(w < least ? least : w > 1 ? 1 : w);
 }
 
-// Enters a batch in the statistics, unless one would become infinite or NaN. mean, var: of the batch, then what the
-// statistics are with it. Returns its share in the averages, without regard to the first batches.
+// Enters a batch in the statistics, unless one would become infinite or NaN. mean, var: of the batch before the call,
+// the statistics with the batch after it. Returns the batch's share in the averages, as it is after the first batches.
 inline float take_in(const RunningForward& tensors, const Shape& shape, double momentum, float eps, float* mean,
                      float* var) {
   const Statistics& kept = tensors.kept;
@@ -120,7 +120,7 @@ struct RunningBackward {
   Steps steps;
 };
 
-// The numbers among `Steps`, while it is not known whether they are kept.
+// The numbers among `Steps`. A backward pass changes this copy, and keeps it if all gradients are finite.
 struct Measured {
   float log_learning_rate, learning_rate_steps, output_square, step_length, latest_gradient_share;
 
@@ -131,7 +131,7 @@ struct Measured {
         step_length(*of.step_length),
         latest_gradient_share(*of.latest_gradient_share) {}
 
-  // rate: of this batch.
+  // rate: the share of this batch in the averages.
   void keep(const Steps& to, float rate) const {
     *to.log_learning_rate = log_learning_rate;
     *to.learning_rate_steps = learning_rate_steps;
@@ -140,8 +140,8 @@ struct Measured {
     *to.latest_gradient_share = rate;
   }
 
-  // Enters how γ and β have moved since the backward pass before, at which they were `before` and had this gradient,
-  // which is 0 then.
+  // Enters how far γ and β have moved since the last backward pass. before, gradient: theirs at that time. The gradient
+  // is 0 afterwards if they have moved.
   void enter_step(const std::vector<float>& now, const float* before, std::vector<float>& gradient) {
     double far = 0, force = 0, product = 0;
     for (std::size_t i = 0; i < now.size(); ++i) {
@@ -168,14 +168,14 @@ struct Measured {
   }
 };
 
-// Makes the factors of those images less than 1 whose gradient is longer than the bound; returns how many those are.
-// parameters: γ and β. lr: η.
+// Returns how many images have a gradient longer than the bound, and makes their factors less than 1. parameters: γ and
+// β. lr: η.
 inline int64_t bound_images(Sums& sums, const std::vector<float>& parameters, float lr, double step_bound,
                             std::vector<float>& factor) {
   double size = 0;
   for (const float value : parameters) size += double{value} * value;
   const double length = std::sqrt(std::max(size, static_cast<double>(parameters.size() / 2)));
-  // The length of a gradient over its bound, from the square of the former.
+  // The length of a gradient over its bound; takes the square of the length.
   const auto excess = [&](double square) { return std::sqrt(square) * (lr / (length * step_bound)); };
   const float* squares = sums.squares([&](double square) { return excess(square) <= 1; });
   int64_t over = 0;
@@ -186,7 +186,7 @@ inline int64_t bound_images(Sums& sums, const std::vector<float>& parameters, fl
   return over;
 }
 
-// k, what is added of γ and β to their gradient, where so many images met the bound.
+// k, the part of γ and β that is added to their gradient. over: how many images met the bound.
 inline float pull_of(int64_t over, int64_t images, float lr, float output_square) {
   const float tiny = std::numeric_limits<float>::min(), n = static_cast<float>(images);
   const float overshoot = 1 - n / std::max(lr * output_square, tiny);
@@ -194,7 +194,7 @@ inline float pull_of(int64_t over, int64_t images, float lr, float output_square
          std::max(lr, tiny);
 }
 
-// p, the share of the learning rate at which γ and β learn from so many images.
+// p, the share of the learning rate at which γ and β learn from a batch of `images`.
 inline float parameter_share(int64_t images) {
   return std::min(1.0f, std::sqrt(static_cast<float>(images) / static_cast<float>(constants.steady_images)));
 }
@@ -211,6 +211,7 @@ inline void running_backward(const Layout& layout, const RunningBackward& tensor
   thread_local Sums sums;
   sums.take(layout, pass, z);
 
+  // How γ and β have moved, which images exceed the bound, and the pull.
   thread_local std::vector<float> factor, now, gradient;
   factor.assign(images, 1);
   now.assign(both, 0);
@@ -230,6 +231,7 @@ inline void running_backward(const Layout& layout, const RunningBackward& tensor
   }
   const float* factors = over > 0 ? factor.data() : nullptr;
 
+  // The gradients of γ and β, and what the gradient of x is made of: p g + q (x − mean) + r.
   const std::vector<double>& of_channels = sums.of_channels(factors);
   const float *mean = pass.saved, *inverse = mean + channels, share = parameter_share(images);
   const double n = static_cast<double>(layout.shape.values());

@@ -1,5 +1,5 @@
-// The state of running batch norm, listed once: structs of pointers for its passes, and what `operators.cpp` checks of
-// each buffer.
+// The state of running batch norm. Each buffer is listed once; from the list come the pointers for the passes, and the
+// facts that `operators.cpp` checks.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ namespace normlab {
   BUFFER(float, step_length, 0)         \
   BUFFER(float, latest_gradient_share, 0)
 
-// What a layer's buffer has to be.
+// The facts about a buffer.
 struct Buffer {
   const char* name;
   bool is_int64;  // else float32

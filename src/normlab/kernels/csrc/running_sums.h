@@ -1,5 +1,5 @@
-// What the backward pass of running batch norm sums up: over the whole batch for each channel, and for each image by
-// itself.
+// The sums that the backward pass of running batch norm needs: those of each channel over the batch, and those of each
+// image by itself.
 #pragma once
 
 #include <cstdint>
@@ -51,7 +51,7 @@ class Sums {
     return of_channels_;
   }
 
-  // Σg² of each image; or null if all images together have so little, by `is_little`, that each one has.
+  // Σg² of each image. Null where `is_little` says that no image can have much, since all of them together have little.
   template <class IsLittle>
   const float* squares(IsLittle is_little) {
     if (small_) {

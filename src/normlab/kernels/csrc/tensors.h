@@ -8,8 +8,8 @@
 
 namespace normlab {
 
-// A tensor of (images, channels, space), as one run of `space` values for each image and channel, or, if `last`, with
-// the channels last in memory: `space` rows for each image.
+// A tensor of (images, channels, space). Each channel of each image is a run of `space` values; or, if `last`, channels
+// are last in memory, and each image has `space` rows of them.
 struct Shape {
   int64_t images, channels, space;
   bool last;
@@ -24,7 +24,7 @@ struct Shape {
   int64_t segments() const { return images * segments_per_image(); }
 };
 
-// How x lies in memory, and with it each tensor of its values: y, their gradients, a residual.
+// How x lies in memory. Tensors of its shape lie like it: y, a residual, the gradients of all three.
 struct Layout {
   int type;  // 0: float32, 1: bfloat16, 2: float16
   Shape shape;
@@ -55,7 +55,7 @@ T* of_type(void* values) {
   return static_cast<T*>(values);
 }
 
-// Calls f with these pointers, to values of the type of this number.
+// Calls f with these pointers, typed. type: as in `Layout`.
 template <class F, class... Values>
 void with_type(int type, F f, Values*... values) {
   switch (type) {

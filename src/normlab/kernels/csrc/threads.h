@@ -1,4 +1,5 @@
-// Threads of the OpenMP runtime that torch has loaded: a second one would not heed torch.set_num_threads.
+// Work shared out to threads of the OpenMP runtime that torch has loaded: a second runtime would not heed
+// torch.set_num_threads.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,7 @@ struct OpenMP {
 };
 inline OpenMP openmp;
 
-// Below so many values a team of threads takes longer to start than the work.
+// With fewer values than this, a team of threads takes longer to start than the work takes.
 constexpr int64_t kWorthThreads = 1 << 15;
 
 // Calls work(begin, end) for parts of 0 … items, one a thread; `values` is the size of the whole work.

@@ -1,4 +1,4 @@
-// What is used of torch: where its functions are, and the tensors that they check and make.
+// Torch's functions and tensors: the functions are found by name, and tensors are checked and made with them.
 #include "torch_interface.h"
 
 #include <stdexcept>

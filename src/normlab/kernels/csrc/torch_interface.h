@@ -1,5 +1,6 @@
-// What is used of torch, and a tensor of its. Torch is not there when this is compiled: these are functions of its
-// stable C interface (torch/csrc/stable/c/shim.h, torch/csrc/inductor/aoti_torch/c/shim.h), looked up at run time.
+// Torch's functions and tensors, as far as the operators use them. Torch is not there when this is compiled: the
+// functions are of its stable C interface (torch/csrc/stable/c/shim.h, torch/csrc/inductor/aoti_torch/c/shim.h), and
+// are looked up in memory at run time.
 #pragma once
 
 #include <array>
@@ -15,7 +16,7 @@ using Value = uint64_t;   // an argument or a result of an operator
 using Failure = int32_t;  // 0 for none
 using Operator = void(Value* stack, uint64_t arguments, uint64_t results);
 
-// The version of the interface that is used here, torch 2.10's: the first that asks.
+// The version of the interface that is used here: torch 2.10's, the first that asks for a version.
 constexpr uint64_t kVersion = uint64_t{2} << 56 | uint64_t{10} << 48;
 
 struct Torch {
@@ -39,7 +40,7 @@ struct Torch {
 };
 inline Torch torch;
 
-// address: where a function of torch's is in memory; raises if there is none.
+// Looks the functions up. address: says where one is in memory, and raises if there is none of this name.
 void find_torch(const std::function<uintptr_t(const char* name)>& address);
 
 // Exceptions are how torch's own macros for operators report to it; Python sees a RuntimeError.
@@ -53,7 +54,7 @@ struct OptionalTensor : Tensor {
   using Tensor::Tensor;
 };
 
-// What a function of torch's says of a tensor.
+// What one of these functions says about a tensor.
 template <class T>
 T get(Failure (*function)(Handle, T*), const Tensor& tensor) {
   T found;

@@ -1,5 +1,5 @@
-// The table of all loops. Compiled once for each instruction set: NORMLAB_LOOPS is the name of its table, see also
-// `simd.h`.
+// The table of all loops. Compiled once for each instruction set, under the name NORMLAB_LOOPS; `instructions.cpp`
+// chooses one.
 #include "../loops.h"
 
 #include "affine.h"

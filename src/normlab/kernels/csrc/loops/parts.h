@@ -15,12 +15,12 @@ namespace {
 // Single precision sums over this many values are added up in double precision.
 constexpr int64_t kBlock = 4096;
 
-// Rows of so many channels are gone through a few at a time, in pieces whose sums stay in the first-level cache: in
-// columns, each value would be a step far from the last.
+// Rows of kLongRow channels or more are gone through kRows at a time, in pieces of kPiece channels. The sums of a piece
+// stay in the first-level cache. In columns, each value would lie far from the last.
 constexpr int64_t kLongRow = 128, kPiece = 512;
 constexpr int kRows = 4;
 
-// What there is of `Gates` for one channel.
+// `Gates` for one channel.
 struct Gate {
   float scale, bias, slope;
 };
@@ -50,7 +50,7 @@ void each_piece(int64_t channels, Part part) {
   for (int64_t c = 0; c < channels; c += kPiece) part(c, std::min(kPiece, channels - c));
 }
 
-// From [sum][channel] to [channel][sum].
+// Copies [sum][channel] to [channel][sum].
 void transpose(const std::vector<float>& from, int64_t channels, float* to) {
   const int64_t each = static_cast<int64_t>(from.size()) / channels;
   for (int64_t c = 0; c < channels; ++c) {

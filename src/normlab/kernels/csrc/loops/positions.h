@@ -13,7 +13,7 @@ namespace {
 inline float of_weight(const PositionNorm& norm, int64_t c) { return norm.weight ? norm.weight[c] : 1.0f; }
 inline float of_bias(const PositionNorm& norm, int64_t c) { return norm.bias ? norm.bias[c] : 0.0f; }
 
-// From Σd and Σd² over the channels, with d = x − shift: the mean, and 1/√(var + eps); without centring the mean is 0.
+// The mean and 1/√(var + eps) from Σd and Σd² over the channels, with d = x − shift. Without centring the mean is 0.
 inline void position_moments(const PositionNorm& norm, float shift, float sum, float squares, float* mean,
                              float* inverse) {
   const float n = static_cast<float>(norm.channels), distance = sum / n;
@@ -88,7 +88,7 @@ void position_backward(const T* g, const T* x, T* out, int64_t n, int64_t stride
   }
 }
 
-// The weights of all channels, or, with none, W times 1.
+// The weights of W channels; 1 if there are none.
 template <int W>
 auto weights(const PositionNorm& norm, int64_t c) {
   using R = Register<W>;

@@ -1,5 +1,5 @@
-// Values a register at a time. Included once for each instruction set, by `loops.cpp`: NORMLAB_WIDTH is its floats a
-// register.
+// Arithmetic on a register of values at a time. Compiled once for each instruction set: NORMLAB_WIDTH says how many
+// floats its registers have.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace {
 // Two registers at a time, since each addition waits for the one before.
 constexpr int kRegister = NORMLAB_WIDTH, kWidth = 2 * kRegister;
 
-// For compilers that take a vector's type to be known before its width is.
+// Some compilers want a vector's type to depend on the template, as its width does.
 template <int W, class T>
 struct Of {
   using type = T;
