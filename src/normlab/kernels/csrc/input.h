@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -79,7 +78,7 @@ class Input {
   Tensor laid(const Tensor& tensor, const char* name) const {
     if (get(torch.dtype, tensor) != dtype_ || get(torch.dim, tensor) != dim_ ||
         !std::equal(sizes_, sizes_ + dim_, get(torch.sizes, tensor))) {
-      throw std::runtime_error(std::string("normlab: ") + name + " must have the type and the shape of x");
+      fail(std::string(name) + " must have the type and the shape of x");
     }
     check_storage(tensor, name);
     return lies(tensor) ? Tensor() : copied(tensor);

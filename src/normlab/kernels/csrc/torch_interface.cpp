@@ -36,9 +36,7 @@ void find_torch(const std::function<uintptr_t(const char* name)>& address) {
                  constant("aoti_torch_dtype_float16")};
 }
 
-void check(bool met, const char* what) {
-  if (!met) throw std::runtime_error(std::string("normlab: ") + what);
-}
+void fail(const std::string& what) { throw std::runtime_error("normlab: " + what); }
 
 void check_storage(const Tensor& tensor, const char* name) {
   const int64_t dim = get(torch.dim, tensor), *sizes = get(torch.sizes, tensor), *strides = get(torch.strides, tensor);
@@ -51,33 +49,9 @@ void check_storage(const Tensor& tensor, const char* name) {
   const int64_t bytes = values * (dtype == torch.int64 ? 8 : dtype == torch.types[0] ? 4 : 2);
   const int64_t there = get(torch.storage_size, tensor);
   if (there < bytes) {
-    throw std::runtime_error(std::string("normlab: ") + name + " needs " + std::to_string(bytes) +
-                             " bytes of storage, and " + std::to_string(there) +
-                             " are there: it was freed, or resized");
+    fail(std::string(name) + " needs " + std::to_string(bytes) + " bytes of storage, and " + std::to_string(there) +
+         " are there: it was freed, or resized");
   }
-}
-
-namespace {
-
-void* checked(const char* name, const Tensor& tensor, int32_t dtype, const char* type, int64_t n) {
-  if (!tensor) return nullptr;
-  if (get(torch.dtype, tensor) != dtype || get(torch.numel, tensor) != n || !get(torch.is_contiguous, tensor)) {
-    throw std::runtime_error(std::string("normlab: ") + name + " must be contiguous, " + type + ", of size " +
-                             std::to_string(n));
-  }
-  check_storage(tensor, name);
-  return data(tensor);
-}
-
-}  // namespace
-
-template <>
-float* values<float>(const char* name, const Tensor& tensor, int64_t n) {
-  return static_cast<float*>(checked(name, tensor, torch.types[0], "float32", n));
-}
-template <>
-int64_t* values<int64_t>(const char* name, const Tensor& tensor, int64_t n) {
-  return static_cast<int64_t*>(checked(name, tensor, torch.int64, "int64", n));
 }
 
 Tensor empty(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype) {

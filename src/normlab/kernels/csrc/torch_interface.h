@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
+#include <type_traits>
 
 namespace normlab {
 
@@ -43,8 +45,12 @@ inline Torch torch;
 // Looks the functions up. address: says where one is in memory, and raises if there is none of this name.
 void find_torch(const std::function<uintptr_t(const char* name)>& address);
 
-// Exceptions are how torch's own macros for operators report to it; Python sees a RuntimeError.
-void check(bool met, const char* what);
+// Throws: exceptions are how torch's own macros for operators report to it. Python sees a RuntimeError.
+[[noreturn]] void fail(const std::string& what);
+
+inline void check(bool met, const char* what) {
+  if (!met) fail(what);
+}
 
 struct Delete {
   void operator()(Handle tensor) const { torch.delete_tensor(tensor); }
@@ -70,7 +76,17 @@ void check_storage(const Tensor& tensor, const char* name);
 
 // n values of a float32 or int64 tensor, or null if there is no tensor. name: for an error.
 template <class T>
-T* values(const char* name, const Tensor& tensor, int64_t n);
+T* values(const char* name, const Tensor& tensor, int64_t n) {
+  constexpr bool is_int64 = std::is_same_v<T, int64_t>;
+  if (!tensor) return nullptr;
+  const int32_t dtype = is_int64 ? torch.int64 : torch.types[0];
+  if (get(torch.dtype, tensor) != dtype || get(torch.numel, tensor) != n || !get(torch.is_contiguous, tensor)) {
+    const std::string type = is_int64 ? "int64" : "float32";
+    fail(std::string(name) + " must be contiguous, " + type + ", of size " + std::to_string(n));
+  }
+  check_storage(tensor, name);
+  return static_cast<T*>(data(tensor));
+}
 
 Tensor empty(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype);
 
