@@ -44,8 +44,8 @@ def code_cells(path: Path) -> list[str]:
 def running_notebook() -> Path:
     """The notebook that this code runs in.
 
-    The front end says so where it can (VS Code, Jupyter); elsewhere it is the numbered notebook of the working
-    directory that has `#export` cells, of several the one that most of the cells run so far stand in.
+    The front end says so where it can (VS Code, Jupyter). Elsewhere it is the numbered notebook of the working
+    directory that has `#export` cells. If there are several, it is the one that has most of the cells run so far.
 
     Raises:
         InputError: there is none, or it cannot be told which.

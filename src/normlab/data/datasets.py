@@ -49,15 +49,15 @@ class ImageData:
 
 
 def load_dataset(name: str, data_dir: str | Path | None = None, held_out: str = "validation") -> ImageData:
-    """Load a data set, downloading it only if it is nowhere at hand.
+    """Load a data set. It is downloaded only if it is nowhere at hand.
 
     The last 10,000 training images are never trained on, so both choices of `held_out` give the same training images:
     50,000 of MNIST and Fashion-MNIST, 40,000 of CIFAR-10.
 
     Args:
         name: one of `DATASETS`.
-        data_dir: folder of local copies, `data_dir/name/original file name`; the environment variable NORMLAB_DATA if
-            None. CIFAR-10 is taken from its `.bin` files, there or in `cifar-10-batches-bin`, or from
+        data_dir: folder of local copies, `data_dir/name/original file name`. By default it is the environment variable
+            NORMLAB_DATA. CIFAR-10 is read from its `.bin` files, there or in `cifar-10-batches-bin`, or from
             `cifar-10-binary.tar.gz`. Downloads go to NORMLAB_CACHE, or the user's cache folder.
         held_out: `validation` holds out the last 10,000 training images, `test` the test images.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import check
 
-# Shuffled samples are gathered this many at a time: one call for many small batches, small enough to stay in the cache.
+# Shuffled samples gathered in one call: many small batches, and few enough to stay in the cache.
 BLOCK = 512
 
 
@@ -37,9 +37,9 @@ class TensorPairs:
 class TensorBatches:
     """Batches `(x, y)` of samples in memory; each `for` over it is one epoch, and sees every sample once.
 
-    The order of the samples depends on `seed` and on the number of epochs begun, on nothing else: not on the device,
-    nor on other uses of random numbers. Batches are views, of the data itself when not shuffled: do not change them in
-    place.
+    The order of the samples depends on `seed` and on the number of epochs begun. It depends neither on the device nor
+    on other uses of random numbers. Batches are views, and views of the data itself when not shuffled: do not change
+    them in place.
 
     Args:
         x: samples, [N, ...].

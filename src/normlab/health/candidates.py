@@ -21,8 +21,8 @@ class Candidate(NamedTuple):
 
     Attributes:
         name: in a few words.
-        loss: in evaluation, the mean over the batches; None if it could not be made.
-        command: that makes it.
+        loss: the mean over the batches, in evaluation; None if the change could not be made.
+        command: Python that makes it.
     """
 
     name: str
@@ -39,7 +39,7 @@ def candidates(
 ) -> list[Candidate]:
     """The model as it is, with statistics measured anew, and with norms of each image by itself.
 
-    The model stays as it is. A copy needs its memory once more.
+    The model stays as it is. Each copy takes as much memory as the model.
     """
 
     def judged(name: str, make: Callable[[], nn.Module], command: str) -> Candidate:
@@ -74,7 +74,7 @@ def candidates(
 
 
 def best(tried: Sequence[Candidate]) -> Candidate | None:
-    """The one of the least loss, if it is well below that of the model as it is; None without."""
+    """The candidate of the least loss, or None if that is not well below the loss of the model as it is."""
     known = [one for one in tried if one.loss is not None]
     if not known or tried[0].loss is None:
         return None
@@ -83,7 +83,7 @@ def best(tried: Sequence[Candidate]) -> Candidate | None:
 
 
 def gain(before: Candidate, after: Candidate) -> float:
-    """By how much of itself the loss falls; losses below 0, such as minus a Dice score, count by their size."""
+    """The share by which the loss falls. Losses below 0, such as minus a Dice score, count by their size."""
     if before.loss is None or after.loss is None or before.loss <= after.loss:
         return 0.0
     return (before.loss - after.loss) / abs(before.loss) if before.loss else math.inf

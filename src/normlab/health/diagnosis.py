@@ -40,11 +40,11 @@ class Finding:
     Attributes:
         fault: in a few words.
         modules: the norms that have it, the worst first.
-        effect: of the worst, 0 to ∞: about how far, in deviations of its output or as a share of its channels, it is
-            from what it should do.
+        effect: how bad the worst of them is, 0 to ∞: about the deviations that its output is off, or the share of its
+            channels.
         verdict: what it does.
         remedy: what helps.
-        command: that does so, or the first step.
+        command: Python that does so, or the first step.
     """
 
     fault: str
@@ -130,7 +130,7 @@ class Diagnosis:
         return lines
 
     def _not_measured(self) -> list[str]:
-        """Why figures are missing, each reason with the norms that it is of."""
+        """Why figures are missing: each reason, with its norms."""
         of: dict[str, list[str]] = {}
         for layer in self.layers:
             if layer.unmeasured is not None:
@@ -157,24 +157,25 @@ def diagnose(
 ) -> Diagnosis:
     """Look for what is wrong with a model's norms, at the size of the batches given.
 
-    Every batch goes through the model twice: in evaluation mode, and with its norms in training mode (as they are, or
-    all of them if the whole model is in evaluation mode). The model, its statistics and torch's generators are as
-    before.
+    Every batch goes through the model twice. The first pass is in evaluation mode. In the second, norms that train are
+    in training mode: all of them if the whole model is in evaluation mode. Afterwards the model, its statistics and
+    torch's generators are as before.
 
     Args:
         model: of any modules.
         batches: of the size that it trains with, of images as it trains on.
         forward: runs the model on one of `batches`; by default on the batch, or on the first of its parts.
         loss: of the model's output and the targets of a batch.
-        optimizer: of this model; with `loss` it tells how fast weights behind norms turn.
-        target: the targets of a batch; by default its second part, or of a dict what `label` or a like key holds.
+        optimizer: of this model. With `loss` it tells how fast the weights before norms turn.
+        target: gives the targets of a batch. By default they are its second part, or in a dict what stands under
+            `label` or a like key.
         limit: take no more batches than this.
 
     Raises:
         InputError: there are no batches, the model does not take one of them, or it has no targets for `loss`.
 
-    Source: for the turning of weights behind norms van Laarhoven 2017, "L2 regularization versus batch and weight
-    normalization"; for the rest the remarks in `faults.py`.
+    Source: van Laarhoven 2017, "L2 regularization versus batch and weight normalization", for the turning of weights;
+    the remarks in `faults.py` for the rest.
     """
     check(limit >= 1, "limit", limit, "a whole number from 1")
     layers, output, kept = measure(model, batches, forward, loss, optimizer, target, limit)
@@ -211,8 +212,8 @@ def _contrast(differs: list[Layer], tried: list[Candidate], better: Candidate) -
         [first.name],
         gain(tried[0], better),
         f"At {first.name} {first.contrast:.0%} of the variance is between images: they differ in brightness or "
-        f"contrast, and statistics of all of them fit none. Loss in evaluation: {listed(tried)}.",
-        f"Of these the best is: {better.name}. Then train on for some epochs.",
+        f"contrast, and the statistics of all fit none of them. Loss in evaluation: {listed(tried)}.",
+        f"The best of these is: {better.name}. Then train on for some epochs.",
         better.command,
     )
 

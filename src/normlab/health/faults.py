@@ -19,11 +19,11 @@ class Fault(NamedTuple):
 
     Attributes:
         name: in a few words.
-        effect: of a norm that has it, 0 to ∞, about in deviations of its output or as a share of its channels; None or
-            0 of one that has it not.
+        effect: gives how bad it is in a norm, 0 to ∞: about the deviations that its output is off, or the share of its
+            channels. None or 0 says that the norm has it not.
         verdict: what it does, with the figures of the worst norm.
         remedy: what helps.
-        command: that does so, or the first step.
+        command: Python that does so, or the first step.
     """
 
     name: str
@@ -44,7 +44,7 @@ def above(value: float | None, bound: float) -> float | None:
 
 
 def _least_noise(layer: Layer) -> float | None:
-    """Of a batch; where only one was given that of as many independent values, which neighbours in an image are not."""
+    """The noise of a batch. If only one was given, that of as many independent values: neighbours have more."""
     if layer.noise is not None or layer.values is None:
         return layer.noise
     return INDEPENDENT / layer.values**0.5

@@ -25,7 +25,7 @@ def figures(
     turn: float | None,
     first: bool,
 ) -> Layer:
-    """All that was seen of a norm.
+    """The figures of a norm, from all that was seen of it.
 
     Args:
         watched: what was seen.
@@ -117,7 +117,7 @@ def _momentum(norm: nn.Module) -> float | None:
 
 
 def _share(norm: nn.Module) -> tuple[float | None, bool]:
-    """Of a running norm the share of a batch in its statistics, and whether no batch has adapted it yet."""
+    """The share of a batch in a running norm's statistics, and whether no batch has adapted it yet."""
     if not isinstance(norm, RunningBatchNorm):
         return None, False
     return float(norm.share), never_updated(norm) is False and not bool(norm.innovation.any())
@@ -141,7 +141,7 @@ def _noise(watched: Watched) -> float | None:
 
 
 def _offset(watched: Watched, given: Moments, mean: Tensor, var: Tensor) -> tuple[float | None, float | None]:
-    """Of what it is given from a mean and variance: over all channels, and the median."""
+    """How far what it is given is from a mean and variance: over all channels, and the median."""
     if given.count == 0:
         return None, None
     # Of the batches here, and of those in a moving average: the square of its weights, summed.
@@ -159,7 +159,7 @@ def _offset(watched: Watched, given: Moments, mean: Tensor, var: Tensor) -> tupl
 
 
 def _shares(watched: Watched, closes: bool) -> tuple[float | None, float | None, float | None]:
-    """Of channels that are constant, silent and closed."""
+    """The shares of channels that are constant, silent and closed."""
     if watched.given.count < 2 or watched.largest is None:
         return None, None, None
     constant = watched.given.var <= _eps(watched.norm)

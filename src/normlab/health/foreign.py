@@ -71,7 +71,7 @@ def run(
 
 
 def output_like(output: Any, x: Tensor) -> Tensor:
-    """The first tensor of floating point in a norm's output that has the shape of its input.
+    """The first tensor in a norm's output that is of floating point and has the shape of its input.
 
     Raises:
         Unmeasured: there is none.
@@ -85,8 +85,8 @@ def output_like(output: Any, x: Tensor) -> Tensor:
 def channel_dim(norm: nn.Module, args: Any, kwargs: Any, x: Tensor) -> int:
     """Which dimension of `x` holds the channels.
 
-    For classes of torch and ours it is known. For others a NaN in the place of the first running mean, or of the first
-    γ, shows it: it reaches the first channel and no other.
+    It is known for classes of torch and ours. A NaN shows it for others: put in the place of the first running mean or
+    the first γ, it reaches the first channel and no other.
 
     Raises:
         Unmeasured: nothing shows it.
@@ -128,7 +128,7 @@ def _reached(norm: nn.Module, name: str, part: Tensor, args: Any, kwargs: Any, x
 def follows_statistics(norm: nn.Module, args: Any, kwargs: Any, x: Tensor, output: Tensor) -> bool:
     """Whether in evaluation it depends on x through (x − μ) / √(σ² + eps) of its running statistics alone.
 
-    Then 2x + 1 with the mean 2μ + 1 and the variance 4σ² + 3 eps gives the same.
+    If it does, 2x + 1 with the mean 2μ + 1 and the variance 4σ² + 3 eps gives the same.
     """
     own: Any = norm
     eps = own.eps if isinstance(getattr(norm, "eps", None), (int, float)) else 0.0

@@ -20,13 +20,12 @@ from ..surgery.effect import Batches, Forward, first_input
 from ..surgery.modules import Found, norms, registered_name
 from ..surgery.trace import input_of
 from ..training.batches import call_each
-from .diagnosis import Diagnosis, diagnose
+from .diagnosis import NAMED, Diagnosis, diagnose
 from .measure import Loss, Target, second_part
 
 KEPT = 4  # batches, to look at when losses part
-FEW = 6  # values a channel: mean and deviation of so many are half a deviation off
+FEW = 6  # values a channel: their mean and deviation are half a deviation off
 PARTED = 0.5  # of the size of the training loss, which may be below 0: minus a Dice score
-NAMED = 4
 
 
 def watch(
@@ -39,7 +38,7 @@ def watch(
     target: Target = second_part,
     say: Callable[[str], Any] | None = None,
 ) -> "Guard":
-    """Watch a training, in any loop: what will fail at its batch size is said at the first batch.
+    """Watch a training, in any loop: it says at the first batch what will fail at this batch size.
 
         with normlab.watch(model, batches=batches, loss=loss) as guard:
             for epoch in range(epochs):
@@ -48,19 +47,19 @@ def watch(
 
         Learner(..., callbacks=[normlab.watch(model)])  # needs nothing else; for Lightning see `health.lightning`
 
-    At the first forward pass in training mode it looks at each norm: does a batch have enough values a channel, is a
-    norm frozen by halves, does every process of a group keep statistics of its own. Its hooks are gone after that pass.
-    When the validation loss is above the training loss by half of its size, or not finite, it runs `diagnose` once and
-    says what that finds.
+    At the first forward pass in training mode it looks at each norm. Does a batch have enough values a channel? Is a
+    norm frozen by halves? Does every process of a group keep statistics of its own? Its hooks are gone after that pass.
+    Later it compares losses. When the validation loss is above the training loss by half of its size, or not finite,
+    it runs `diagnose` once and says what that finds.
 
     Cost: a hook on the model for each pass, and once the diagnosis.
 
     Args:
-        model: that is trained.
-        batches: to run the diagnosis on, as for `diagnose`; by default the first 4 training batches, which it keeps.
+        model: the one that trains.
+        batches: what to run the diagnosis on, as for `diagnose`. By default it keeps the first 4 training batches.
         forward: runs the model on one of them; by default as the loop does.
-        loss: see `diagnose`; of a learner its own.
-        optimizer: see `diagnose`; of a learner its own.
+        loss: see `diagnose`. A learner gives its own.
+        optimizer: see `diagnose`. A learner gives its own.
         target: see `diagnose`.
         say: what to say it with, such as `print`; by default a warning.
     """
@@ -71,7 +70,7 @@ class Guard:
     """A training that is watched; see `watch`.
 
     Attributes:
-        said: all that was said.
+        said: the texts so far.
         diagnosis: made when the losses parted; None before.
     """
 
@@ -99,7 +98,7 @@ class Guard:
         self._sums: dict[str, list[Any]] = {"train": [0.0, 0], "valid": [0.0, 0]}  # of a callback: losses, batches
 
     def log(self, *, train: float | Tensor, valid: float | Tensor) -> None:
-        """The losses of an epoch: where they part, the norms are looked at, once."""
+        """Take the losses of an epoch. Where they first part, the norms are looked at."""
         train, valid = float(train), float(valid)
         parted = math.isfinite(train) and (not math.isfinite(valid) or valid - train > PARTED * abs(train))
         if parted and self.diagnosis is None:
@@ -179,7 +178,7 @@ class Guard:
             self._look()
 
     def _look(self) -> None:
-        """Hooks on the norms, for this batch alone, in which nothing is compiled."""
+        """Put hooks on the norms, for this batch alone. Nothing is compiled in it."""
         found = norms(self.model)
         self._first.callback(self._say_first, found)
         if "torch._dynamo" in sys.modules:  # which takes long to import; without it nothing is compiled
@@ -190,7 +189,7 @@ class Guard:
                 self._first.callback(one.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def end(self) -> None:
-        """It is over: what was seen of the first is said."""
+        """A batch is over: after the first it says what it saw."""
         self._first.close()
 
     def _given(self, name: str, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Layer:
-    """A norm, in figures. None where one has no meaning or could not be measured.
+    """A norm, in figures. A figure is None where it has no meaning or could not be measured.
 
     Attributes:
-        name: where it is in the model; several, with commas, if it is used in several places.
+        name: its place in the model, or several with commas.
         kind: its class.
-        channels: it has.
-        values: a channel of a batch, the fewest.
+        channels: how many it has.
+        values: how many a channel has in a batch, at the fewest.
         noise: how far mean and deviation of a batch are from those of all batches, in training, in deviations of the
             channel: √(mean of ((m − μ)/σ)² + (s/σ − 1)² over batches and channels).
         offset: how far what it is given in evaluation is from its running statistics, in deviations that those name,
@@ -25,22 +25,22 @@ class Layer:
         typical_gap: the median of the channels.
         constant: share of channels whose variance is below eps.
         off: share of channels whose γ is below 1/1000 of the mean.
-        closed: share of channels that the activation after it lets nothing through of.
-        silent: share of channels that vary, but not any more after the norm.
-        updates: of its statistics so far.
-        momentum: weight of a new batch in them.
+        closed: share of channels of which the activation after it lets nothing through.
+        silent: share of channels that vary before the norm, and no longer after it.
+        updates: how many batches its statistics have seen.
+        momentum: the weight of a new batch in its statistics.
         still_initial: share of the initial values, 0 and 1, in the running statistics: (1 − momentum)^updates.
         untouched: its statistics are those it was made with.
         finite_statistics: none of them is infinite, NaN, or a variance below 0.
         finite_parameters: none of them is infinite or NaN.
         finite_inputs: none of what it was given is infinite or NaN.
-        statistics_type: of numbers, if it is of half precision.
+        statistics_type: the type of its statistics, if that is of half precision.
         by_batch: what it puts out for an image in evaluation depends on the other images of the batch.
         single: a batch has a single value a channel, which it refuses in training.
         frozen_by_mode: it alone is in evaluation mode, which the next `model.train()` changes.
         half_frozen: γ and β do not learn, but the statistics move in training.
         disagreement: of its several uses in one pass, how far the means of what it is given are apart, in deviations.
-        unlearned: γ or β learns, but is not among the optimizer's parameters.
+        unlearned: γ or β is to learn, but the optimizer does not have it.
         turn: by which angle a step of the optimizer turns the weight before it, in radians: its length is nothing to
             the norm, so this is the effective learning rate. Of a step as of SGD, lr ‖g‖ / (1 − momentum) / ‖w‖; of an
             optimizer with betas, lr √n / ‖w‖ for n weights; of others None.

@@ -12,16 +12,16 @@ from .guard import Guard, watch
 
 
 class WatchCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
-    """`normlab.watch` in a Trainer of Lightning, whichever of its two packages it is of.
+    """`normlab.watch` in a Trainer of Lightning, with either of its two packages.
 
         Trainer(callbacks=[WatchCallback(module, monitor="val_loss")]).fit(module, batches, others)
 
-    The training loss is what `training_step` returns, the validation loss what the module logs as `monitor`; epochs
-    without validation are passed over. The
-    diagnosis calls the module with the first part of a batch; give `forward` where that is not how it is called.
+    The training loss is what `training_step` returns. The validation loss is what the module logs as `monitor`. Epochs
+    without validation are passed over. The diagnosis calls the module with the first part of a batch: give `forward`
+    where that is not how it is called.
 
     Args:
-        module: that is trained.
+        module: the one that trains.
         monitor: the name under which it logs the validation loss.
         **options: see `watch`.
 

@@ -41,10 +41,10 @@ class Output:
     Attributes:
         batches: gone through.
         images: in them.
-        gap: root mean square of the difference between the outputs with norms in training and in evaluation mode, over
-            the deviation of the former.
+        gap: root mean square of the difference between its outputs with norms in training and in evaluation mode, over
+            the deviation in training.
         training_loss: mean loss with norms in training mode; None without a loss.
-        evaluation_loss: likewise in evaluation mode.
+        evaluation_loss: the mean loss with norms in evaluation mode; None without a loss.
     """
 
     batches: int
@@ -65,8 +65,10 @@ def measure(
 ) -> tuple[list[Layer], Output, list[Any]]:
     """Runs the first `limit` batches through the model, in evaluation and with its norms in training mode.
 
-    Other modules are in evaluation mode in both, so that dropout is no difference. The third result are the batches, if
-    there is a loss.
+    Other modules are in evaluation mode in both passes, so that dropout makes no difference.
+
+    Returns:
+        The figures of each norm, those of the output, and the batches if there is a loss.
     """
     found = norms(model)
     lazy = [one.name for one in found if isinstance(one.module, _LazyNormBase)]
@@ -128,7 +130,7 @@ class Passes:
         self._images += _images(batch)
 
     def _judge(self, batch: Any, output: Any, expected: Any, learned: list[Tensor]) -> None:
-        """The losses of both outputs, and the gradients."""
+        """Take the losses of both outputs, and the gradients."""
         assert self._loss is not None
         wanted = self._target(batch)
         found = self._loss(output, wanted)
@@ -229,7 +231,7 @@ def _layers_before(trace: Trace) -> dict[nn.Module, nn.Module]:
 
 
 def _compare(gaps: Ratio, output: Any, expected: Any) -> None:
-    """Of both outputs, the tensors that are in both and of one shape."""
+    """Compare the tensors that are in both outputs and have one shape."""
     one, other = named_tensors(output), named_tensors(expected)
     for name in [name for name in one if name in other and one[name].shape == other[name].shape]:
         if one[name].is_floating_point() and not one[name].is_nested and one[name].layout is torch.strided:
@@ -267,7 +269,7 @@ def _training(model: nn.Module, trained: list[nn.Module]) -> Iterator[None]:
 
 
 def _images(batch: Any) -> int:
-    """As many as the first tensor is long; of what detectors take, a list of dicts or of (C, H, W), as many as that."""
+    """How many images: the length of the first tensor, or of the list of dicts or of (C, H, W) that detectors take."""
     parts = [*batch] if isinstance(batch, (list, tuple)) else [batch]
     if parts and parts[0] is not batch and all(isinstance(part, Mapping) for part in parts):
         return len(parts)
@@ -278,7 +280,7 @@ def _images(batch: Any) -> int:
 
 
 def second_part(batch: Any) -> Any:
-    """The targets of a batch: its second part, or of a dict what a usual key holds.
+    """The targets of a batch: its second part, or in a dict what stands under a usual key.
 
     Raises:
         InputError: nothing says which part they are.

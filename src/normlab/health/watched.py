@@ -16,11 +16,11 @@ from ..surgery.trace import input_of
 from .foreign import Unmeasured, channel_dim, follows_statistics, is_plain, output_like, run, why_opaque
 
 CALLS = itertools.count(1)
-LARGE_MAP = 64  # values of a channel of an image, from which on its mean says how bright the image is
+SHOWS_CONTRAST = 64  # a map of so few values or more says by its mean how bright the image is
 
 
 class Ratio:
-    """Root mean square of a difference, over the deviation of the first, of (C, values) each."""
+    """Root mean square of the difference of two tensors (C, values), over the deviation of the first."""
 
     def __init__(self) -> None:
         self._sums = torch.zeros(4, 1, dtype=torch.float64)
@@ -32,7 +32,7 @@ class Ratio:
 
     @property
     def overall(self) -> float | None:
-        """Of all values; None of none."""
+        """Over all values; None if there were none."""
         count, total, squares, changes = self._sums.sum(1).tolist()
         if count == 0:
             return None
@@ -42,7 +42,7 @@ class Ratio:
 
     @property
     def typical(self) -> float | None:
-        """The median of the channels that vary; None without any."""
+        """The same for each channel that varies, the median of them; None without any."""
         count, total, squares, changes = self._sums
         var = squares / count - (total / count) ** 2
         varies = var > 0
@@ -70,7 +70,7 @@ class Seen(NamedTuple):
 
     Attributes:
         x: the tensor.
-        args: all of it, by position; of foreign norms copies, since they may write into it.
+        args: all of it, by position. Foreign norms may write into it, so these are copies for them.
         kwargs: by keyword.
         dim: that holds its channels.
         mask: (N, *space), true where a value counts; None for all.
@@ -137,7 +137,7 @@ class Watched:
         values = seen.rows(seen.x)
         self._next(self.calls).add(values.T)
         self.given.add(values.T)
-        if seen.dim == 1 and seen.x.dim() > 2 and seen.mask is None and seen.x[0, 0].numel() >= LARGE_MAP:
+        if seen.dim == 1 and seen.x.dim() > 2 and seen.mask is None and seen.x[0, 0].numel() >= SHOWS_CONTRAST:
             self.first_pass_at = self.first_pass_at or next(CALLS)
             maps = seen.x.detach().double().flatten(2)
             self.images.append(torch.stack([maps.mean(2), maps.std(2, correction=0)]))
@@ -225,7 +225,7 @@ class Watched:
         return calls[self._call - 1]
 
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Seen | None:
-        """What it is given; None if that is empty."""
+        """What it is given, or None if that is empty."""
         x = input_of(args, kwargs)
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_nested or x.layout is not torch.strided:
             raise Unmeasured(f"given {_kind(x)}, not a dense tensor of floating point")
@@ -255,7 +255,7 @@ def _statistics(norm: nn.Module) -> list[Tensor]:
 
 
 def _is_of(leaf: Any, count: int) -> bool:
-    """Whether it has a part for each of so many images."""
+    """Whether it has a part for each of `count` images."""
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == count
 
 

@@ -12,14 +12,14 @@ from torch import nn
 
 from ..choice import Choice, is_meant
 from ..errors import check
-from .figures import Output, figures, pooled, values
+from .figures import Figures, figures, pooled, values
 from .hooks import Hook
 
 # Batches looked at until their figures are fetched: each fetch makes a GPU wait.
 FETCH_EVERY = 64
 
 Series = dict[str, list[float]]
-Outputs = dict[str, list[Output]]  # of each module, at one batch
+OfModules = dict[str, list[Figures]]  # at one batch, a call each
 
 
 class ActivationStats:
@@ -32,29 +32,30 @@ class ActivationStats:
         plot_activations(stats)
         plot_histograms(stats)
 
-    In a `with` block a training batch is a call of the model in training mode (of the first module, if modules are
-    given by name); as a callback it is a batch of the loop, however often that calls the model. What a module puts out
-    in several calls of one batch is taken together. Of a tuple, list, dict or dataclass it is the first tensor of
-    floating point. The second forward pass of an activation checkpoint is not counted. Opened again, it goes on.
+    In a `with` block a training batch is a call of the model in training mode. If modules are given by name, it is a
+    call of the first of them. As a callback it is a batch of the loop, however often the loop calls the model.
+    Several calls of a module in one batch are taken together. If a module puts out a tuple, list, dict or dataclass,
+    its first tensor of floating point counts. The second forward pass of an activation checkpoint is not counted.
+    Statistics that are opened again go on.
 
-    Cost: hooks are on only at the batches it looks at. On one CPU thread, with every module watched, such a batch takes
-    1.6 times as long with the lesson's net (batch 2 and 64), 1.8 times with a residual net (batch 64). At the default
-    of `every` training then takes 2 to 3 % longer (`python benchmarks/activations.py`; figures in
-    benchmarks/results/activations.jsonl). It keeps 8 bytes for each bin, module and batch looked at. A GPU is waited
-    for at every 64th of these batches, and where figures are read.
+    Cost: hooks are on only at the batches it looks at. Such a batch takes 1.6 times as long with the lesson's net, and
+    1.8 times with a residual net (one CPU thread, every module watched). At the default of `every` training takes 2 to
+    3 % longer (`python benchmarks/activations.py`; figures in benchmarks/results/activations.jsonl). It keeps 8 bytes
+    for each bin, module and batch looked at. It waits for a GPU at every 64th of these batches, and where figures are
+    read.
 
-    Compiled code calls no hooks, so at the batches it looks at everything runs uncompiled. In a `with` block that
-    works with what `torch.compile(model)` returns and with compiled parts of a model. Of a model that is called by
-    compiled code (`model.compile()`, `Learner(..., compile=True)`) the block hears nothing; there use the callback.
+    Compiled code calls no hooks, so everything runs uncompiled at the batches it looks at. A `with` block can do that
+    for what `torch.compile(model)` returns, and for compiled parts of a model. The block hears nothing of a model that
+    compiled code calls (`model.compile()`, `Learner(..., compile=True)`). Use the callback there.
 
     Args:
         model: any module, or modules by the name they shall have.
         only: which of its modules: a pattern of names (`"layer4.*"`), a class, a function of name and module that says
             whether, or several of these. By default each that has parameters of its own or no modules inside; not
             `Identity`, `Flatten` and `Unflatten`, which put out what they are given, nor parametrizations of weights.
-        every: one of so many training batches is looked at, beginning with the first.
-        limit: histograms reach from −limit to limit; what is beyond is counted in the outer bins.
-        bins: of a histogram, an odd number. The one in the middle is "near zero": |x| < limit/bins, .05 by default.
+        every: it looks at the first training batch, and then at each `every`-th.
+        limit: histograms reach from −limit to limit. The outer bins count what is beyond.
+        bins: of a histogram, an odd number. The one in the middle is "near zero": |x| < limit/bins, 0.05 by default.
 
     Attributes:
         modules: by name.
@@ -85,7 +86,7 @@ class ActivationStats:
         self._whole = isinstance(model, nn.Module)
         self.steps: list[int] = []
         self._batches = 0
-        self._fresh: list[Outputs] = []
+        self._fresh: list[OfModules] = []
         self._rows: list[np.ndarray] = []  # (modules, 3 + bins): number of values, mean, deviation, counts
         self._unread: dict[str, str] = {}
         self._open = False
@@ -178,7 +179,7 @@ class ActivationStats:
         self._batches += 1
         if (self._batches - 1) % self.every:
             return False
-        outputs: Outputs = {name: [] for name in self.modules}
+        outputs: OfModules = {name: [] for name in self.modules}
         self._batch.callback(self._keep, self._batches, outputs)
         for name, module in self.modules.items():
             self._batch.callback(Hook(module, self._recorder(name, outputs[name])).remove)
@@ -189,13 +190,13 @@ class ActivationStats:
     def _end_batch(self) -> None:
         self._batch.close()
 
-    def _keep(self, step: int, outputs: Outputs) -> None:
+    def _keep(self, step: int, outputs: OfModules) -> None:
         self.steps.append(step)
         self._fresh.append(outputs)
         if len(self._fresh) == FETCH_EVERY:
             self._table()
 
-    def _recorder(self, name: str, outputs: list[Output]):
+    def _recorder(self, name: str, outputs: list[Figures]):
         def record(hook: Hook, module: nn.Module, inputs: Any, output: Any) -> None:
             if _elsewhere():
                 return

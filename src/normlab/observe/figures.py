@@ -13,13 +13,13 @@ from torch import Tensor
 # Values counted at a time: on a CPU as many as stay in its cache, elsewhere as many as a float32 counts by ones.
 PIECE, LARGEST_COUNT = 2**16, 2**24
 
-Output = tuple[int, Tensor, Tensor, Tensor]  # its number of values, mean, variance, counts
+Figures = tuple[int, Tensor, Tensor, Tensor]  # of an output: number of values, mean, variance, counts
 
 
 def values(output: Any) -> Tensor | None:
     """The first plain tensor of floating point in what a module puts out; None without one.
 
-    It looks into tuples, lists, dicts and dataclasses. Of a nested tensor it is all values in one row.
+    It looks into tuples, lists, dicts and dataclasses. A nested tensor becomes one row of all its values.
     """
     if isinstance(output, Tensor) and output.is_nested:
         parts = [part.flatten() for part in output.detach().unbind()]
@@ -40,7 +40,7 @@ def _parts(output: Any) -> Iterable[Any]:
     return output if isinstance(output, tuple | list) else ()
 
 
-def figures(x: Tensor, limit: float, bins: int) -> Output:
+def figures(x: Tensor, limit: float, bins: int) -> Figures:
     """Number of values, their mean and population variance, and counts (bins,) of the finite ones from −limit to limit.
 
     In float32 at least, without a graph, and without making a GPU wait.
@@ -73,8 +73,8 @@ def _count_on_gpu(x: Tensor, limit: float, bins: int) -> Tensor:
         return torch.histc(x.clamp(-limit, limit).add_(x * 0), bins, -limit, limit)
 
 
-def pooled(outputs: list[Output], bins: int) -> np.ndarray:
-    """(3 + bins,): number, mean, deviation and counts of the values of all outputs together."""
+def pooled(outputs: list[Figures], bins: int) -> np.ndarray:
+    """Number, mean, deviation and counts of the values of all outputs together, as one row of 3 + bins."""
     size = sum(output[0] for output in outputs)
     if not size:
         return np.array([0, np.nan, np.nan, *[0] * bins])

@@ -11,7 +11,7 @@ from .activations import ActivationStats
 
 
 class ActivationStatsCallback(ActivationStats, Callback):  # pyright: ignore[reportGeneralTypeIssues]
-    """`ActivationStats` that a Trainer of Lightning opens and closes, whichever of its two packages it is of.
+    """`ActivationStats` that a Trainer of Lightning opens and closes, with either of its two packages.
 
         stats = ActivationStatsCallback(module)
         Trainer(callbacks=[stats]).fit(module, batches)

@@ -43,10 +43,10 @@ def plot_activations(stats: ActivationStats) -> Figure:
 
 
 def plot_histograms(stats: ActivationStats) -> Figure:
-    """The colour picture: of each module the histogram of its output, on end, at each batch looked at, side by side.
+    """The colour picture: a panel for each module, with a histogram of its output as a column for each batch looked at.
 
-    Colour is the share of the finite values, on a log scale; grey is a batch without any. The outer bins hold what is
-    beyond the axis too.
+    Colour is the share of the finite values, on a log scale. Grey is a batch without any. The outer bins also hold what
+    is beyond the axis.
 
     Raises:
         InputError: nothing is recorded.
@@ -76,9 +76,9 @@ def plot_histograms(stats: ActivationStats) -> Figure:
 
 
 def plot_near_zero(stats: ActivationStats) -> Figure:
-    """The share of each module's output near zero at each batch looked at: a line of colours for each, from the input.
+    """The share of each module's output near zero: a row of colours for each module, a column for each batch looked at.
 
-    Grey is a batch without finite values.
+    The row at the top is next to the input. Grey is a batch without finite values.
 
     Raises:
         InputError: nothing is recorded.
