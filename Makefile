@@ -36,7 +36,7 @@ sanitize: .venv/dev
 		{ echo "normlab needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
 
-.venv/run: .venv/bin/python pyproject.toml constraints.txt
+.venv/run: .venv/bin/python pyproject.toml constraints.txt CMakeLists.txt $(shell find src/normlab/kernels/csrc -type f)
 	$(PIP) -e .
 	@touch $@
 

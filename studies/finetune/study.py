@@ -11,7 +11,6 @@ the runs that are missing. A run takes one thread. The trained networks are kept
 """
 
 import argparse
-import io
 import itertools
 import time
 from collections.abc import Callable, Iterable
@@ -34,6 +33,7 @@ from normlab.files import write_whole
 from normlab.models import build_model
 from normlab.nn import BatchNorm2d
 from normlab.study.executors import Job, run_jobs
+from normlab.study.picture import save_figure
 from normlab.study.plan import Trial
 from normlab.study.record import Record
 from normlab.study.schedules import SCHEDULES
@@ -497,9 +497,7 @@ def write_picture(path: Path) -> None:
     for row, case in zip(figure.subplots(len(CASES), 2, squeeze=False), CASES, strict=True):
         draw_errors(row[0], case)
         draw_screening(row[1], case, 2)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    write_whole(path, buffer.getvalue())
+    save_figure(figure, path)
 
 
 def draw_errors(axes: Axes, case: str) -> None:
