@@ -1,4 +1,4 @@
-"""The kernels on a GPU: launches of those in `gpu_kernels`, by the names and with the arguments of `csrc/module.cpp`.
+"""The kernels on a GPU: launches of those in `gpu_kernels`, by the names and with the arguments of those in `csrc`.
 
 Nothing here waits for the GPU or asks it for a value, so a step can be recorded in a CUDA graph.
 """

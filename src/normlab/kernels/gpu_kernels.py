@@ -4,7 +4,7 @@ A tensor is seen as (N, C, S): images, channels, space. A program works through 
 positions. A sum over a tensor is taken in parts, each by a program of its own that writes one row, and a kernel of a
 single program, `_finish_…`, puts the rows together and does what is done once. With EACH_IMAGE the parts of each image
 stay apart. What is by channel here and by image and group there, means say, is by `part`: image · parts_per_image +
-channel // channels_per_part. Numbers and names are those of `csrc/module.cpp`.
+channel // channels_per_part. Numbers and names are those of `csrc`.
 """
 
 import triton
