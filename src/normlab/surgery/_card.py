@@ -22,7 +22,7 @@ Card = dict[str, Any]
 
 
 def card(model: nn.Module) -> Card:
-    """What every norm of a model is, for JSON: what a state dict has not, and by what to know its statistics.
+    """What every norm of a model is, for JSON: what a state dict does not hold, and a digest of its statistics.
 
     A card has `{"norms": {name: entry}}`. An entry has `class`, and every setting of the module that is a number, a
     text, a switch, None or a tuple of these: `eps`, `momentum`, `affine`, `track_running_stats` and others. With
@@ -42,7 +42,7 @@ def card(model: nn.Module) -> Card:
 
 
 def check_card(model: nn.Module, card: Card | str) -> list[str]:
-    """In which ways the norms of a model are others than a card says, in words, each with its cure; empty if in none.
+    """How the norms of a model differ from a card, in words, each with its cure; empty if they do not.
 
     Example:
         saved = json.dumps(normlab.card(model))  # beside the weights, as metadata["normlab.card"] in safetensors
@@ -75,7 +75,7 @@ def _carded(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _entries(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """By plain name; where that is another's already, as of `bn` beside `module.bn`, with a number."""
+    """By plain name, with a number where another has that name: `bn` beside `module.bn`."""
     entries: dict[str, dict[str, Any]] = {}
     for name, module in _carded(model):
         plain = plain_name(name)
@@ -117,7 +117,7 @@ def _statistics(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _digest(tensors: dict[str, Tensor]) -> str | None:
-    """Of names, shapes and values, the same in every precision that holds the values; None without values."""
+    """A digest of names, shapes and values, the same in every precision that holds them; None without values."""
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         if tensor.is_meta or is_lazy(tensor):

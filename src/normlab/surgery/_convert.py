@@ -49,17 +49,17 @@ def convert(
 ) -> Operation:
     """Put the norm `to` in the place of the norms of a model.
 
-    γ and β stay the same parameters, so that an optimizer built before goes on with them; statistics, hooks, device,
+    γ and β stay the same parameters, so that an optimizer built before goes on with them. Statistics, hooks, device,
     type, mode and attributes carry over, and momentum where it means the same. A norm that never saw a batch begins
-    fresh. From batch norm to `running`, `frozen`, `sync`, `renorm` and back nothing changes in evaluation. To a norm of
-    another kind, such as `group`, only γ and β carry over; with `batches` the report says how much that changes, and
-    with `fit` γ and β become those that change it least.
+    fresh. Between batch norm and `running`, `frozen`, `sync` or `renorm` nothing changes in evaluation. A norm of
+    another kind, such as `group`, takes over γ and β alone. With `batches` the report says how much that changes. With
+    `fit` γ and β become those that change it least.
 
     "The same in evaluation" stands in the report where both norms were run and gave the same. How the model uses a
-    norm is seen with `batches` only; without them the report says what was assumed.
+    norm is seen only with `batches`. Without them the report says what was assumed.
 
     Args:
-        model: of any modules. What cannot be converted is left, and the report says why.
+        model: of any modules. Norms that cannot be converted are left, and the report says why.
         to: a registered norm, see `normlab list`; or "torch" for torch's own layers, which load without normlab.
         only: the norms to convert: a pattern of names (`"layer4.*"`), a class, a function of name and module that says
             whether, or several of them; all by default.
@@ -109,14 +109,14 @@ class _Measure:
             self.trace.run(lambda: forward(model, first))
 
     def seen(self, norm: nn.Module) -> Seen:
-        """Of one norm's use."""
+        """What was seen of one norm's use."""
         inputs = [call.input for call in self.trace.calls[norm] if isinstance(call.input, Tensor)]
         dims = {x.dim() - 2 for x in inputs}
         values = min((x.shape[2:].numel() for x in inputs), default=None)
         return Seen(dims.pop() if len(dims) == 1 else None, values, next(iter(inputs), None))
 
     def why_not(self, norm: nn.Module, to: str) -> str | None:
-        """What of its use stands against another in its place."""
+        """Why its use allows no other norm in its place, or None."""
         outside = self.trace.outside.get(norm)
         if outside:
             return f"its tensors are used by {outside[0]} outside of it: what the model does with them is not known"
@@ -132,11 +132,11 @@ class _Measure:
         return next((call.why_not_replaced for call in self.trace.calls[norm] if call.why_not_replaced), None)
 
     def note(self, norm: nn.Module) -> str | None:
-        """Where it was not run."""
+        """What to say of a norm that was not run."""
         return None if self.trace.calls[norm] else "not run on the first batch: its use was not seen"
 
     def effect(self, new_of: dict[nn.Module, nn.Module]) -> Effect:
-        """Of these norms in the place of those."""
+        """The effect of these norms in the place of those."""
         return Effect(self._model, new_of, self._batches, self._forward, self._fit)
 
 
@@ -153,7 +153,7 @@ def converted(
     options: dict[str, Any] | None = None,
     finish: Callable[[Operation], None] = lambda _: None,
 ) -> Operation:
-    """As `convert`, but for norms that `refuse` gives a reason to leave; `finish` is called with the new in place."""
+    """As `convert`, but norms for which `refuse` gives a reason are left; `finish` is called at the end."""
     if not inplace:
         model = copied(model)
     found = norms(model)
@@ -281,7 +281,7 @@ class _Plan:
         return None
 
     def _why_not_use(self, found: Found) -> str | None:
-        """What of its use, as far as it is known, stands against this norm."""
+        """Why its use, as far as it is known, does not allow this norm, or None."""
         norm, seen = found.module, self.seen(found)
         if self.to in NORMS and (hook := reading_hook(norm, classes(self.to))):
             return f"its hook {hook} reads statistics, which {self.to} norm has not"

@@ -27,17 +27,17 @@ def fold(model: nn.Module, *inputs: Any, inplace: bool = False, **named_inputs: 
 
         W ← W γ/√(σ² + eps)          b ← (b − μ) γ/√(σ² + eps) + β
 
-    What follows what is seen by running the model: a norm with running statistics is folded if its input is the output
-    of one convolution or linear layer, run once, and nothing else uses that output. What leaves the values as they are,
-    such as dropout in evaluation, may stand between. In the norm's place comes its activation, if it has one, or
-    `torch.nn.Identity`. So any model can be folded that runs, whatever its code is like; one that takes another way for
-    other inputs has to take the usual one for these.
+    The model is run to see what follows what. A norm with running statistics is folded if its input is the output of
+    one convolution or linear layer, which ran once, and nothing else uses that output. Modules that leave the values as
+    they are, such as dropout in evaluation, may stand between. Its activation, if it has one, or `torch.nn.Identity`
+    takes the norm's place. So any model that runs can be folded, whatever its code is like. If a model takes another
+    way for other inputs, give inputs for which it takes the usual one.
 
     Every fold is checked on what the layer was given, and the outputs of the model are compared. A norm whose fold
     changes them is left, and its row says so.
 
     Args:
-        model: of any modules; is not changed, unless `inplace`.
+        model: of any modules. It is not changed, unless `inplace`.
         *inputs: of the model, real ones.
         inplace: fold the model itself, which is then in evaluation mode; for models that cannot be copied.
         **named_inputs: further inputs, by keyword.
@@ -94,7 +94,7 @@ class _Folding:
         self._before = comparable(output, "inputs")
 
     def fold_all(self) -> None:
-        """Every norm whose fold is exact."""
+        """Fold every norm whose fold is exact."""
         rows = {one.module: self._folded(one) for one in self._found}
         change = difference(self._before, self._run(self._operation.model))
         if change > self._tolerance():
@@ -122,7 +122,7 @@ class _Folding:
         return Row(one.name, called(one.module), called(activation), f"in {self._trace.names[layer]}")
 
     def _leave_the_guilty(self, rows: dict[nn.Module, Row], change: float) -> float | None:
-        """Undoes the folds that change the outputs; the change that is left, None if it cannot be known."""
+        """Undo the folds that change the outputs; return the change that is left, None if it cannot be known."""
         folded = [one for one in self._found if rows[one.module].became is not None]
         self._take_back()
         unlike_itself = difference(self._before, self._run(self._operation.model))
@@ -150,7 +150,7 @@ class _Folding:
             self._folded(one)
 
     def _tolerance(self) -> float:
-        """Of rounding: of the model's outputs' type, where that is half precision."""
+        """How much rounding may change: more where the model's outputs are of half precision."""
         eps = max((torch.finfo(part.dtype).eps for part in _numbers(self._operation.model)), default=0.0)
         return TOLERANCE if eps < 1e-6 else 100 * eps
 
@@ -203,7 +203,7 @@ class _Folding:
         return self._why_not_layer(norm, calls[0])
 
     def _why_not_layer(self, norm: nn.Module, call: Call) -> str | None:
-        """What of the layer before a norm stands against it."""
+        """Why the layer before a norm does not let it be folded, or None."""
         layer, trace = call.layer, self._trace
         if layer is None:
             return _unknown_layer(trace, norm)
@@ -229,7 +229,7 @@ def _changes(why: str) -> str:
 
 
 def _unknown_layer(trace: Trace, norm: nn.Module) -> str:
-    """For a norm whose input is of no layer's own weight."""
+    """Why a norm is not folded whose input comes from no layer's own weight."""
     before = trace.made_by(trace.calls[norm][0].input)
     if before is not None and parametrize.is_parametrized(before):
         return f"the weight of {trace.names[before]}, the layer before it, is parametrized"
@@ -289,6 +289,6 @@ def _gives(layer: Any, new: dict[str, nn.Parameter], activation: nn.Module, call
 
 
 def channels_of(layer: Any) -> int:
-    """Of a layer's output."""
+    """How many channels a layer's output has."""
     weight = layer.weight
     return weight.shape[1] * layer.groups if isinstance(layer, TRANSPOSED) else weight.shape[0]

@@ -24,10 +24,10 @@ def freeze(
     affine: bool = True,
     inplace: bool = False,
 ) -> Operation:
-    """Put frozen batch norm in the place of every norm with running statistics: they are constant, in training too.
+    """Put frozen batch norm in the place of every norm with running statistics: constant, in training too.
 
-    It outlives `model.train()`: the mode has nothing to do with it. `unfreeze` puts back the norms that were there. The
-    report names those that have seen no batch, whose statistics say nothing.
+    It outlives `model.train()`, for it does not depend on the mode. `unfreeze` puts back the norms that were there. The
+    report names norms that have seen no batch: their statistics say nothing.
 
     Args:
         model: of any modules.
@@ -65,8 +65,9 @@ def _why_not(norm: nn.Module, affine: bool) -> str | None:
 def unfreeze(model: nn.Module, *, inplace: bool = False) -> Operation:
     """Put back the norms that `freeze` took out, and a batch norm for frozen ones that came from elsewhere.
 
-    γ, β and statistics are those of the frozen ones; what `freeze` kept from learning learns again. Frozen batch norms
-    of other people's classes are known by what they do: constant in training, a scale and shift in evaluation.
+    They have the γ, β and statistics of the frozen ones. Parameters that `freeze` kept from learning learn again.
+    Frozen batch norms of other libraries are known by what they do: constant in training, a scale and shift in
+    evaluation.
 
     Args:
         model: of any modules.

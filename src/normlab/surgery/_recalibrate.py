@@ -35,21 +35,20 @@ def recalibrate(
 
         μ = Σ x / n          σ² = Σ (x − μ)² / (n − 1)          over all batches and space, per channel, in float64
 
-    Every batch goes through the model once, in evaluation mode, so its size does not matter, down to one image. Each
-    norm has the statistics of the images so far while it goes on, so that the norms behind it are given what they will
-    be: those that it had before may be far off, and would have them measure something else. The error that is left, of
-    the first images' statistics, is 0.01 deviations for a thousand images and a net of 13 norms; of one batch of all
-    images there is none. Statistics that are not finite become 0 and 1 at first.
+    Every batch goes through the model once, in evaluation mode. So its size does not matter: one image is enough. Each
+    norm uses the statistics of the images so far. So the norms behind it are given what they will be given later; its
+    old statistics may be far off. The first images leave an error of 0.01 deviations for a thousand images and a net
+    of 13 norms. One batch of all images leaves none. Statistics that are not finite become 0 and 1 at first.
 
-    A norm gets statistics of its own kind: instance norm the means of the images' own means and variances, moving
-    average batch norm the mean square. Frozen norms stay as they are.
+    A norm gets statistics of its own kind. Instance norm gets the means of the images' own means and variances. Moving
+    average batch norm gets the mean square. Frozen norms stay as they are.
 
     Args:
         model: changed: the buffers `running_mean`, `running_var` and `num_batches_tracked` of its norms.
         batches: gone through once; a thousand images and more are enough.
         forward: runs the model on one of `batches`; by default on the batch, or on the first of its parts.
-        mask: of a batch, which positions count: (N, *space), true where there is data, not padding. Norms that are
-            given another number of positions get the nearest ones.
+        mask: gives for a batch which positions count: (N, *space), true where there is data, not padding. Norms that
+            are given another number of positions get the nearest ones.
         only: the norms to measure, see `convert`.
         skip: those to leave, in the same words.
         progress: show a bar.
@@ -101,7 +100,7 @@ class _Measuring:
         self._fewest: dict[nn.Module, int] = {}  # where there are fewer than FEWEST values in all
 
     def over(self, model: nn.Module, batches: Iterable[Any]) -> dict[nn.Module, Moments]:
-        """Of every norm that runs."""
+        """Go through the batches, for every norm that runs."""
         first, others = [], peeked(batches)[1]
         handles = [norm.register_forward_pre_hook(self._see, with_kwargs=True) for norm in self._kinds]
         try:

@@ -26,7 +26,8 @@ def sync(
         only: the norms to convert, see `convert`.
         skip: those to leave, in the same words.
         inplace: change the model itself, not a copy.
-        process_group: the processes to share statistics with; None for those of torch's sync norms, of others all.
+        process_group: the processes to share statistics with. By default torch's sync norms keep theirs, and others
+            share with all.
 
     Raises:
         InputError: a choice meets no norm.

@@ -49,7 +49,7 @@ class Seen:
 
     Attributes:
         dims: space dimensions of what it is given; None if it is not known.
-        values: of a channel of one image, the fewest; None likewise.
+        values: how many a channel of one image has, at the fewest; None if it is not known.
         like: a tensor of the type and on the device that its parameters would have, if it had any.
     """
 
@@ -58,7 +58,7 @@ class Seen:
 
 
 def values_a_statistic(old: nn.Module, to: str, seen: Seen) -> int | None:
-    """Over how many values of one image the new norm's statistics would be taken; None if it is not known."""
+    """How many values of one image the new norm would take each statistic over; None if it is not known."""
     values = seen.values if seen.values is not None else (1 if _takes_vectors(old) else None)
     if to == "layer_channels":
         return channels(old)
@@ -142,12 +142,12 @@ def _made(old: nn.Module, to: str, seen: Seen, space: int, options: dict[str, An
 
 
 def takes(*kinds: type[nn.Module]) -> set[str]:
-    """What the forward passes of classes take beside the input."""
+    """The arguments that the forward passes of classes take beside the input."""
     return {name for kind in kinds for name in FURTHER if name in inspect.signature(kind.forward).parameters}
 
 
 def accepted_options(to: str, space: int) -> dict[str, inspect.Parameter]:
-    """What the constructor of a registered norm takes; of one that is built by a function, the layer's too."""
+    """The options of a registered norm's constructor, and the layer's too where a function builds it."""
     builder = NORMS[to].layers[space - 1]
     inner = builder.args[0] if isinstance(builder, partial) and builder.args else builder
     own, outer = inspect.signature(inner).parameters, inspect.signature(builder).parameters
@@ -185,7 +185,7 @@ def torch_momentum(norm: nn.Module) -> tuple[bool, float | None]:
 
 
 def _eps(norm: nn.Module) -> float | None:
-    """Its own, or of the one before it that had one."""
+    """The norm's own eps, or that of the one before it that had one."""
     before = remembered(norm)
     return before.eps if before is not None and before.eps is not None else eps_of(norm)
 
@@ -200,7 +200,7 @@ def _keep_in_mind(old: nn.Module, new: nn.Module, to: str) -> None:
 
 
 def _move(old: nn.Module, new: nn.Module, seen: Seen) -> None:
-    """To the old one's device and type; to those of its use, if it has no tensors."""
+    """Move it to the old one's device and type, or to those of its use if the old one has no tensors."""
     part = next(iter((*old.parameters(), *old.buffers())), None)
     if part is None and seen.like is not None:
         new.to(seen.like.device, seen.like.dtype)
@@ -225,7 +225,7 @@ def _hand_over_parameters(old: nn.Module, new: nn.Module) -> None:
 
 
 def _hand_over_statistics(old: nn.Module, new: nn.Module) -> None:
-    """Those that both have; of a norm that never saw a batch none, so that the new one begins as it should."""
+    """Hand over those that both have, but none of a norm that never saw a batch: the new one begins fresh."""
     if "running_mean" in old._buffers and not never_updated(old) and not on_meta(old):
         own = dict(new.named_buffers())
         there = {name: value for name, value in old.named_buffers() if name in own}

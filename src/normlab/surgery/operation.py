@@ -39,8 +39,8 @@ class Operation:
     def undo(self) -> nn.Module:
         """Put the norms that were there back, in `model`, and the optimizer's parameters too; returns the model.
 
-        Where nothing moved since, all is bit by bit as before. Where the model was trained, γ and β stay as they are
-        now, and statistics go over to the norm that was there, as converting back does.
+        If nothing moved since, all is bit by bit as before. If the model was trained, γ and β stay as they are now, and
+        statistics go over to the norm that was there, as converting back does.
 
         Raises:
             InputError: the model was trained with norms that have no statistics, so that those of before fit no more;
@@ -119,7 +119,7 @@ class Operation:
             )
 
     def _learned(self, new: nn.Module) -> dict[str, Tensor]:
-        """γ and β of a norm, if they are others than when it was put in."""
+        """γ and β of a norm that have changed since it was put in."""
         left = self._left.get(new, {})
         return {
             name: part

@@ -69,7 +69,7 @@ def _numbers(part: Tensor) -> Tensor:
 def difference(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
     """The largest difference of any value over the largest value of its tensor.
 
-    Infinite where only one of them is finite, or where the outputs are not of one structure.
+    It is infinite where only one of them is finite, or where the outputs differ in structure.
     """
     if before.keys() != after.keys() or any(before[name].shape != after[name].shape for name in before):
         return float("inf")

@@ -66,7 +66,7 @@ def _reading_method(kind: type, in_forward: bool) -> str | None:
 
 
 def _methods(kind: type) -> Iterator[tuple[str, CodeType]]:
-    """Of a class and those that it is made from, but for `torch.nn.Module` and what containers have."""
+    """The methods of a class and its bases, but for those of `torch.nn.Module` and containers."""
     for base in reversed(kind.__mro__):
         if base.__module__.startswith("torch.nn.modules"):
             continue
@@ -76,7 +76,7 @@ def _methods(kind: type) -> Iterator[tuple[str, CodeType]]:
 
 
 def _code(function: Any) -> CodeType | None:
-    """Of a function or method; None of anything else."""
+    """The code of a function or method; None of anything else."""
     code = getattr(getattr(function, "__func__", function), "__code__", None)
     return code if isinstance(code, CodeType) else None
 

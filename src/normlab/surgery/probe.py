@@ -42,7 +42,7 @@ def input_name(module: nn.Module) -> str:
 
 
 def channels(module: nn.Module) -> int:
-    """C of the (N, C, *space) that the norm takes, by its tensors; without any by what it says."""
+    """C of the (N, C, *space) that the norm takes: by its tensors, or without any by what it says."""
     for name in ("running_mean", "running_var", "weight", "bias"):
         part = own_tensor(module, name)
         if part is not None:
@@ -222,7 +222,7 @@ def computes_as_its_base(module: nn.Module, base: type[nn.Module]) -> bool:
 def is_affine(norm: nn.Module, dims: int | None = None) -> bool:
     """Whether in evaluation it is what its statistics, γ and β say, with the activation it has.
 
-    Tried on an input of so many space dimensions, or of any that it takes.
+    It is tried on an input with `dims` space dimensions, or with any that it takes.
     """
     return bool(affine_dims(norm, (dims,) if dims is not None else RANKS))
 
@@ -256,7 +256,7 @@ def _close(one: Tensor, other: Tensor, dtype: torch.dtype | None = None) -> bool
 
 
 def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Of each channel in evaluation, in float64."""
+    """The scale and shift of each channel in evaluation, in float64."""
     parts: Any = norm  # γ and β may be buffers too
     mean, var = parts.running_mean.double().flatten(), parts.running_var.double().flatten()
     scale = (var + (eps_of(norm) or 0.0)).rsqrt()
@@ -351,7 +351,7 @@ def statistics_kind(norm: nn.Module) -> str | None:
 
 
 def _kind_at(norm: nn.Module, dims: int) -> str | None:
-    """Of which statistics of a batch its own move a part of the way towards, in training."""
+    """The kind of a batch's statistics that its own move towards in training."""
     probe = twin(norm)
     before = [probe._buffers[name] for name in ("running_mean", "running_var")]
     before = [None if part is None else part.double().flatten().clone() for part in before]

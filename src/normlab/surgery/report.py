@@ -12,12 +12,12 @@ class Row:
     """One module.
 
     Attributes:
-        name: where it is in the model; several, with commas, if it is used in several places.
+        name: its place in the model, or several with commas.
         was: its class.
         became: the class in its place, or None if it was left as it is.
         note: what carries over, or why it was left.
-        change: root mean square of the change of its output over the deviation of what it was, on the batches given,
-            with all that stands before it as it was; None if none were given.
+        change: root mean square of the change of its output, over the deviation of the old output. It is measured on
+            the batches given, with all that stands before it as it was. None if none were given.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Row:
     change: float | None = None
 
     def with_change(self, change: float | None) -> "Row":
-        """The same, measured; what is not finite is said in words."""
+        """The same row with its change; a change that is not finite is put in words."""
         unknown = change is not None and math.isnan(change)
         note = f"{self.note}; infinite or NaN on these batches: nothing was compared" if unknown else self.note
         return replace(self, change=change, note=note)
@@ -39,7 +39,7 @@ class Report:
 
     Attributes:
         rows: in the order of the model.
-        change: of the model's output, as of a module's; None if it was not measured.
+        change: the same of the model's output; None if it was not measured.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Report:
         return [row for row in self.rows if row.became is None]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """As plain values, for JSON."""
         return asdict(self)
 
     def __iter__(self) -> Iterator[Row]:

@@ -31,8 +31,8 @@ class Made(NamedTuple):
 
     Attributes:
         tensor: kept, so that its id is not another's.
-        layer: that made it.
-        layer_input: what that was given.
+        layer: the one that made it.
+        layer_input: what the layer was given.
         origin: the id of what the layer itself put out.
         version: of the layer's input then.
     """
@@ -92,11 +92,11 @@ class Trace(TorchFunctionMode):
     """Sees one pass, inside `watching`; with `keep` the values too that a layer before a norm was given.
 
     Attributes:
-        calls: of each norm, in order.
-        outputs: of each norm, of its last call.
+        calls: each norm's calls, in order.
+        outputs: what each norm put out in its last call.
         before: the convolution or linear layer that a norm follows, directly or after a rectifier.
         rectified: the norms that a rectifier follows, or that are one.
-        outside: of each norm, the functions that used its γ, β or statistics while it was not running.
+        outside: for each norm the functions that used its γ, β or statistics while it was not running.
     """
 
     def __init__(self, model: nn.Module, norms: list[nn.Module], keep: bool = False):
@@ -276,5 +276,5 @@ def _keeps(given: Tensor, output: Any) -> bool:
 
 
 def _has_hooks(module: nn.Module, own: int) -> bool:
-    """Whether it has hooks beyond so many of the trace's own."""
+    """Whether it has other hooks beside the trace's own."""
     return len(module._forward_hooks) + len(module._forward_pre_hooks) > own
