@@ -9,6 +9,11 @@ from collections import Counter
 
 import pytest
 import torch
+from hypothesis import settings
+
+# A busy machine is no fault of a test.
+settings.register_profile("normlab", deadline=None)
+settings.load_profile("normlab")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
