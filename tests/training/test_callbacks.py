@@ -357,7 +357,7 @@ def gradient(learner: Learner) -> torch.Tensor:
 
 
 def first_gradient(*callbacks: Callback) -> torch.Tensor:
-    look = sees(gradient, "after_backward")
+    look = sees(gradient, "begin_step")
     classifier(*callbacks, look).fit(1)
     return look.seen[0]
 

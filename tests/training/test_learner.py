@@ -27,7 +27,7 @@ from normlab.training import (
 )
 from normlab.training.schedules import linear
 
-TRAIN_BATCH = ["begin_batch", "after_pred", "after_loss", "after_backward", "after_step", "after_batch"]
+TRAIN_BATCH = ["begin_batch", "after_pred", "after_loss", "after_backward", "begin_step", "after_step", "after_batch"]
 VALID_BATCH = ["begin_batch", "after_pred", "after_loss", "after_batch"]
 BATCHES = 2  # of training; half as many of validation
 
@@ -255,7 +255,7 @@ def test_position_between_the_batches():
     ]
 
 
-@pytest.mark.parametrize("event", ["after_backward", "after_step", "after_batch"])
+@pytest.mark.parametrize("event", ["after_backward", "begin_step", "after_step", "after_batch"])
 def test_output_and_loss_hold_no_graph_after_backward(event):
     held = []
     small(on(event, lambda it: held.append(it.loss.requires_grad or it.output.requires_grad))).fit(1)

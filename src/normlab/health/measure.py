@@ -18,7 +18,7 @@ from ..surgery.modules import Found, norms
 from ..surgery.outputs import named_tensors, tensors
 from ..surgery.trace import Trace
 from ..training.batches import TARGET_KEYS
-from ..training.learner import check_loss
+from ..training.checks import check_loss
 from .figures import figures
 from .layer import Layer
 from .turns import Turns, parameters_of

@@ -10,6 +10,7 @@ from .callbacks import (
     ToDevice,
     TransformInputs,
 )
+from .checkpoint import Checkpoint, load_checkpoint
 from .events import EVENTS, Callback, CancelBatch, CancelEpoch, CancelTrain
 from .learner import Learner
 from .metrics import accuracy, mean_over_samples
@@ -21,6 +22,7 @@ __all__ = [
     "CancelBatch",
     "CancelEpoch",
     "CancelTrain",
+    "Checkpoint",
     "ClipGradients",
     "FindLearningRate",
     "Learner",
@@ -32,5 +34,6 @@ __all__ = [
     "ToDevice",
     "TransformInputs",
     "accuracy",
+    "load_checkpoint",
     "mean_over_samples",
 ]

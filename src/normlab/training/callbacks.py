@@ -39,14 +39,23 @@ class Metrics(Callback):
         check("loss" not in metrics, "Metrics: name", "loss", "any other; the loss is always there")
         self.metrics = metrics
 
+    def begin_fit(self) -> None:
+        self._row: dict[str, Any] = {}
+
     def begin_epoch(self) -> None:
-        self._start = time.perf_counter()
-        self._row: dict[str, Any] = {"epoch": self.learner.epoch + 1}
-        self._begin_part("train")
+        self._begin_row()
 
     def begin_validate(self) -> None:
+        self._begin_row()
         self._end_part()
         self._begin_part("valid")
+
+    def _begin_row(self) -> None:
+        """The row of this epoch; another callback may have ended the epoch before this one heard that it began."""
+        if self._row.get("epoch") != self.learner.epoch + 1:
+            self._start = time.perf_counter()
+            self._row = {"epoch": self.learner.epoch + 1}
+            self._begin_part("train")
 
     def after_loss(self) -> None:
         if not self.learner.training:
@@ -63,8 +72,31 @@ class Metrics(Callback):
             mean.add(learner.output, learner.targets, samples)
 
     def after_epoch(self) -> None:
+        self._begin_row()
         self._end_part()
         self.learner.history.append({**self._row, "seconds": time.perf_counter() - self._start})
+        self._row = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The figures of an epoch that is not over."""
+        if not self._row:
+            return {}
+        return {
+            "row": self._row,
+            "part": self._part,
+            "seconds": time.perf_counter() - self._start,
+            "loss": self._loss.state_dict(),
+            "means": [mean.state_dict() for mean in self._means],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        if state:
+            self._begin_part(state["part"])
+            self._row, self._start = state["row"], time.perf_counter() - state["seconds"]
+            self._loss.load_state_dict(state["loss"])
+            for mean, saved in zip(self._means, state["means"], strict=True):
+                mean.load_state_dict(saved)
 
     def _begin_part(self, part: str) -> None:
         self._part, self._loss = part, SampleMean()
@@ -94,6 +126,14 @@ class Recorder(Callback):
         if len(self._fresh) == 256:
             self._losses += torch.stack(self._fresh).tolist()
             self._fresh = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was recorded."""
+        return {"lrs": self.lrs, "losses": self._losses, "fresh": self._fresh}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.lrs, self._losses, self._fresh = state["lrs"], state["losses"], state["fresh"]
 
     @property
     def losses(self) -> list[float]:
@@ -260,7 +300,7 @@ class ClipGradients(Callback):
         check(is_real(max_norm) and max_norm > 0, "max_norm", max_norm, "a number above 0")
         self.max_norm = max_norm
 
-    def after_backward(self) -> None:
+    def begin_step(self) -> None:
         nn.utils.clip_grad_norm_(self.learner.model.parameters(), self.max_norm)
 
 
@@ -286,6 +326,14 @@ class StopWhenDiverged(Callback):
 
     def after_epoch(self) -> None:
         self._look()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses that were not looked at yet."""
+        return {"seen": self._seen, "losses": self._losses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._seen, self._losses = state["seen"], state["losses"]
 
     def _look(self) -> None:
         if self._losses:

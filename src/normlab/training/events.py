@@ -17,6 +17,7 @@ EVENTS = (
     "after_pred",
     "after_loss",
     "after_backward",
+    "begin_step",
     "after_step",
     "after_cancel_batch",
     "after_batch",
@@ -42,8 +43,13 @@ class Callback:
     learner: read its state, change it, or leave a level of the loop by raising one of the Cancel exceptions.
 
     Events, an epoch at a time: `begin_fit`; `begin_epoch`; per batch `begin_batch`, `after_pred`, `after_loss`, in
-    training `after_backward`, `after_step`, and always `after_batch`; `begin_validate` and its batches; `after_epoch`;
-    at last `after_fit`, also after a failure. A cancelled level fires `after_cancel_batch/epoch/train`.
+    training `after_backward`, `begin_step` with the whole gradient and `after_step`, and always `after_batch`;
+    `begin_validate` and its batches; `after_epoch`; at last `after_fit`, also after a failure. A cancelled level fires
+    `after_cancel_batch/epoch/train`.
+
+    A callback that keeps something over batches, and wants to go on with it after a crash, has `state_dict()` and
+    `load_state_dict(state)`. The state holds tensors, numbers, text, lists and dicts. It is loaded after `begin_fit`,
+    and after `begin_epoch` if it is from within an epoch.
     """
 
     order: ClassVar[int] = 0
@@ -60,6 +66,32 @@ class CancelEpoch(Exception):
 
 class CancelTrain(Exception):
     """Ends the fit in good order."""
+
+
+_BATCH = ("begin_batch", "after_pred", "after_loss", "after_backward", "begin_step", "after_step")
+_EPOCH = (*_BATCH, "after_cancel_batch", "after_batch", "begin_epoch", "begin_validate")
+# Where there is something to cancel.
+CANCELLED_IN = {
+    CancelBatch: _BATCH,
+    CancelEpoch: _EPOCH,
+    CancelTrain: tuple(event for event in EVENTS if event not in ("after_cancel_train", "after_fit")),
+}
+
+
+def explain(error: Exception, listener: Any, event: str, learner: "Learner") -> None:
+    """Says in which callback and event an error came.
+
+    Raises:
+        InputError: it is a Cancel exception, and there is nothing that it would cancel.
+    """
+    kind = type(getattr(listener, "__self__", listener)).__name__
+    for cancel, events in CANCELLED_IN.items():
+        if isinstance(error, cancel):
+            if event not in events:
+                where = f"{kind}.{event} raised {cancel.__name__}, which has nothing to end there."
+                raise InputError(f"{where} Raise it in {', '.join(events)}.") from None
+            return
+    error.add_note(f"In the callback's {kind}.{event}, epoch {learner.epoch + 1}, batch {learner.batch + 1}.")
 
 
 # What a method's name begins with that was meant for an event, here or in other libraries.

@@ -1,6 +1,5 @@
 """The training loop."""
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
@@ -8,10 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, check, check_no_class, is_whole
-from .batches import call_each, split_batch
+from ..errors import check, is_whole
+from .batches import call_each, count_samples, split_batch
+from .checks import (
+    check_loss,
+    check_may_be_empty,
+    check_optimizer_of,
+    check_parts,
+    length,
+    listed_optimizers,
+    needs_closure,
+    split_result,
+)
 from .compiled import CompiledGradients
-from .events import EVENTS, CancelBatch, CancelEpoch, CancelTrain, Listener, check_callbacks
+from .events import EVENTS, CancelBatch, CancelEpoch, CancelTrain, Listener, check_callbacks, explain
+from .precision import Precision
+from .state import Resumed, random_state, state_of
 
 
 class Learner:
@@ -21,7 +32,7 @@ class Learner:
 
         model, loss_func, optimizer, train, valid
         training            whether this is a training batch
-        inputs, targets     the batch
+        inputs, targets     the batch; with `step_func` the whole batch, and None
         output, loss        of the batch; from after_backward on they hold no graph
         num_epochs, epoch   of this fit; the epoch counts from 0
         num_batches, batch  of this pass over the batches; the batch counts from 0
@@ -32,12 +43,21 @@ class Learner:
         model: any module; it is called with the inputs alone. Its output may be a structure of tensors.
         train: batches `(inputs, targets)`: `TensorBatches`, a DataLoader, any iterable that can be passed again. A
             batch may have more parts, which are not used, or be a dict with such keys as `image` and `label`, see
-            `split_batch`.
-        valid: likewise, or None for no validation.
+            `split_batch`. With `step_func` a batch may be anything.
+        valid: the same for validation, or None for none.
         loss_func: from output and targets to a scalar.
         optimizer: over the model's parameters. One whose step evaluates the loss again, such as L-BFGS, gets it of the
-            same batch; the callbacks hear `after_pred` and `after_loss` each time.
+            same batch; the callbacks hear `after_pred` and `after_loss` each time. A list of several, as a GAN has, or
+            None: `step_func` then does backward passes and steps by itself.
         callbacks: in any order, see `Callback.order`.
+        step_func: in place of `model` and `loss_func`: from batch and model to the loss and the output, and targets for
+            metrics if there are any: `lambda batch, model: (loss, output, targets)`. Validation calls it too.
+        accumulate: batches a step of the optimizer. The gradient is that of the mean over all their samples, also where
+            the last batches of an epoch are fewer or smaller. Events of a batch come for each, `after_backward` and
+            `after_step` once a step.
+        precision: "float32"; "bfloat16" or "float16" for forward pass and loss in mixed precision, by `torch.autocast`.
+            With float16 the loss is scaled. A step whose gradient overflows is left out, and the buffers of the model
+            are as they were before its batches.
         compile: make one compiled function of forward pass, loss and backward pass, by `torch.compile`, at the first
             training batch of each shape, which takes from seconds to a minute. `after_pred` and `after_loss` then come
             after it, and what a callback makes of output or loss there no longer changes the gradients.
@@ -45,10 +65,9 @@ class Learner:
     Raises:
         InputError: an argument is not what it should be: a class in place of an instance, a callback whose method is
             named after no event; `compile` with a torch that cannot compile gradients; in `fit`, an optimizer of
-            another model, no batches, a batch that is neither pair nor dict, or a loss that is not one value.
+            another model, no batches, a batch that is neither pair nor dict, a loss that is not one value, or a
+            Cancel exception raised where there is nothing to cancel.
     """
-
-    _compiled: CompiledGradients | None = None
 
     def __init__(
         self,
@@ -57,15 +76,31 @@ class Learner:
         valid: Iterable[Any] | None = None,
         *,
         loss_func: Callable[..., Tensor] = nn.functional.cross_entropy,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
         callbacks: Sequence[Listener] = (),
+        step_func: Callable[[Any, Any], tuple[Any, ...]] | None = None,
+        accumulate: int = 1,
+        precision: str = "float32",
         compile: bool = False,
     ):
-        _check_parts(model, train, valid, loss_func, optimizer)
+        check_parts(model, train, valid, loss_func, step_func)
+        check(is_whole(accumulate, 1), "accumulate", accumulate, "a whole number from 1")
         self.model, self.train, self.valid = model, train, valid
-        self.loss_func, self.optimizer, self.callbacks = loss_func, optimizer, check_callbacks(callbacks)
+        listed_optimizers(optimizer, step_func)
+        self.optimizer: Any = optimizer
+        self.loss_func, self.step_func, self.accumulate = loss_func, step_func, accumulate
+        self.callbacks, self.precision = check_callbacks(callbacks), Precision(precision)
+        alone = step_func is None and precision != "float16"
+        check(alone or not compile, "compile", compile, "False with a step_func, and with float16")
         self._compiled = CompiledGradients() if compile else None
+        self._steps = optimizer is not None and not isinstance(optimizer, list | tuple)  # else step_func does
+        self._resumed: Resumed | None = None
         self._reset(0)
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """None, one or several."""
+        return listed_optimizers(self.optimizer, self.step_func)
 
     @property
     def position(self) -> float:
@@ -74,28 +109,49 @@ class Learner:
             return self.epoch + 1
         return self.epoch + (self.batch / self.num_batches if self.num_batches else 0)
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later `fit` needs to go on as if it had never stopped; see `training.Checkpoint`.
+
+        Weights, buffers, gradients that wait for a step, optimizers, loss scale, random states, the place in the data,
+        history, counts, and what the callbacks keep. It holds tensors, numbers, text, lists and dicts alone.
+        """
+        return state_of(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved state: the next `fit` goes on there, in the middle of an epoch too.
+
+        Raises:
+            InputError: it is the state of another version, or of a learner with other parts.
+        """
+        self._resumed = Resumed(self, state)
+
     def fit(self, epochs: int) -> list[dict[str, Any]]:
-        """Train for so many epochs, each followed by a validation; returns `history`."""
+        """Train for `epochs` epochs, each followed by a validation; returns `history`.
+
+        After `load_state_dict` those are counted that were trained before it.
+        """
         check(is_whole(epochs, 1), "epochs", epochs, "a whole number from 1")
-        _check_optimizer_of(self.optimizer, self.model)
+        check_optimizer_of(self.optimizers, self.model)
+        resumed, self._resumed = self._resumed, None
         self._reset(epochs)
         self._listen()
-        self._closure = _needs_closure(self.optimizer)
-        self.optimizer.zero_grad()  # of an earlier fit that was left between two steps
+        self._closure = self._steps and needs_closure(self.optimizer)
+        self._clear_gradients()  # of an earlier fit that was left between two steps
         try:
             self._emit("begin_fit")
-            for self.epoch in range(epochs):
-                self._fit_epoch()
+            first = resumed.begin() if resumed else 0
+            for self.epoch in range(first, epochs):
+                self._fit_epoch(resumed if self.epoch == first else None)
         except CancelTrain:
             self._emit("after_cancel_train")
         finally:
             self._emit("after_fit")
         return self.history
 
-    def _fit_epoch(self) -> None:
+    def _fit_epoch(self, resumed: Resumed | None) -> None:
         self.training = True
         self.model.train()
-        self._run_batches("begin_epoch", "train")
+        self._run_batches("begin_epoch", "train", resumed)
         self.training = False
         if self.valid is not None:
             self.model.eval()
@@ -103,65 +159,120 @@ class Learner:
                 self._run_batches("begin_validate", "valid")
         self._emit("after_epoch")
 
-    def _run_batches(self, beginning: str, part: str) -> None:
+    def _run_batches(self, beginning: str, part: str, resumed: Resumed | None = None) -> None:
         self.batch = 0
         try:
             self._emit(beginning)
             batches = getattr(self, part)  # not before: a callback may give others
-            self.num_batches = _length(batches)
-            empty = True
-            for self.batch, batch in enumerate(batches):
+            self.num_batches = length(batches)
+            first, rest = resumed.rest_of(batches) if resumed else (0, self._begin(batches))
+            empty = first == 0
+            for self.batch, batch in enumerate(rest, first):
                 empty = False
-                self.inputs, self.targets = split_batch(batch)
-                self._run_batch()
+                self._run_batch(batch)
+            if self.training and self._samples:  # of a last group whose end was not known
+                self._step()
             if empty:
-                _check_may_be_empty(part, batches, self.epoch)
+                check_may_be_empty(part, batches, self.epoch)
         except CancelEpoch:
             self._emit("after_cancel_epoch")
 
-    def _run_batch(self) -> None:
+    def _begin(self, batches: Iterable[Any]) -> Iterator[Any]:
+        if self.training:
+            self._random_before = random_state(self)
+        return iter(batches)
+
+    def _run_batch(self, batch: Any) -> None:
+        self._whole = False  # and so it stays if an error ends the batch
         try:
+            self.inputs, self.targets = split_batch(batch) if self.step_func is None else (batch, None)
             self._emit("begin_batch")
             self._pass()
             if self.training:
-                self._step()
+                self._emit("after_backward")
+                if self._is_due():
+                    self._step()
+            self._whole = True
         except CancelBatch:
             self._emit("after_cancel_batch")
+            self._whole = True
         finally:
             self._emit("after_batch")
 
     def _pass(self) -> None:
+        with self.precision.autocast(self.model):
+            self._compute()
+        if self.training:
+            self._backward()
+
+    def _compute(self) -> None:
         if self._compiled is not None and self.training:
             self._compiled_pass(self._compiled)
             return
-        self.output = self.model(self.inputs)
-        self._emit("after_pred")
-        self.loss = self.loss_func(self.output, self.targets)
-        check_loss(self.loss, "loss_func's result")
+        if self.step_func is None:
+            self.output = self.model(self.inputs)
+            self._emit("after_pred")
+            self.loss = self.loss_func(self.output, self.targets)
+            check_loss(self.loss, "loss_func's result")
+        else:
+            self.loss, self.output, self.targets = split_result(self.step_func(self.inputs, self.model))
+            check_loss(self.loss, "the loss of step_func's result")
+            self._emit("after_pred")
         self._emit("after_loss")
-        if self.training:
-            self.loss.backward()
-            self.loss, self.output = self.loss.detach(), call_each(self.output, "detach")
 
     def _compiled_pass(self, compiled: CompiledGradients) -> None:
         self.output, self.loss, gradients = compiled(self.model, self.loss_func, self.inputs, self.targets)
         self._emit("after_pred")
         self._emit("after_loss")
+        weight = self._count()
         for parameter, gradient in gradients:
             if gradient is not None:
+                gradient = gradient if weight == 1 else weight * gradient
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
+    def _backward(self) -> None:
+        if self._steps and self._compiled is None:
+            weight = self._count()
+            loss = self.loss if weight == 1 else weight * self.loss
+            self.precision.scaled(loss).backward()
+        self.loss, self.output = self.loss.detach(), call_each(self.output, "detach")
+
+    def _count(self) -> int:
+        """The weight of this batch in the gradient: its samples, where several batches make a step."""
+        if self.accumulate == 1:
+            return 1
+        samples = count_samples(self.inputs, self.targets)
+        self._samples += samples
+        return samples
+
+    def _is_due(self) -> bool:
+        """Whether this batch ends a step: it is the last of its group, or of the epoch."""
+        done = self.batch + 1
+        return self.accumulate == 1 or done % self.accumulate == 0 or done == self.num_batches
+
     def _step(self) -> None:
-        self._emit("after_backward")
-        if self._closure:
-            self.optimizer.step(self._evaluations())
+        if self._steps:
+            self._finish_gradients()
+            self._emit("begin_step")
+            stepped = self.precision.step(self.optimizer, self.model, self._evaluations() if self._closure else None)
         else:
-            self.optimizer.step()
-        self.step += 1
+            stepped = True  # step_func did
         try:
-            self._emit("after_step")
+            if stepped:
+                self.step += 1
+                self._emit("after_step")
         finally:
             self._clear_gradients()
+
+    def _finish_gradients(self) -> None:
+        """What was added up becomes the gradient of the mean."""
+        if self.accumulate > 1:
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.div_(max(self._samples, 1))
+            self._samples = 0
+        self.precision.unscale(self.optimizer)
 
     def _evaluations(self) -> Callable[[], float]:
         """For an optimizer that asks for the loss: the first time the one that is there, with its gradients."""
@@ -179,9 +290,10 @@ class Learner:
 
     def _clear_gradients(self) -> None:
         """What optimizer.zero_grad() does, without the time it takes to be profiled."""
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+        for optimizer in self.optimizers if self._steps else ():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def _reset(self, epochs: int) -> None:
         self.num_epochs, self.epoch, self.batch, self.step = epochs, 0, 0, 0
@@ -192,6 +304,7 @@ class Learner:
         self.output: Any = None
         self.loss: Any = None
         self.history: list[dict[str, Any]] = []
+        self._samples, self._whole = 0, False
 
     def _listen(self) -> None:
         """Collect the callbacks' methods by event, once a fit: the loop then calls only what is there."""
@@ -205,71 +318,8 @@ class Learner:
 
     def _emit(self, event: str) -> None:
         for listener in self._listeners[event]:
-            listener()
-
-
-def _check_parts(model: Any, train: Any, valid: Any, loss_func: Any, optimizer: Any) -> None:
-    """Each of a learner's arguments, by what the loop asks of it."""
-    check_no_class("model", model)
-    parts = all(callable(getattr(model, name, None)) for name in ("__call__", "train", "eval"))
-    check(parts, "model", _kind(model), "a torch.nn.Module")
-    for name, batches in (("train", train), ("valid", valid)):
-        iterable = hasattr(type(batches), "__iter__") or hasattr(type(batches), "__getitem__")
-        fits = iterable and not isinstance(batches, str | bytes | Tensor)
-        check(
-            fits or (batches is None and name == "valid"),
-            name,
-            _kind(batches),
-            "batches: a DataLoader, or a list of pairs",
-        )
-    check_no_class("loss_func", loss_func)
-    check(callable(loss_func), "loss_func", loss_func, "a function of output and targets, as nn.MSELoss()")
-    check_no_class("optimizer", optimizer, "model.parameters(), …")
-    known = hasattr(optimizer, "param_groups") and hasattr(optimizer, "step")
-    check(known, "optimizer", _kind(optimizer), "a torch.optim.Optimizer", "Write SGD(model.parameters(), lr=0.1).")
-
-
-def _kind(value: Any) -> str:
-    return value if isinstance(value, str) else type(value).__name__
-
-
-def _check_optimizer_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """An optimizer that holds no parameter of the model would train nothing."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    own = [id(parameter) for parameter in model.parameters()]
-    if own and held.isdisjoint(own):
-        raise InputError(
-            f"optimizer: expected the parameters of the model, got {len(held)} of which the model has none. "
-            "Make the optimizer after the model was changed: SGD(model.parameters(), lr=0.1)."
-        )
-
-
-def _check_may_be_empty(part: str, batches: Any, epoch: int) -> None:
-    once = isinstance(batches, Iterator)
-    if once or part == "train":
-        cure = "An iterator gives its batches once: give a list or a DataLoader." if once else "Look at the data set."
-        raise InputError(f"{part}: expected one batch or more, got none in epoch {epoch + 1}. {cure}")
-
-
-def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its step cannot do without a closure."""
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    return closure is not None and closure.default is closure.empty
-
-
-def check_loss(loss: Any, name: str) -> None:
-    """A loss is a tensor of one value.
-
-    Raises:
-        InputError: it is not; `name` says what of.
-    """
-    single = isinstance(loss, Tensor) and loss.numel() == 1
-    what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-    check(single, name, what, "a tensor of one value, such as the sum or mean of its parts")
-
-
-def _length(batches: Any) -> int | None:
-    try:
-        return len(batches)
-    except TypeError:  # also of a DataLoader, when its data set has no length
-        return None
+            try:
+                listener()
+            except Exception as error:
+                explain(error, listener, event, self)
+                raise

@@ -50,6 +50,20 @@ class SampleMean:
         self._flush()
         return self._total / self._samples if self._samples else float("nan")
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that was added."""
+        return {
+            "total": self._total,
+            "samples": self._samples,
+            "values": list(map(torch.as_tensor, self._values)),
+            "weights": list(self._weights),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._total, self._samples = state["total"], state["samples"]
+        self._values, self._weights = list(state["values"]), list(state["weights"])
+
     def _flush(self) -> None:
         if self._values:
             values = torch.stack([torch.as_tensor(value).reshape(()) for value in self._values]).tolist()
@@ -97,6 +111,17 @@ class MetricMean:
         """The mean so far; nan if nothing was added."""
         self._flush()
         return self._mean.value()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was added, also what is not computed yet."""
+        pooled = {"outputs": list(self._outputs), "targets": list(self._targets), "elements": self._elements}
+        return {"mean": self._mean.state_dict(), **pooled}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._mean.load_state_dict(state["mean"])
+        self._outputs, self._targets = list(state["outputs"]), list(state["targets"])
+        self._elements = state["elements"]
 
     def _flush(self) -> None:
         if self._outputs:
