@@ -1,13 +1,24 @@
 """Means over samples: every batch counts by its size, however the values are gathered."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from normlab.training.metrics import POOL, MetricMean, SampleMean, accuracy, mean_over_samples
+from normlab.errors import InputError
+from normlab.training.metrics import (
+    POOL,
+    MetricMean,
+    SampleMean,
+    accuracy,
+    dice,
+    mean_iou,
+    mean_of,
+    mean_over_samples,
+)
 
 SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=600)
 
@@ -104,3 +115,76 @@ def test_what_is_pooled_is_bounded():
     for batch in batches([POOL // 8] * 3, classes=8):
         mean.add(*batch)
     assert calls == [POOL // 8] * 3
+
+
+def some_maps(single: bool, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and classes; the second image has no foreground."""
+    generator = torch.Generator().manual_seed(seed)
+    classes = 1 if single else 4
+    targets = torch.randint(2 if single else 4, (5, 6, 7), generator=generator)
+    targets[1] = 0
+    return torch.randn(5, classes, 6, 7, generator=generator), targets
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(("ours", "theirs"), [(dice, "DiceMetric"), (mean_iou, "MeanIoU")])
+def test_overlap_is_monais(ours, theirs, background, single, seed):
+    metrics = pytest.importorskip("monai.metrics")
+    output, targets = some_maps(single, seed)
+    found = output[:, 0] > 0 if single else output.argmax(1)
+    one_hot = [torch.nn.functional.one_hot(part.long(), 2 if single else 4).movedim(-1, 1) for part in (found, targets)]
+    metric = getattr(metrics, theirs)(include_background=background, reduction="mean")
+    metric(*one_hot)
+    mean = MetricMean(partial(ours, background=background))
+    for part in (slice(0, 2), slice(2, 5)):
+        mean.add(output[part], targets[part])
+    assert mean.value() == pytest.approx(float(metric.aggregate()), abs=1e-6)
+    torch.testing.assert_close(ours(output, targets[:, None]), ours(output, targets), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("targets", [torch.zeros(5, 6), torch.zeros(5, 6, 7), torch.zeros(5, 7, 6, dtype=torch.long)])
+def test_targets_of_another_shape_or_kind_are_refused(targets):
+    with pytest.raises(InputError, match=r"targets='torch.* of .*whole numbers .* of \(5, 6, 7\)"):
+        dice(some_maps(False, 0)[0], targets)
+
+
+def test_objects_of_torchmetrics_and_monai_add_up_batches_themselves():
+    torchmetrics, metrics = pytest.importorskip("torchmetrics"), pytest.importorskip("monai.metrics")
+    data = batches([4, 4, 1])
+    ours, theirs = (
+        MetricMean(accuracy),
+        mean_of(torchmetrics.classification.MulticlassAccuracy(3, average="micro"), "a"),
+    )
+    f1 = metrics.ConfusionMatrixMetric(metric_name="f1 score", reduction="mean")
+    of_monai = mean_of(f1, "f1")
+    assert math.isnan(theirs.value())
+    for output, targets in data:
+        ours.add(output, targets)
+        theirs.add(output, targets)
+        hot = [torch.nn.functional.one_hot(part, 3) for part in (output.argmax(1), targets)]
+        of_monai.add(*hot)
+    assert theirs.value() == pytest.approx(ours.value(), abs=1e-6)
+    assert 0 < of_monai.value() < 1
+
+
+def test_the_state_of_a_metric_goes_on():
+    torchmetrics = pytest.importorskip("torchmetrics")
+    made = lambda: mean_of(torchmetrics.classification.MulticlassAccuracy(3, average="micro"), "a")  # noqa: E731
+    whole, before, after = made(), made(), made()
+    data = batches([4, 4, 1])
+    for number, batch in enumerate(data):
+        whole.add(*batch)
+        (before if number < 2 else after).add(*batch)
+        if number == 1:
+            after.load_state_dict(before.state_dict())
+    assert after.value() == whole.value()
+
+
+def test_several_figures_are_refused():
+    torchmetrics = pytest.importorskip("torchmetrics")
+    metric = mean_of(torchmetrics.classification.MulticlassAccuracy(3, average=None), "a")
+    metric.add(*batches([4])[0])
+    with pytest.raises(InputError, match=r"Metrics\(a=…\): figure='a tensor \(3,\)' is not usable"):
+        metric.value()

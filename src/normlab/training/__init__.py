@@ -13,7 +13,7 @@ from .callbacks import (
 from .checkpoint import Checkpoint, load_checkpoint
 from .events import EVENTS, Callback, CancelBatch, CancelEpoch, CancelTrain
 from .learner import Learner
-from .metrics import accuracy, mean_over_samples
+from .metrics import accuracy, dice, mean_iou, mean_over_samples
 from .progress import ShowProgress
 
 __all__ = [
@@ -34,6 +34,8 @@ __all__ = [
     "ToDevice",
     "TransformInputs",
     "accuracy",
+    "dice",
     "load_checkpoint",
+    "mean_iou",
     "mean_over_samples",
 ]

@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..errors import InputError, check, check_no_class, is_real, is_whole, unknown
 from .batches import call_each, count_samples
 from .events import Callback, CancelTrain
-from .metrics import Metric, MetricMean, SampleMean
+from .metrics import SampleMean, mean_of
 from .schedules import Schedule, check_schedule
 
 # Steps between two looks at the losses: each look makes a GPU wait.
@@ -26,13 +26,15 @@ class Metrics(Callback):
     `{"epoch": 1, "train": {"loss": …, "accuracy": …}, "valid": {…}, "seconds": …}`, every figure a mean over samples.
 
     Args:
-        **metrics: functions of output and targets, by name; see `mean_over_samples` for fast ones.
+        **metrics: by name. A function of output and targets gives a figure of the batch, or one of each sample, where
+            NaN is left out; see `mean_over_samples` for fast ones. An object as those of torchmetrics (`update`, `compute`, `reset`) or
+            MONAI (called, `aggregate`, `reset`) adds up the batches itself.
 
     Raises:
         InputError: a metric is no function, cannot take the model's output, or gives no single figure.
     """
 
-    def __init__(self, **metrics: Metric):
+    def __init__(self, **metrics: Any):
         for name, metric in metrics.items():
             fits = callable(metric) and not isinstance(metric, type)
             check(fits, f"Metrics({name}=…): metric", metric, "a function of output and targets")
@@ -100,7 +102,7 @@ class Metrics(Callback):
 
     def _begin_part(self, part: str) -> None:
         self._part, self._loss = part, SampleMean()
-        self._means = [MetricMean(metric, name) for name, metric in self.metrics.items()]
+        self._means = [mean_of(metric, name) for name, metric in self.metrics.items()]
 
     def _end_part(self) -> None:
         figures = {name: mean.value() for name, mean in zip(self.metrics, self._means, strict=True)}

@@ -1,12 +1,13 @@
 """Figures of an epoch: means over its samples, not over its batches."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, check
 from .batches import count_samples
 
 Metric = Callable[[Any, Any], Any]
@@ -25,6 +26,55 @@ def mean_over_samples(metric: Metric) -> Metric:
 def accuracy(output: Tensor, targets: Tensor) -> Tensor:
     """Share of samples whose largest output, along dimension 1, is that of the target class."""
     return (output.argmax(1) == targets).float().mean()
+
+
+def dice(output: Tensor, targets: Tensor, background: bool = False) -> Tensor:
+    """The Dice score of each image, 2|P∩T| / (|P| + |T|), the mean over the classes that its target has.
+
+    Args:
+        output: (N, K, *space), a score for each class; or (N, 1, *space), above 0 where the one class is predicted.
+        targets: (N, *space) or (N, 1, *space), the class of each position, whole numbers.
+        background: whether class 0 counts too.
+
+    Returns:
+        (N,); NaN for an image without a class that counts, which a mean leaves out.
+
+    Source: Dice 1945; as MONAI's `DiceMetric(include_background=False, reduction="mean")`.
+    """
+    both, predicted, true = _overlaps(output, targets, background)
+    return _mean_of_classes(2 * both / (predicted + true), true)
+
+
+def mean_iou(output: Tensor, targets: Tensor, background: bool = False) -> Tensor:
+    """The intersection over union of each image, |P∩T| / |P∪T|, the mean over the classes that its target has.
+
+    Arguments and what is returned as for `dice`.
+
+    Source: Jaccard 1912; as MONAI's `MeanIoU(include_background=False, reduction="mean")`.
+    """
+    both, predicted, true = _overlaps(output, targets, background)
+    return _mean_of_classes(both / (predicted + true - both), true)
+
+
+def _overlaps(output: Tensor, targets: Tensor, background: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """How many positions of each class, (N, K), are right, are predicted, and are true."""
+    if targets.dim() == output.dim():
+        targets = targets.squeeze(1)
+    single = output.shape[1] == 1
+    found, classes = (output[:, 0] > 0, 2) if single else (output.argmax(1), output.shape[1])
+    expected = (output.shape[0], *output.shape[2:])
+    fits = tuple(targets.shape) == expected and not targets.is_floating_point()
+    came = f"{targets.dtype} of {tuple(targets.shape)}"
+    check(fits, "targets", came, f"whole numbers (the class of each position) of {expected}")
+    one_hot = [torch.nn.functional.one_hot(part.flatten(1).long(), classes) for part in (found, targets)]
+    p, t = (part[..., 0 if background else 1 :].to(torch.float64) for part in one_hot)
+    return (p * t).sum(1), p.sum(1), t.sum(1)
+
+
+def _mean_of_classes(scores: Tensor, true: Tensor) -> Tensor:
+    there = true > 0
+    counts = there.sum(1)
+    return (torch.where(there, scores, 0).sum(1) / counts).float()
 
 
 class SampleMean:
@@ -95,9 +145,12 @@ class MetricMean:
             InputError: the metric cannot take the batch, or gives no single figure.
         """
         if not (self._pooled and isinstance(output, Tensor) and isinstance(targets, Tensor)):
-            self._mean.add(
-                self._figure(output, targets), count_samples(output, targets) if samples is None else samples
-            )
+            samples = count_samples(output, targets) if samples is None else samples
+            figure = self._figure(output, targets, samples)
+            if isinstance(figure, Tensor) and figure.dim():
+                there = figure[~figure.isnan()].double()
+                figure, samples = there.mean(), len(there)
+            self._mean.add(figure, samples)
             return
         if self._outputs and _sizes(output, targets) != _sizes(self._outputs[0], self._targets[0]):
             self._flush()  # images of another size cannot be joined with these
@@ -129,7 +182,7 @@ class MetricMean:
             self._mean.add(self.metric(torch.cat(self._outputs), targets), len(targets))
             self._outputs, self._targets, self._elements = [], [], 0
 
-    def _figure(self, output: Any, targets: Any) -> Any:
+    def _figure(self, output: Any, targets: Any, samples: int) -> Any:
         try:
             figure = self.metric(output, targets)
         except Exception as error:  # of the user's function, whatever it raises on a structure
@@ -141,12 +194,80 @@ class MetricMean:
                 f"Metrics({self.name}=lambda output, targets: metric(output[0], targets))."
             ) from error
         if isinstance(figure, Tensor):
-            single, what = figure.numel() == 1, f"a tensor {tuple(figure.shape)}"
+            figure = figure.reshape(()) if figure.numel() == 1 and samples != 1 else figure
+            single = figure.numel() == 1 or tuple(figure.shape) == (samples,)
+            what = f"a tensor {tuple(figure.shape)} of {samples} samples"
         else:
             single, what = hasattr(figure, "__float__"), type(figure).__name__
         if not single:
-            raise InputError(f"Metrics({self.name}=…): expected one figure of each batch, got {what}.")
+            raise InputError(f"Metrics({self.name}=…): expected one figure of each batch or sample, got {what}.")
         return figure
+
+
+class MetricOfBatches:
+    """The figure of a metric that adds up batches itself: with `update`, `compute` and `reset`, or MONAI's.
+
+    Args:
+        metric: an object as those of torchmetrics, or of MONAI, which has `aggregate` and is called.
+        name: for errors.
+    """
+
+    def __init__(self, metric: Any, name: str = "metric"):
+        self.metric, self.name = metric, name
+        self._update = metric if hasattr(metric, "aggregate") else metric.update
+        self._compute = metric.aggregate if hasattr(metric, "aggregate") else metric.compute
+        self._added = 0
+        metric.reset()
+        if hasattr(metric, "persistent"):  # torchmetrics keep no state for a checkpoint unless they are asked to
+            metric.persistent(True)
+
+    def add(self, output: Any, targets: Any, samples: int | None = None) -> None:
+        """Count a batch."""
+        self._update(output, targets)
+        self._added += 1
+
+    def value(self) -> Any:
+        """The figure so far; nan if nothing was added.
+
+        Raises:
+            InputError: it is not one.
+        """
+        if not self._added:
+            return float("nan")
+        figure: Any = self._compute()
+        figure = figure[0] if isinstance(figure, list | tuple) and len(figure) == 1 else figure
+        single = figure.numel() == 1 if isinstance(figure, Tensor) else hasattr(figure, "__float__")
+        what = f"a tensor {tuple(figure.shape)}" if isinstance(figure, Tensor) else type(figure).__name__
+        check(single, f"Metrics({self.name}=…): figure", what, "one figure", 'Give it reduction="mean", or a function.')
+        return float(figure)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was added, if the metric can say it."""
+        state = self.metric.state_dict() if hasattr(self.metric, "state_dict") else {}
+        return {"metric": dict(state), "added": self._added}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        if state["metric"]:
+            self.metric.load_state_dict(state["metric"])
+            self._added = state["added"]
+        elif state["added"]:
+            warnings.warn(
+                f"Metrics({self.name}=…): {type(self.metric).__name__} keeps no state. Its figure of this epoch is "
+                f"over the batches from here on; {state['added']} were before.",
+                stacklevel=2,
+            )
+
+
+def mean_of(metric: Any, name: str) -> MetricMean | MetricOfBatches:
+    """What gathers a metric over batches: a function's mean over samples, or the object's own."""
+    return MetricOfBatches(metric, name) if _adds_up_itself(metric) else MetricMean(metric, name)
+
+
+def _adds_up_itself(metric: Any) -> bool:
+    return hasattr(metric, "reset") and (
+        hasattr(metric, "aggregate") or (hasattr(metric, "update") and hasattr(metric, "compute"))
+    )
 
 
 def _sizes(output: Tensor, targets: Tensor) -> tuple[torch.Size, torch.Size]:
