@@ -27,8 +27,8 @@ class Metrics(Callback):
 
     Args:
         **metrics: by name. A function of output and targets gives a figure of the batch, or one of each sample, where
-            NaN is left out; see `mean_over_samples` for fast ones. An object as those of torchmetrics (`update`, `compute`, `reset`) or
-            MONAI (called, `aggregate`, `reset`) adds up the batches itself.
+            NaN is left out; see `mean_over_samples` for fast ones. An object as those of torchmetrics (`update`,
+            `compute`, `reset`) or MONAI (called, `aggregate`, `reset`) adds up the batches itself.
 
     Raises:
         InputError: a metric is no function, cannot take the model's output, or gives no single figure.

@@ -237,13 +237,14 @@ class Learner:
             self.precision.scaled(loss).backward()
         self.loss, self.output = self.loss.detach(), call_each(self.output, "detach")
 
-    def _count(self) -> int:
-        """The weight of this batch in the gradient: its samples, where several batches make a step."""
+    def _count(self) -> float:
+        """The weight of this batch in the gradient of a step: its samples over those of the step's first batch."""
         if self.accumulate == 1:
             return 1
         samples = count_samples(self.inputs, self.targets)
+        self._unit = self._unit or samples
         self._samples += samples
-        return samples
+        return samples / self._unit
 
     def _is_due(self) -> bool:
         """Whether this batch ends a step: it is the last of its group, or of the epoch."""
@@ -270,8 +271,8 @@ class Learner:
             for group in self.optimizer.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
-                        parameter.grad.div_(max(self._samples, 1))
-            self._samples = 0
+                        parameter.grad.mul_(self._unit / self._samples)
+            self._samples, self._unit = 0, 0
         self.precision.unscale(self.optimizer)
 
     def _evaluations(self) -> Callable[[], float]:
@@ -304,7 +305,7 @@ class Learner:
         self.output: Any = None
         self.loss: Any = None
         self.history: list[dict[str, Any]] = []
-        self._samples, self._whole = 0, False
+        self._samples, self._unit, self._whole = 0, 0, False
 
     def _listen(self) -> None:
         """Collect the callbacks' methods by event, once a fit: the loop then calls only what is there."""

@@ -33,7 +33,7 @@ def state_of(learner: "Learner") -> dict[str, Any]:
         "model": learner.model.state_dict(),
         "buffers": _other_buffers(learner.model),
         "gradients": {name: part.grad for name, part in learner.model.named_parameters() if part.grad is not None},
-        "samples": learner._samples,
+        "samples": [learner._samples, learner._unit],
         "optimizers": [optimizer.state_dict() for optimizer in learner.optimizers],
         "precision": learner.precision.state_dict(),
         "callbacks": [[type(one).__name__, one.state_dict()] for one in _with_state(learner)],
@@ -85,7 +85,8 @@ class Resumed:
         done = state["batches"]
         if not done:
             return 0, learner._begin(batches)
-        learner._samples, learner._random_before = state["samples"], state["random_before"]
+        learner._samples, learner._unit = state["samples"]
+        learner._random_before = state["random_before"]
         for name, part in learner.model.named_parameters():
             part.grad = state["gradients"].get(name)
         _load_data_state(learner.valid, state["data"]["valid"])
