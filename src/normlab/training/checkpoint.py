@@ -140,9 +140,7 @@ def _checked(content: bytes, path: Path) -> bytes:
     if not content.startswith(HEAD[:19]):
         raise _refused(path, "it is no checkpoint of normlab's")
     if not content.startswith(HEAD):
-        raise _refused(
-            path, f"its format is {content[:40].splitlines()[0].decode(errors='replace')!r}, another version's"
-        )
+        raise _refused(path, f"its format is {content[:40].splitlines()[0]!r}, that of another version")
     start = len(HEAD) + DIGITS + 1
     found = content[start:]
     if content[len(HEAD) : start] != hashlib.sha256(found).hexdigest().encode() + b"\n":

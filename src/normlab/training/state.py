@@ -23,10 +23,11 @@ def state_of(learner: "Learner") -> dict[str, Any]:
 
     The tensors of model and optimizer are those in use: save or copy the state before training goes on.
     """
-    in_epoch = learner.training and learner._whole  # else its validation is over
+    begun = hasattr(learner, "_random_before")
+    in_epoch = begun and learner.training  # else its validation is over
     return {
         "version": VERSION,
-        "epoch": learner.epoch if in_epoch else learner.epoch + 1,
+        "epoch": learner.epoch if in_epoch or not begun else learner.epoch + 1,
         "batches": learner.batch + 1 if in_epoch else 0,
         "step": learner.step,
         "history": learner.history,
@@ -36,7 +37,7 @@ def state_of(learner: "Learner") -> dict[str, Any]:
         "samples": [learner._samples, learner._unit],
         "optimizers": [optimizer.state_dict() for optimizer in learner.optimizers],
         "precision": learner.precision.state_dict(),
-        "callbacks": [[type(one).__name__, one.state_dict()] for one in _with_state(learner)],
+        "callbacks": [[type(one).__name__, one.state_dict()] for one in _with_state(learner)] if begun else [],
         "data": {part: _data_state(getattr(learner, part)) for part in PARTS},
         "random": random_state(learner),
         "random_before": learner._random_before if in_epoch else None,
@@ -109,6 +110,8 @@ class Resumed:
 
     def _load_callbacks(self) -> None:
         own, saved = _with_state(self.learner), self.state["callbacks"]
+        if not self.state["step"] and not saved:  # of a learner that did not begin
+            return
         names, expected = [type(one).__name__ for one in own], [name for name, _ in saved]
         check(names == expected, "callbacks", ", ".join(names), f"those of the saved state: {', '.join(expected)}")
         for one, (_, value) in zip(own, saved, strict=True):
