@@ -2,11 +2,9 @@
 
 from .callbacks import (
     ClipGradients,
-    FindLearningRate,
     Metrics,
     Recorder,
     ScheduleParameter,
-    StopWhenDiverged,
     ToDevice,
     TransformInputs,
 )
@@ -15,6 +13,8 @@ from .events import EVENTS, Callback, CancelBatch, CancelEpoch, CancelTrain
 from .learner import Learner
 from .metrics import accuracy, dice, mean_iou, mean_over_samples
 from .progress import ShowProgress
+from .stopping import StopWhenDiverged
+from .trials import FindLearningRate
 
 __all__ = [
     "EVENTS",
