@@ -12,6 +12,7 @@ from normlab.training import (
     Callback,
     CancelBatch,
     CancelEpoch,
+    ChannelsLast,
     ClipGradients,
     Learner,
     Metrics,
@@ -180,7 +181,7 @@ def test_an_unknown_hyperparameter_is_refused():
     assert "params" not in str(error.value)
 
 
-# --- ToDevice, TransformInputs, ClipGradients -----------------------------------------------------------------------
+# --- ToDevice, ChannelsLast, TransformInputs, ClipGradients ---------------------------------------------------------
 
 
 def test_to_device_moves_model_and_batches():
@@ -196,6 +197,37 @@ def test_inputs_are_transformed_in_both_parts_after_the_other_callbacks():
     sizes = [4, 4, 3, 4, 3]
     assert before.seen == [((n, 5), n) for n in sizes]
     assert after.seen == [((n, 1, 5), n) for n in sizes]
+
+
+def test_channels_last_changes_the_layout_alone():
+    layouts = sees(lambda it: it.inputs.is_contiguous(memory_format=torch.channels_last), order=4)
+    x, y = torch.randn(6, 3, 5, 5), torch.randint(2, (6,))
+    outputs = []
+    for callbacks in ([], [ChannelsLast(), layouts]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        Learner(model, [(x, y)], optimizer=optimizer, callbacks=callbacks).fit(3)
+        outputs.append(model(x))
+    assert layouts.seen == [True] * 3
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(outputs[1], outputs[0])
+
+
+def test_channels_last_looks_into_structures_and_knows_volumes():
+    look = sees(lambda it: it.inputs, order=4)
+    parts = {"image": torch.randn(2, 3, 4, 5), "more": [torch.randn(2, 3, 4, 5, 6), torch.randn(2, 3), "name"]}
+    model = nn.Conv3d(3, 1, 1)
+
+    def step(batch, model):
+        return model(batch["more"][0]).sum(), None
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Learner(model, [parts], step_func=step, optimizer=optimizer, callbacks=[ChannelsLast(), look]).fit(1)
+    assert look.seen[0]["image"].is_contiguous(memory_format=torch.channels_last)
+    assert look.seen[0]["more"][0].is_contiguous(memory_format=torch.channels_last_3d)
+    assert look.seen[0]["more"][1] is parts["more"][1]
+    assert model.weight.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def gradient(learner: Learner) -> torch.Tensor:

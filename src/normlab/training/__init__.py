@@ -1,6 +1,7 @@
 """The learner: one loop, ordered callbacks, schedules, metrics over samples; it trains any module."""
 
 from .callbacks import (
+    ChannelsLast,
     ClipGradients,
     Metrics,
     Recorder,
@@ -14,7 +15,7 @@ from .learner import Learner
 from .metrics import accuracy, dice, mean_iou, mean_over_samples
 from .progress import ShowProgress
 from .stopping import StopWhenDiverged
-from .trials import FindLearningRate
+from .trials import FindLearningRate, Overfit, overfit_one_batch
 
 __all__ = [
     "EVENTS",
@@ -22,11 +23,13 @@ __all__ = [
     "CancelBatch",
     "CancelEpoch",
     "CancelTrain",
+    "ChannelsLast",
     "Checkpoint",
     "ClipGradients",
     "FindLearningRate",
     "Learner",
     "Metrics",
+    "Overfit",
     "Recorder",
     "ScheduleParameter",
     "ShowProgress",
@@ -38,4 +41,5 @@ __all__ = [
     "load_checkpoint",
     "mean_iou",
     "mean_over_samples",
+    "overfit_one_batch",
 ]

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map_only
 
 from ..errors import InputError, check, check_no_class, is_real, unknown
 from .batches import call_each, count_samples
@@ -200,6 +202,29 @@ class ToDevice(Callback):
         learner = self.learner
         learner.inputs = call_each(learner.inputs, "to", self.device, non_blocking=True)
         learner.targets = call_each(learner.targets, "to", self.device, non_blocking=True)
+
+
+class ChannelsLast(Callback):
+    """Lays images out with the channels last, in the model at the beginning and in the inputs of each batch.
+
+    Convolutions are then faster on many devices. It concerns tensors (N, C, H, W) and (N, C, D, H, W); their values
+    and shapes stay.
+    """
+
+    order = 3  # after what changes the inputs
+
+    def begin_fit(self) -> None:
+        for part in self.learner.model.parameters():
+            if not is_lazy(part):
+                part.data = _channels_last(part.data)
+
+    def begin_batch(self) -> None:
+        self.learner.inputs = tree_map_only(Tensor, _channels_last, self.learner.inputs)
+
+
+def _channels_last(part: Tensor) -> Tensor:
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(part.dim())
+    return part if layout is None else part.contiguous(memory_format=layout)
 
 
 class TransformInputs(Callback):

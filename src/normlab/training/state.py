@@ -38,7 +38,7 @@ def state_of(learner: "Learner") -> dict[str, Any]:
         "optimizers": [optimizer.state_dict() for optimizer in learner.optimizers],
         "precision": learner.precision.state_dict(),
         "callbacks": [[type(one).__name__, one.state_dict()] for one in _with_state(learner)] if begun else [],
-        "data": {part: _data_state(getattr(learner, part)) for part in PARTS},
+        "data": {part: data_state(getattr(learner, part)) for part in PARTS},
         "random": random_state(learner),
         "random_before": learner._random_before if in_epoch else None,
     }
@@ -75,7 +75,7 @@ class Resumed:
         learner.step, learner.history = state["step"], list(state["history"])
         if not state["batches"]:
             for part in PARTS:
-                _load_data_state(getattr(learner, part), state["data"][part])
+                load_data_state(getattr(learner, part), state["data"][part])
             self._load_callbacks()
             set_random_state(learner, state["random"])
         return state["epoch"]
@@ -90,9 +90,9 @@ class Resumed:
         learner._random_before = state["random_before"]
         for name, part in learner.model.named_parameters():
             part.grad = state["gradients"].get(name)
-        _load_data_state(learner.valid, state["data"]["valid"])
+        load_data_state(learner.valid, state["data"]["valid"])
         if _keeps_its_place(batches):
-            _load_data_state(batches, state["data"]["train"])
+            load_data_state(batches, state["data"]["train"])
             rest = iter(batches)
         else:
             warnings.warn(
@@ -160,11 +160,13 @@ def _keeps_its_place(batches: Any) -> bool:
     return hasattr(batches, "state_dict") and hasattr(batches, "load_state_dict")
 
 
-def _data_state(batches: Any) -> Any:
+def data_state(batches: Any) -> Any:
+    """The place in the data, of batches that can say it; else None."""
     return batches.state_dict() if _keeps_its_place(batches) else None
 
 
-def _load_data_state(batches: Any, state: Any) -> None:
+def load_data_state(batches: Any, state: Any) -> None:
+    """Go to a place that `data_state` gave."""
     if state is not None:
         check(_keeps_its_place(batches), "train or valid", type(batches).__name__, "batches as in the saved state")
         batches.load_state_dict(state)
