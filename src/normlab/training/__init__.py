@@ -14,7 +14,7 @@ from .events import EVENTS, Callback, CancelBatch, CancelEpoch, CancelTrain
 from .learner import Learner
 from .metrics import accuracy, dice, mean_iou, mean_over_samples
 from .progress import ShowProgress
-from .stopping import StopWhenDiverged
+from .stopping import EarlyStopping, StopAtNonFinite, StopWhenDiverged
 from .trials import FindLearningRate, Overfit, overfit_one_batch
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "ChannelsLast",
     "Checkpoint",
     "ClipGradients",
+    "EarlyStopping",
     "FindLearningRate",
     "Learner",
     "Metrics",
@@ -33,6 +34,7 @@ __all__ = [
     "Recorder",
     "ScheduleParameter",
     "ShowProgress",
+    "StopAtNonFinite",
     "StopWhenDiverged",
     "ToDevice",
     "TransformInputs",
