@@ -11,6 +11,7 @@ from .callbacks import (
 )
 from .checkpoint import Checkpoint, load_checkpoint
 from .events import EVENTS, Callback, CancelBatch, CancelEpoch, CancelTrain
+from .groups import parameter_groups
 from .learner import Learner
 from .metrics import accuracy, dice, mean_iou, mean_over_samples
 from .progress import ShowProgress
@@ -44,4 +45,5 @@ __all__ = [
     "mean_iou",
     "mean_over_samples",
     "overfit_one_batch",
+    "parameter_groups",
 ]
