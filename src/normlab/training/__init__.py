@@ -14,6 +14,7 @@ from .events import EVENTS, Callback, CancelBatch, CancelEpoch, CancelTrain
 from .groups import parameter_groups
 from .learner import Learner
 from .metrics import accuracy, dice, mean_iou, mean_over_samples
+from .profiling import Profile
 from .progress import ShowProgress
 from .stopping import EarlyStopping, StopAtNonFinite, StopWhenDiverged
 from .trials import FindLearningRate, Overfit, overfit_one_batch
@@ -32,6 +33,7 @@ __all__ = [
     "Learner",
     "Metrics",
     "Overfit",
+    "Profile",
     "Recorder",
     "ScheduleParameter",
     "ShowProgress",
