@@ -1,5 +1,6 @@
 """The learner: one loop, ordered callbacks, schedules, metrics over samples; it trains any module."""
 
+from .averaging import EMA
 from .callbacks import (
     ChannelsLast,
     ClipGradients,
@@ -20,6 +21,7 @@ from .stopping import EarlyStopping, StopAtNonFinite, StopWhenDiverged
 from .trials import FindLearningRate, Overfit, overfit_one_batch
 
 __all__ = [
+    "EMA",
     "EVENTS",
     "Callback",
     "CancelBatch",
