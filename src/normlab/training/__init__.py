@@ -14,6 +14,7 @@ from .checkpoint import Checkpoint, load_checkpoint
 from .events import EVENTS, Callback, CancelBatch, CancelEpoch, CancelTrain
 from .groups import parameter_groups
 from .learner import Learner
+from .logs import LogCSV, LogJSON, LogTensorBoard, LogWandb
 from .metrics import accuracy, dice, mean_iou, mean_over_samples
 from .profiling import Profile
 from .progress import ShowProgress
@@ -33,6 +34,10 @@ __all__ = [
     "EarlyStopping",
     "FindLearningRate",
     "Learner",
+    "LogCSV",
+    "LogJSON",
+    "LogTensorBoard",
+    "LogWandb",
     "Metrics",
     "Overfit",
     "Profile",
