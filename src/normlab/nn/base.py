@@ -267,6 +267,7 @@ class RunningStatistics(PreciseStatistics, _NormBase):
     accepted_dims: tuple[int, ...] = (4,)  # of a tensor
     averages = False  # whether `momentum` is what it is in torch's batch norm
     needs_statistics = True
+    of_gradients: tuple[str, ...] = ()  # buffers that are averages of gradients
     _of_last_batch: Any = None  # see `once`
 
     def __init__(
@@ -358,6 +359,11 @@ class RunningStatistics(PreciseStatistics, _NormBase):
         values = averaged(kept, (mean.detach().flatten(), var.detach().flatten()), n, self._share())
         updates = [(buffer, value) for buffer, value in zip(kept, values, strict=True) if buffer is not None]
         self._keep(*updates, (self.num_batches_tracked, self.num_batches_tracked + (n > 0)))
+
+    def rescale_gradients(self, factor: float) -> None:
+        """Call it when all gradients are `factor` times as large from now on, as when a loss scale changes."""
+        for name in self.of_gradients:
+            self.get_buffer(name).mul_(factor)
 
     def reset_running_stats(self) -> None:
         """Forget every batch."""

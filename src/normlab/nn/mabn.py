@@ -46,6 +46,8 @@ class MovingAverageBatchNorm(RunningStatistics):
         self.correction_iters, self.max_correction = correction_iters, max_correction
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
 
+    of_gradients = ("recent_products",)
+
     def first_state(self) -> dict[str, Tensor]:
         moments, products = (torch.zeros(self.buffer_size, self.num_features) for _ in range(2))
         counted = torch.zeros((), dtype=torch.long)

@@ -42,6 +42,8 @@ class OnlineNorm(RunningStatistics):
         self.backward_momentum, self.guard = backward_momentum, guard
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
 
+    of_gradients = ("error_product", "error_mean")
+
     def first_state(self) -> dict[str, Tensor]:
         return {name: torch.zeros(self.num_features) for name in ("error_product", "error_mean")}
 

@@ -1,5 +1,6 @@
 """Running batch norm: trains at batch one and two, with the statistics that evaluation will use."""
 
+import math
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class RunningBatchNorm(RunningStatistics):
 
     _checks_memory = True
     _state_type = State
+    of_gradients = ("gradient_average", "gradient_latest", "parameters_gradient")
     momentum: float
     share: Tensor
     innovation: Tensor
@@ -60,6 +62,12 @@ class RunningBatchNorm(RunningStatistics):
     def first_state(self) -> dict[str, Tensor]:
         state = State.empty(self.num_features)._asdict()
         return {name: state[name] for name in State._fields[3:]}
+
+    def rescale_gradients(self, factor: float) -> None:
+        """As the template's; the measured learning rate is for one of the gradients as they come."""
+        super().rescale_gradients(factor)
+        self.log_learning_rate.sub_(math.log(factor))
+        self.step_length.div_(factor)
 
     def settled_state(self) -> dict[str, Tensor]:
         return {"share": torch.tensor(SETTLED_SHARE)}

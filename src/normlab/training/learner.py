@@ -145,6 +145,7 @@ class Learner:
         except CancelTrain:
             self._emit("after_cancel_train")
         finally:
+            self.precision.end(self.model)
             self._emit("after_fit")
         return self.history
 

@@ -28,6 +28,7 @@ class Precision:
         self.name, self.dtype = name, DTYPES[name]
         self._scaler: torch.amp.GradScaler | None = None
         self._buffers: list[Tensor] | None = None  # before the batches of this step
+        self._scales = False  # whether norms remember gradients with the scale
 
     def autocast(self, model: nn.Module) -> AbstractContextManager[Any]:
         """In which the forward pass runs."""
@@ -37,6 +38,9 @@ class Precision:
         if self.dtype is torch.float16 and model.training:
             if self._scaler is None:
                 self._scaler = torch.amp.GradScaler(device)
+            if not self._scales:
+                self._scales = True
+                _rescale_norms(model, self._scaler.get_scale())
             if self._buffers is None:
                 self._buffers = [buffer.clone() for buffer in model.buffers()]
         return torch.autocast(device, self.dtype)
@@ -60,18 +64,25 @@ class Precision:
         self._scaler.step(optimizer)
         self._scaler.update()
         before, self._buffers = self._buffers, None
-        if self._scaler.get_scale() >= scale:
-            return True
-        with torch.no_grad():
+        stepped = self._scaler.get_scale() >= scale
+        if not stepped:
             for buffer, value in zip(model.buffers(), before or (), strict=True):
                 buffer.copy_(value)
-        return False
+        _rescale_norms(model, self._scaler.get_scale() / scale)
+        return stepped
+
+    def end(self, model: nn.Module) -> None:
+        """After a fit: norms remember gradients without the scale."""
+        self._buffers = None
+        if self._scales and self._scaler is not None:
+            self._scales = False
+            _rescale_norms(model, 1 / self._scaler.get_scale())
 
     def state_dict(self) -> dict[str, Any]:
         """The loss scale, and buffers from before a step that is not made yet."""
         state: dict[str, Any] = {"precision": self.name}
         if self._scaler is not None:
-            state["scaler"] = self._scaler.state_dict()
+            state["scaler"], state["scales"] = self._scaler.state_dict(), self._scales
         if self._buffers is not None:
             state["buffers"] = [buffer.clone() for buffer in self._buffers]
         return state
@@ -86,4 +97,13 @@ class Precision:
         if "scaler" in state:
             self._scaler = torch.amp.GradScaler(device)
             self._scaler.load_state_dict(state["scaler"])
+            self._scales = state["scales"]
         self._buffers = state.get("buffers")
+
+
+def _rescale_norms(model: nn.Module, factor: float) -> None:
+    """Norms that remember gradients see those of the scaled loss."""
+    for module in model.modules() if factor != 1 else ():
+        rescale = getattr(module, "rescale_gradients", None)
+        if rescale is not None:
+            rescale(factor)
