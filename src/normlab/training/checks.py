@@ -43,6 +43,7 @@ def listed_optimizers(optimizer: Any, step_func: Any) -> list[torch.optim.Optimi
 
 
 def kind_of(value: Any) -> str:
+    """What an error calls a value: a text itself, else its class."""
     return value if isinstance(value, str) else type(value).__name__
 
 
