@@ -1,6 +1,10 @@
 """What makes a step: several batches, a function of one's own, several optimizers."""
 
+import re
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,3 +225,20 @@ def test_an_error_names_callback_and_event():
     with pytest.raises(KeyError) as caught:
         trained(8, Breaks())
     assert caught.value.__notes__ == ["In the callback's Breaks.after_loss, epoch 1, batch 1."]
+
+
+# --- the example ------------------------------------------------------------------------------------------------------
+
+
+def test_the_example_trains_a_net_of_monai_and_goes_on_where_it_was(tmp_path):
+    pytest.importorskip("monai")
+    script = Path(__file__).parents[2] / "examples" / "train.py"
+    outs = []
+    for _ in range(2):
+        run = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        outs.append(run.stdout)
+    scores = [float(found) for found in re.findall(r"valid: loss [\d.]+, dice ([\d.]+)", outs[0])]
+    assert len(scores) == 6
+    assert scores[-1] > 0.95
+    assert outs[1] == "goes on from run/last.ckpt\n"
