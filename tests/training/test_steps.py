@@ -12,14 +12,18 @@ from torch import nn
 
 from normlab.data import TensorBatches
 from normlab.errors import InputError
+from normlab.observe import ActivationStats
 from normlab.training import (
+    EMA,
     Callback,
     CancelBatch,
     CancelEpoch,
     CancelTrain,
     ClipGradients,
+    EarlyStopping,
     Learner,
     Metrics,
+    Recorder,
     accuracy,
 )
 from normlab.training.events import CANCELLED_IN, EVENTS
@@ -225,6 +229,30 @@ def test_an_error_names_callback_and_event():
     with pytest.raises(KeyError) as caught:
         trained(8, Breaks())
     assert caught.value.__notes__ == ["In the callback's Breaks.after_loss, epoch 1, batch 1."]
+
+
+@pytest.mark.parametrize("event", [event for event in EVENTS if "cancel" not in event])
+@pytest.mark.parametrize("order", [-5, 5])
+def test_after_an_error_learner_and_callbacks_can_be_used_again(order, event):
+    class Breaks(Callback):
+        broken = False
+
+        def break_it(self):
+            if not self.broken:
+                self.broken = True
+                raise RuntimeError("broken")
+
+    Breaks.order = order
+    setattr(Breaks, event, Breaks.break_it)
+    model = net().float()
+    images, targets = data()
+    callbacks = [ActivationStats(model, every=1), Metrics(accuracy=accuracy), Recorder(), EMA(0.9), Breaks()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pairs = [(images.float(), targets)] * 2
+    learner = Learner(model, pairs, pairs, optimizer=optimizer, callbacks=[*callbacks, EarlyStopping()])
+    with pytest.raises(RuntimeError, match="broken"):
+        learner.fit(1)
+    assert len(learner.fit(1)) == 1
 
 
 # --- the example ------------------------------------------------------------------------------------------------------

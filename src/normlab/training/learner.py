@@ -1,6 +1,7 @@
 """The training loop."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from operator import attrgetter
 from typing import Any
 
@@ -146,7 +147,9 @@ class Learner:
             self._emit("after_cancel_train")
         finally:
             self.precision.end(self.model)
-            self._emit("after_fit")
+            with ExitStack() as each:  # every callback is told, whatever others raise
+                for listener in reversed(self._listeners["after_fit"]):
+                    each.callback(self._tell, listener, "after_fit")
         return self.history
 
     def _fit_epoch(self, resumed: Resumed | None) -> None:
@@ -320,8 +323,11 @@ class Learner:
 
     def _emit(self, event: str) -> None:
         for listener in self._listeners[event]:
-            try:
-                listener()
-            except Exception as error:
-                explain(error, listener, event, self)
-                raise
+            self._tell(listener, event)
+
+    def _tell(self, listener: Callable[[], None], event: str) -> None:
+        try:
+            listener()
+        except Exception as error:
+            explain(error, listener, event, self)
+            raise
