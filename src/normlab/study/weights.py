@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..choice import plain_name
 from ..errors import InputError, check
 from ..files import write_whole
-from ..surgery import card, check_card
-from ..surgery._card import CARD
+from ..surgery import check_card
+from ..surgery._card import CARD, with_card
 
 # Under which keys training scripts keep the state of a model, the likeliest first.
 STATE_KEYS = (
@@ -51,8 +51,7 @@ class Saved(NamedTuple):
 
 def save_weights(model: nn.Module, path: Path, run: str) -> None:
     """Write the state of a model as `.safetensors`, with its norm card and the key of its trial as metadata."""
-    state = {name: part.contiguous() for name, part in model.state_dict().items()}
-    write_whole(path, save(state, metadata={CARD: json.dumps(card(model)), RUN: run}))
+    write_whole(path, with_card(model, {RUN: run}))
 
 
 def load_weights(model: nn.Module, path: Path) -> list[str]:

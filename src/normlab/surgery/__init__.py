@@ -6,15 +6,19 @@ from ._fold import fold
 from ._freeze import freeze, unfreeze
 from ._recalibrate import recalibrate
 from ._sync import sync, unsync
+from .callbacks import FreezeNorms, Recalibrate, SaveBest
 from .effect import kept_statistics
 from .modules import is_norm
 from .operation import Operation
 from .report import Report, Row
 
 __all__ = [
+    "FreezeNorms",
     "Operation",
+    "Recalibrate",
     "Report",
     "Row",
+    "SaveBest",
     "card",
     "check_card",
     "convert",

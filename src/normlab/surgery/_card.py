@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -39,6 +40,14 @@ def card(model: nn.Module) -> Card:
         model: any module.
     """
     return {"norms": _entries(model)}
+
+
+def with_card(model: nn.Module, metadata: Mapping[str, str]) -> bytes:
+    """The state of a model as `.safetensors`, with its norm card and this metadata. Tied weights are there twice."""
+    state = {
+        name: part.detach().clone(memory_format=torch.contiguous_format) for name, part in model.state_dict().items()
+    }
+    return save(state, metadata={CARD: json.dumps(card(model)), **metadata})
 
 
 def check_card(model: nn.Module, card: Card | str) -> list[str]:

@@ -250,3 +250,7 @@ class ClipGradients(Callback):
 
     def begin_step(self) -> None:
         nn.utils.clip_grad_norm_(self.learner.model.parameters(), self.max_norm)
+
+
+# What makes of a batch that which the model is given.
+PREPARING = (ToDevice, ChannelsLast, TransformInputs)

@@ -49,7 +49,8 @@ class Callback:
 
     A callback that keeps something over batches, and wants to go on with it after a crash, has `state_dict()` and
     `load_state_dict(state)`. The state holds tensors, numbers, text, lists and dicts. It is loaded after `begin_fit`,
-    and after `begin_epoch` if it is from within an epoch.
+    and after `begin_epoch` if it is from within an epoch. One that changes the modules of a model has
+    `prepare_model(learner, state)` too, which makes that change before the saved weights are loaded.
     """
 
     order: ClassVar[int] = 0

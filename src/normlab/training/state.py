@@ -57,6 +57,9 @@ class Resumed:
         self.learner, self.state = learner, state
         optimizers = len(state["optimizers"])
         check(len(learner.optimizers) == optimizers, "optimizer", len(learner.optimizers), f"{optimizers}, as saved")
+        for one, (name, saved) in zip(_with_state(learner), state["callbacks"], strict=False):
+            if name == type(one).__name__ and hasattr(one, "prepare_model"):
+                one.prepare_model(learner, saved)
         try:
             learner.model.load_state_dict(state["model"])
             for optimizer, saved in zip(learner.optimizers, state["optimizers"], strict=True):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..errors import InputError, check, is_real, is_whole
-from .callbacks import ChannelsLast, ClipGradients, ToDevice, TransformInputs
+from .callbacks import PREPARING, ClipGradients
 from .events import Callback, CancelTrain
 from .state import PARTS, data_state, load_data_state, random_state, set_random_state
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .learner import Learner
 
 # What a trial keeps of a learner's callbacks: those that make of batches and gradients what training makes of them.
-KEPT = (ToDevice, ChannelsLast, TransformInputs, ClipGradients)
+KEPT = (*PREPARING, ClipGradients)
 
 
 class FindLearningRate(Callback):
