@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .health import diagnose, watch
-    from .surgery import card, check_card, convert, fold, freeze, is_norm, recalibrate, sync, unfreeze, unsync
+    from .surgery import card, check_card, convert, fold, freeze, is_norm, recalibrate, summary, sync, unfreeze, unsync
 
 __all__ = [
     "card",
@@ -16,6 +16,7 @@ __all__ = [
     "freeze",
     "is_norm",
     "recalibrate",
+    "summary",
     "sync",
     "unfreeze",
     "unsync",

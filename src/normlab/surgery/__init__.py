@@ -5,6 +5,7 @@ from ._convert import convert
 from ._fold import fold
 from ._freeze import freeze, unfreeze
 from ._recalibrate import recalibrate
+from ._summary import Summary, summary
 from ._sync import sync, unsync
 from .callbacks import FreezeNorms, Recalibrate, SaveBest
 from .effect import kept_statistics
@@ -19,6 +20,7 @@ __all__ = [
     "Report",
     "Row",
     "SaveBest",
+    "Summary",
     "card",
     "check_card",
     "convert",
@@ -27,6 +29,7 @@ __all__ = [
     "is_norm",
     "kept_statistics",
     "recalibrate",
+    "summary",
     "sync",
     "unfreeze",
     "unsync",
