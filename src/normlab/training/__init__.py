@@ -11,6 +11,7 @@ from .callbacks import (
     TransformInputs,
 )
 from .checkpoint import Checkpoint, load_checkpoint
+from .distributed import Distributed
 from .events import EVENTS, Callback, CancelBatch, CancelEpoch, CancelTrain
 from .groups import parameter_groups
 from .learner import Learner
@@ -31,6 +32,7 @@ __all__ = [
     "ChannelsLast",
     "Checkpoint",
     "ClipGradients",
+    "Distributed",
     "EarlyStopping",
     "FindLearningRate",
     "Learner",

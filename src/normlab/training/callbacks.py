@@ -72,7 +72,8 @@ class Metrics(Callback):
     def after_epoch(self) -> None:
         self._begin_row()
         self._end_part()
-        self.learner.history.append({**self._row, "seconds": time.perf_counter() - self._start})
+        seconds, processes = self.learner.ranks.sum(time.perf_counter() - self._start, 1)
+        self.learner.history.append({**self._row, "seconds": seconds / processes})
         self._row = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,8 +102,9 @@ class Metrics(Callback):
         self._means = [mean_of(metric, name) for name, metric in self.metrics.items()]
 
     def _end_part(self) -> None:
-        figures = {name: mean.value() for name, mean in zip(self.metrics, self._means, strict=True)}
-        self._row[self._part] = {"loss": self._loss.value(), **figures}
+        total = self.learner.ranks.sum
+        figures = {name: mean.value(total) for name, mean in zip(self.metrics, self._means, strict=True)}
+        self._row[self._part] = {"loss": self._loss.value(total), **figures}
 
 
 class Recorder(Callback):

@@ -74,12 +74,20 @@ class Checkpoint(Callback):
         self._save()
 
     def _is_due(self) -> bool:
-        after = self.batches is not None and (self.learner.batch + 1) % self.batches == 0
-        return after or (self.seconds is not None and time.monotonic() - self._last >= self.seconds)
+        if self.batches is not None and (self.learner.batch + 1) % self.batches == 0:
+            return True
+        if self.seconds is None:
+            return False
+        ranks = self.learner.ranks
+        passed = time.monotonic() - self._last >= self.seconds
+        return ranks.sum(passed and ranks.rank == 0) != [0]  # by the clock of the first process
 
     def _save(self) -> None:
+        ranks = self.learner.ranks
+        state = ranks.state_of(self.learner)
         try:
-            save_checkpoint(self.learner.state_dict(), self.path)
+            if ranks.rank == 0:
+                save_checkpoint(state, self.path)
         except OSError as error:
             warnings.warn(f"{self.path} could not be written: {error.strerror}. The one before is there.", stacklevel=2)
         self._last = time.monotonic()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import check, is_whole
-from .batches import call_each, count_samples, split_batch
+from .batches import call_each, split_batch
 from .checks import (
     check_loss,
     check_may_be_empty,
@@ -21,6 +21,7 @@ from .checks import (
     split_result,
 )
 from .compiled import CompiledGradients
+from .distributed import ALONE, Ranks
 from .events import EVENTS, CancelBatch, CancelEpoch, CancelTrain, Listener, check_callbacks, explain
 from .precision import Precision
 from .state import Resumed, random_state, state_of
@@ -38,6 +39,7 @@ class Learner:
         num_epochs, epoch   of this fit; the epoch counts from 0
         num_batches, batch  of this pass over the batches; the batch counts from 0
         step                steps of the optimizer in this fit
+        ranks               the processes that train together, see `Distributed`
         history             a dict an epoch, filled by callbacks
 
     Args:
@@ -96,6 +98,7 @@ class Learner:
         self._compiled = CompiledGradients() if compile else None
         self._steps = optimizer is not None and not isinstance(optimizer, list | tuple)  # else step_func does
         self._resumed: Resumed | None = None
+        self.ranks: Ranks = ALONE
         self._reset(0)
 
     @property
@@ -167,7 +170,7 @@ class Learner:
         self.batch = 0
         try:
             self._emit(beginning)
-            batches = getattr(self, part)  # not before: a callback may give others
+            batches = self.ranks.part(getattr(self, part))  # not before: a callback may give others
             self.num_batches = length(batches)
             first, rest = resumed.rest_of(batches) if resumed else (0, self._begin(batches))
             empty = first == 0
@@ -214,12 +217,12 @@ class Learner:
             self._compiled_pass(self._compiled)
             return
         if self.step_func is None:
-            self.output = self.model(self.inputs)
+            self.output = self.ranks.called(self)(self.inputs)
             self._emit("after_pred")
             self.loss = self.loss_func(self.output, self.targets)
             check_loss(self.loss, "loss_func's result")
         else:
-            self.loss, self.output, self.targets = split_result(self.step_func(self.inputs, self.model))
+            self.loss, self.output, self.targets = split_result(self.step_func(self.inputs, self.ranks.called(self)))
             check_loss(self.loss, "the loss of step_func's result")
             self._emit("after_pred")
         self._emit("after_loss")
@@ -244,11 +247,11 @@ class Learner:
     def _count(self) -> float:
         """The weight of this batch in the gradient of a step: its samples over those of the step's first batch."""
         if self.accumulate == 1:
-            return 1
-        samples = count_samples(self.inputs, self.targets)
+            return self.ranks.weight
+        samples = self.ranks.count_samples(self.inputs, self.targets)
         self._unit = self._unit or samples
         self._samples += samples
-        return samples / self._unit
+        return self.ranks.weight * samples / self._unit
 
     def _is_due(self) -> bool:
         """Whether this batch ends a step: it is the last of its group, or of the epoch."""

@@ -1,7 +1,7 @@
 """Figures of an epoch: means over its samples, not over its batches."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,15 @@ from ..errors import InputError, check
 from .batches import count_samples
 
 Metric = Callable[[Any, Any], Any]
+Total = Callable[..., Sequence[float]]
 
 # Elements of output that are pooled before a metric is computed once for all of them.
 POOL = 1 << 14
+
+
+def own(*values: float) -> Sequence[float]:
+    """The sums over all processes, where there is one."""
+    return values
 
 
 def mean_over_samples(metric: Metric) -> Metric:
@@ -95,10 +101,15 @@ class SampleMean:
         if len(self._values) == 256:
             self._flush()
 
-    def value(self) -> float:
-        """The mean so far; nan if nothing was added."""
+    def value(self, total: Total = own) -> float:
+        """The mean so far; nan if nothing was added.
+
+        Args:
+            total: the sums over all processes, of those of this one.
+        """
         self._flush()
-        return self._total / self._samples if self._samples else float("nan")
+        figures, samples = total(self._total, self._samples)
+        return figures / samples if samples else float("nan")
 
     def state_dict(self) -> dict[str, Any]:
         """All that was added."""
@@ -146,6 +157,8 @@ class MetricMean:
         """
         if not (self._pooled and isinstance(output, Tensor) and isinstance(targets, Tensor)):
             samples = count_samples(output, targets) if samples is None else samples
+            if samples == 0:  # the part of one of several processes
+                return
             figure = self._figure(output, targets, samples)
             if isinstance(figure, Tensor) and figure.dim():
                 there = figure[~figure.isnan()].double()
@@ -160,10 +173,10 @@ class MetricMean:
         if self._elements >= POOL or len(self._outputs) == 512:
             self._flush()
 
-    def value(self) -> float:
-        """The mean so far; nan if nothing was added."""
+    def value(self, total: Total = own) -> float:
+        """As that of `SampleMean`."""
         self._flush()
-        return self._mean.value()
+        return self._mean.value(total)
 
     def state_dict(self) -> dict[str, Any]:
         """All that was added, also what is not computed yet."""
@@ -226,8 +239,8 @@ class MetricOfBatches:
         self._update(output, targets)
         self._added += 1
 
-    def value(self) -> Any:
-        """The figure so far; nan if nothing was added.
+    def value(self, total: Total = own) -> Any:
+        """The figure so far; nan if nothing was added. The object itself puts those of several processes together.
 
         Raises:
             InputError: it is not one.

@@ -31,11 +31,13 @@ class ShowProgress(Callback):
         fits = console is None or isinstance(console, Console)
         check(fits, "ShowProgress: console", console, "a rich.console.Console", "Write Console(file=…).")
         self.console = console or Console()
+        self._out = self.console
         self._bar: Progress | None = None
 
     def begin_fit(self) -> None:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self._bar = Progress(*columns, console=self.console, transient=True) if self.console.is_terminal else None
+        self._out = self.console if self.learner.ranks.rank == 0 else Console(quiet=True)
+        self._bar = Progress(*columns, console=self._out, transient=True) if self._out.is_terminal else None
         if self._bar:
             self._task = self._bar.add_task("", total=None)
             self._bar.start()
@@ -57,7 +59,7 @@ class ShowProgress(Callback):
             self._next = now + BAR_SECONDS
         else:
             total = f" of {learner.num_batches}" if learner.num_batches else ""
-            self.console.print(
+            self._out.print(
                 f"{self._part}: batch {learner.batch + 1}{total}, loss {float(learner.loss):.4f}", soft_wrap=True
             )
             self._next = now + LINE_SECONDS
@@ -70,9 +72,7 @@ class ShowProgress(Callback):
                 for part in ("train", "valid")
                 if part in row
             )
-            self.console.print(
-                f"epoch {row['epoch']}  {parts}  ({row['seconds']:.1f} s)", highlight=False, soft_wrap=True
-            )
+            self._out.print(f"epoch {row['epoch']}  {parts}  ({row['seconds']:.1f} s)", highlight=False, soft_wrap=True)
 
     def after_fit(self) -> None:
         if self._bar:

@@ -66,21 +66,20 @@ class Resumed:
                 optimizer.load_state_dict(saved)
         except (RuntimeError, ValueError, KeyError) as error:
             raise InputError(f"state: it was saved from another model or optimizer. {error}") from error
-        buffers = dict(learner.model.named_buffers())
-        for name, value in state["buffers"].items():
-            buffers[name].copy_(value)
-        device = next((part.device.type for part in learner.model.parameters()), "cpu")
-        learner.precision.load_state_dict(state["precision"], device)
+        self._load_own()
 
     def begin(self) -> int:
         """After `begin_fit`: the counts are as they were. Returns the epoch to begin with."""
+        self.state = self.learner.ranks.own_state(self.state)
+        self._load_own()
         learner, state = self.learner, self.state
         learner.step, learner.history = state["step"], list(state["history"])
         if not state["batches"]:
             for part in PARTS:
                 load_data_state(getattr(learner, part), state["data"][part])
             self._load_callbacks()
-            set_random_state(learner, state["random"])
+            if state["random"]:
+                set_random_state(learner, state["random"])
         return state["epoch"]
 
     def rest_of(self, batches: Iterable[Any]) -> tuple[int, Iterator[Any]]:
@@ -110,6 +109,14 @@ class Resumed:
         self._load_callbacks()
         set_random_state(learner, state["random"], generators=_keeps_its_place(batches))
         return done, rest
+
+    def _load_own(self) -> None:
+        learner, state = self.learner, self.state
+        buffers = dict(learner.model.named_buffers())
+        for name, value in state["buffers"].items():
+            buffers[name].copy_(value)
+        device = next((part.device.type for part in learner.model.parameters()), "cpu")
+        learner.precision.load_state_dict(state["precision"], device)
 
     def _load_callbacks(self) -> None:
         own, saved = _with_state(self.learner), self.state["callbacks"]

@@ -1,0 +1,237 @@
+"""Fits in several processes, which the tests compare with one; and some that are killed.
+
+python tests/training/several.py FOLDER 10    # kills: how long the others lived, and whether the fit goes on
+"""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, TensorDataset
+
+from normlab.data import TensorBatches
+from normlab.nn import GroupNorm, RunningBatchNorm2d, SyncBatchNorm2d
+from normlab.training import Callback, Checkpoint, Distributed, Learner, Metrics, Recorder, accuracy, load_checkpoint
+
+EPOCHS = 14  # of a fit that is killed
+SAMPLES, BATCH = 37, 6  # the last batch has one sample, so that parts are empty
+NORMS = {
+    "sync": SyncBatchNorm2d,
+    "group": lambda channels: GroupNorm(channels, 2),
+    "batch": nn.BatchNorm2d,
+    "running": RunningBatchNorm2d,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "sync": {},
+    "group": {"norm": "group"},
+    "DataLoader": {"loader": "DataLoader"},
+    "DataLoader, workers": {"loader": "DataLoader", "workers": 2},
+    "dicts": {"loader": "dicts", "norm": "group"},
+    "accumulation": {"norm": "group", "accumulate": 3},
+    "a step function": {"step_func": lambda batch, model: step(batch, model)},
+    "own statistics": {"norm": "batch", "first": "batch", "epochs": 1},
+    "running": {"norm": "running"},
+}
+
+
+def step(batch, model):
+    """As the learner does it without one."""
+    output = model(batch[0])
+    return nn.functional.cross_entropy(output, batch[1]), output, batch[1]
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(SAMPLES) % 3
+    return torch.randn(SAMPLES, 2, 5, 5, generator=generator) + y.view(-1, 1, 1, 1), y
+
+
+def learner_of(
+    norm: str = "sync", loader: str = "ours", workers: int = 0, callbacks=(), dropout: float = 0, first=None, **options
+) -> Learner:
+    torch.manual_seed(0)
+    kind = NORMS[norm]
+    start = NORMS[first](2) if first else nn.Identity()
+    layers = start, nn.Conv2d(2, 4, 3), kind(4), nn.ReLU(), nn.Conv2d(4, 4, 2), kind(4), nn.Flatten()
+    model = nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(16, 3))
+    x, y = data()
+    train: Any = TensorBatches(x, y, BATCH, shuffle=True)
+    if loader == "DataLoader":
+        train = DataLoader(TensorDataset(x, y), BATCH, shuffle=True, num_workers=workers)
+    if loader == "dicts":
+        train = [{"image": a, "label": b, "name": ["a"] * len(a)} for a, b in train]
+    valid = TensorBatches(x, y, 9)
+    callbacks = [Metrics(accuracy=accuracy), Recorder(), Distributed(timeout=60), *callbacks]
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    return Learner(model, train, valid, optimizer=optimizer, callbacks=callbacks, **options)
+
+
+def fit(name: str) -> dict[str, Any]:
+    """What the fit of a case ended with."""
+    options = dict(CASES[name])
+    epochs = options.pop("epochs", 2)
+    learner = learner_of(**options)
+    history = learner.fit(epochs)
+    figures = [[*row["train"].values(), *row["valid"].values()] for row in history]
+    gradients = all(part.grad is None for part in learner.model.parameters())
+    assert gradients
+    return {"state": learner.model.state_dict(), "figures": figures, "losses": learner.callbacks[1].losses}
+
+
+class Slowly(Callback):
+    """So that a fit is not over before it is killed."""
+
+    def begin_batch(self) -> None:
+        time.sleep(float(os.environ.get("NAP", "0")))
+
+
+def fit_on(folder: Path) -> None:
+    """A fit that goes on from its checkpoint, of norms with statistics of their own, in the middle of a group too."""
+    checkpoint = Checkpoint(folder / "a.ckpt", batches=2)
+    learner = learner_of("batch", callbacks=[checkpoint, Slowly()], accumulate=3, dropout=0.2)
+    checkpoint.resume(learner)
+    (folder / f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+    history = learner.fit(EPOCHS)
+    rows = [[row["train"], row["valid"]] for row in history]
+    recorder = learner.callbacks[1]
+    torch.save([rows, recorder.losses, learner.model.state_dict()], folder / f"{dist.get_rank()}.pt")
+
+
+def kill(folder: Path, seed: int) -> float:
+    """Kills one of two ranks of `fit_on` at a random moment; the seconds until torchrun was at an end."""
+    draw = random.Random(seed)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    settings = {**os.environ, "NAP": "0.02", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*run, __file__, str(folder)], env=settings, stderr=subprocess.DEVNULL)
+    try:
+        files = [folder / f"{rank}.pid" for rank in range(2)]
+        while not all(file.exists() and file.read_text() for file in files):
+            assert process.poll() is None
+            time.sleep(0.02)
+        ranks = [int(file.read_text()) for file in files]
+        time.sleep(draw.uniform(0, 1.5))
+        os.kill(draw.choice(ranks), signal.SIGKILL)
+        start = time.monotonic()
+        assert process.wait(timeout=60) != 0
+    finally:
+        process.kill()
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    return time.monotonic() - start
+
+
+def fully_sharded(folder: Path) -> dict[str, Any]:
+    """A net of our norms under FSDP2: it trains, is saved in parts, loaded into another net, and goes on the same."""
+    first, second = sharded(0), sharded(1)
+    losses = [train_step(*first, *half()) for _ in range(3)]
+    state = get_state_dict(*first)
+    dcp.save({"model": state[0], "optimizer": state[1]}, checkpoint_id=folder / "fsdp")
+    state = get_state_dict(*second)
+    dcp.load({"model": state[0], "optimizer": state[1]}, checkpoint_id=folder / "fsdp")
+    set_state_dict(*second, model_state_dict=state[0], optim_state_dict=state[1])
+    again = [[train_step(*one, *half()) for _ in range(2)] for one in (first, second)]
+    options = StateDictOptions(full_state_dict=True)
+    states = [get_model_state_dict(one[0], options=options) for one in (first, second)]
+    return {"losses": losses, "again": again, "states": states}
+
+
+def whole_net(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    layers = nn.Conv2d(2, 4, 3), SyncBatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 2), GroupNorm(4, 2), nn.Flatten()
+    model = nn.Sequential(*layers, nn.Linear(16, 3))
+    return model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+
+
+def sharded(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model, _ = whole_net(seed)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model:
+        if list(layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+
+
+def half() -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = data()
+    part = slice(18 * dist.get_rank(), 18 * (dist.get_rank() + 1))
+    return x[part], y[part]
+
+
+def train_step(model, optimizer, x, y) -> float:
+    loss = nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def rank_of(folder: Path, rank: int, count: int, job: Callable[[Path], Any]) -> None:
+    """A rank, started without torchrun."""
+    os.environ["RANK"] = str(rank)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
+    result = job(folder)
+    if result is not None:
+        torch.save(result, folder / f"{rank}.pt")
+
+
+def run(folder: Path, count: int, job: Callable[[Path], Any]) -> None:
+    """A job in so many ranks."""
+    folder.mkdir(exist_ok=True)
+    (folder / "store").unlink(missing_ok=True)
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=rank_of, args=(folder, rank, count, job)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert not any(process.exitcode for process in processes), folder.name
+
+
+def main() -> None:
+    """In a rank that torchrun started: `fit_on`. Else the jobs that the tests, or a number of kills, ask for."""
+    folder = Path(sys.argv[1])
+    if "RANK" in os.environ:
+        torch.set_num_threads(1)
+        fit_on(folder)
+    elif sys.argv[2] == "resume":
+        run(folder, 2, fit_on)
+    elif sys.argv[2] == "jobs":
+        for count in (2, 4):
+            run(folder / str(count), count, lambda _: {name: fit(name) for name in CASES})
+        run(folder / "whole", 2, fit_on)
+        run(folder / "sharded", 2, fully_sharded)
+    else:
+        run(folder / "whole", 2, fit_on)
+        for seed in range(int(sys.argv[2])):
+            one = folder / str(seed)
+            one.mkdir()
+            seconds = kill(one, seed)
+            load = (one / "a.ckpt").exists() and load_checkpoint(one / "a.ckpt")
+            run(one, 2, fit_on)
+            same = [(one / f"{n}.pt").read_bytes() == (folder / "whole" / f"{n}.pt").read_bytes() for n in range(2)]
+            place = f"epoch {load['epoch']}, batch {load['batches']}" if load else "no checkpoint yet"
+            print(f"{seed}: ended after {seconds:.1f} s, {place}, goes on the same: {all(same)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
