@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from normlab.data import TensorBatches
 from normlab.nn import RunningBatchNorm1d
-from normlab.training import Checkpoint, Learner, Metrics, Recorder, ScheduleParameter, accuracy, schedules
+from normlab.surgery import FreezeNorms
+from normlab.training import EMA, Checkpoint, Learner, Metrics, Recorder, ScheduleParameter, accuracy, schedules
 
 SAMPLES, BATCH, EPOCHS = 203, 4, 3
 SETTINGS = {
@@ -35,10 +36,14 @@ SETTINGS = {
     "float16, accumulation": {"precision": "float16", "accumulate": 2},
     "DataLoader, accumulation, bfloat16": {"loader": "DataLoader", "accumulate": 2, "precision": "bfloat16"},
     "compiled": {"compile": True},
+    "average, frozen norms, float16, accumulation": {"average": True, "precision": "float16", "accumulate": 2},
+    "average, frozen norms, DataLoader": {"average": True, "loader": "DataLoader"},
 }
 
 
-def learner_of(path: Path, loader: str = "ours", **options) -> tuple[Learner, Recorder, Checkpoint]:
+def learner_of(
+    path: Path, loader: str = "ours", average: bool = False, **options
+) -> tuple[Learner, Recorder, Checkpoint]:
     """A small net with dropout, running batch norm and AdamW, whose data come in random order."""
     torch.manual_seed(0)
     random.seed(0)
@@ -52,6 +57,7 @@ def learner_of(path: Path, loader: str = "ours", **options) -> tuple[Learner, Re
     recorder, checkpoint = Recorder(), Checkpoint(path, batches=3)
     rate = ScheduleParameter("lr", schedules.one_cycle(1e-3, 1e-2, 0.0))
     callbacks = [Metrics(accuracy=accuracy), recorder, rate, checkpoint]
+    callbacks += [EMA(0.99), FreezeNorms(0.7)] if average else []
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     return Learner(model, train, [(x, y)], optimizer=optimizer, callbacks=callbacks, **options), recorder, checkpoint
 
@@ -64,7 +70,8 @@ def fit(path: Path, out: Path, settings: dict) -> None:
     checkpoint.resume(learner)
     history = learner.fit(EPOCHS)
     figures = [[row["epoch"], row["train"], row["valid"]] for row in history]
-    state = {name: part.double().flatten().tolist() for name, part in learner.model.state_dict().items()}
+    models = learner.model, *(one.model for one in learner.callbacks if isinstance(one, EMA))
+    state = [[name, part.double().flatten().tolist()] for model in models for name, part in model.state_dict().items()]
     out.write_text(json.dumps([state, figures, recorder.losses, recorder.lrs, learner.step]))
 
 
