@@ -55,7 +55,7 @@ class FreezeNorms(Callback):
 
     def begin_batch(self) -> None:
         learner = self.learner
-        whole = not learner._samples  # not between the batches of one step
+        whole = not learner.gradients.samples  # not between the batches of one step
         if learner.training and not self._frozen and whole and learner.position >= self.at * learner.num_epochs:
             self._freeze_in(learner)
             for one in learner.callbacks:

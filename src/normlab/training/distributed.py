@@ -108,7 +108,7 @@ class _Several(Ranks):
                 self._parallel = DistributedDataParallel(
                     learner.model, broadcast_buffers=False, find_unused_parameters=self.find_unused
                 )
-        self._parallel.require_backward_grad_sync = learner._is_due() or learner.num_batches is None
+        self._parallel.require_backward_grad_sync = learner.gradients.are_due(learner) or learner.num_batches is None
         self._rest(learner.model)
         return self._parallel
 

@@ -3,6 +3,8 @@
 import difflib
 import inspect
 from collections.abc import Iterable
+from contextlib import ExitStack
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ..errors import InputError, check_no_class
@@ -79,7 +81,39 @@ CANCELLED_IN = {
 }
 
 
-def explain(error: Exception, listener: Any, event: str, learner: "Learner") -> None:
+class Listeners:
+    """The methods of a learner's callbacks by event, collected once a fit: the loop then calls only what is there."""
+
+    def __init__(self, learner: "Learner"):
+        callbacks = sorted(check_callbacks(learner.callbacks), key=attrgetter("order"))
+        for callback in callbacks:
+            callback.learner = learner
+        self._learner = learner
+        self._methods = {
+            event: [getattr(callback, event) for callback in callbacks if hasattr(type(callback), event)]
+            for event in EVENTS
+        }
+
+    def tell(self, event: str) -> None:
+        """Calls them in their order; an error says whose it is."""
+        for listener in self._methods[event]:
+            self._tell_one(listener, event)
+
+    def tell_all(self, event: str) -> None:
+        """The same, and each is told, whatever others raise."""
+        with ExitStack() as each:
+            for listener in reversed(self._methods[event]):
+                each.callback(self._tell_one, listener, event)
+
+    def _tell_one(self, listener: Any, event: str) -> None:
+        try:
+            listener()
+        except Exception as error:
+            _explain(error, listener, event, self._learner)
+            raise
+
+
+def _explain(error: Exception, listener: Any, event: str, learner: "Learner") -> None:
     """Says in which callback and event an error came.
 
     Raises:

@@ -1,8 +1,6 @@
 """The training loop."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,7 +20,8 @@ from .checks import (
 )
 from .compiled import CompiledGradients
 from .distributed import ALONE, Ranks
-from .events import EVENTS, CancelBatch, CancelEpoch, CancelTrain, Listener, check_callbacks, explain
+from .events import CancelBatch, CancelEpoch, CancelTrain, Listener, Listeners, check_callbacks
+from .gradients import Gradients, clear_gradients, evaluations
 from .precision import Precision
 from .state import Resumed, random_state, state_of
 
@@ -96,7 +95,6 @@ class Learner:
         alone = step_func is None and precision != "float16"
         check(alone or not compile, "compile", compile, "False with a step_func, and with float16")
         self._compiled = CompiledGradients() if compile else None
-        self._steps = optimizer is not None and not isinstance(optimizer, list | tuple)  # else step_func does
         self._resumed: Resumed | None = None
         self.ranks: Ranks = ALONE
         self._reset(0)
@@ -105,6 +103,11 @@ class Learner:
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """None, one or several."""
         return listed_optimizers(self.optimizer, self.step_func)
+
+    @property
+    def _stepped(self) -> list[torch.optim.Optimizer]:
+        """Those that the loop steps: the one there is, or none where `step_func` steps by itself."""
+        return [] if self.optimizer is None or isinstance(self.optimizer, list | tuple) else [self.optimizer]
 
     @property
     def position(self) -> float:
@@ -138,9 +141,10 @@ class Learner:
         check_optimizer_of(self.optimizers, self.model)
         resumed, self._resumed = self._resumed, None
         self._reset(epochs)
-        self._listen()
+        self._listeners = Listeners(self)
+        self._steps = bool(self._stepped)
         self._closure = self._steps and needs_closure(self.optimizer)
-        self._clear_gradients()  # of an earlier fit that was left between two steps
+        clear_gradients(self._stepped)  # of an earlier fit that was left between two steps
         try:
             self._emit("begin_fit")
             first = resumed.begin() if resumed else 0
@@ -150,9 +154,7 @@ class Learner:
             self._emit("after_cancel_train")
         finally:
             self.precision.end(self.model)
-            with ExitStack() as each:  # every callback is told, whatever others raise
-                for listener in reversed(self._listeners["after_fit"]):
-                    each.callback(self._tell, listener, "after_fit")
+            self._listeners.tell_all("after_fit")
         return self.history
 
     def _fit_epoch(self, resumed: Resumed | None) -> None:
@@ -177,7 +179,7 @@ class Learner:
             for self.batch, batch in enumerate(rest, first):
                 empty = False
                 self._run_batch(batch)
-            if self.training and self._samples:  # of a last group whose end was not known
+            if self.training and self.gradients.samples:  # of a last group whose end was not known
                 self._step()
             if empty:
                 check_may_be_empty(part, batches, self.epoch)
@@ -190,14 +192,14 @@ class Learner:
         return iter(batches)
 
     def _run_batch(self, batch: Any) -> None:
+        self.inputs, self.targets = split_batch(batch) if self.step_func is None else (batch, None)
         self._whole = False  # and so it stays if an error ends the batch
         try:
-            self.inputs, self.targets = split_batch(batch) if self.step_func is None else (batch, None)
             self._emit("begin_batch")
             self._pass()
             if self.training:
                 self._emit("after_backward")
-                if self._is_due():
+                if self.gradients.are_due(self):
                     self._step()
             self._whole = True
         except CancelBatch:
@@ -228,41 +230,21 @@ class Learner:
         self._emit("after_loss")
 
     def _compiled_pass(self, compiled: CompiledGradients) -> None:
-        self.output, self.loss, gradients = compiled(self.model, self.loss_func, self.inputs, self.targets)
+        self.output, self.loss, found = compiled(self.model, self.loss_func, self.inputs, self.targets)
         self._emit("after_pred")
         self._emit("after_loss")
-        weight = self._count()
-        for parameter, gradient in gradients:
-            if gradient is not None:
-                gradient = gradient if weight == 1 else weight * gradient
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self.gradients.add(self, found)
 
     def _backward(self) -> None:
         if self._steps and self._compiled is None:
-            weight = self._count()
-            loss = self.loss if weight == 1 else weight * self.loss
-            self.precision.scaled(loss).backward()
+            self.gradients.backward(self)
         self.loss, self.output = self.loss.detach(), call_each(self.output, "detach")
-
-    def _count(self) -> float:
-        """The weight of this batch in the gradient of a step: its samples over those of the step's first batch."""
-        if self.accumulate == 1:
-            return self.ranks.weight
-        samples = self.ranks.count_samples(self.inputs, self.targets)
-        self._unit = self._unit or samples
-        self._samples += samples
-        return self.ranks.weight * samples / self._unit
-
-    def _is_due(self) -> bool:
-        """Whether this batch ends a step: it is the last of its group, or of the epoch."""
-        done = self.batch + 1
-        return self.accumulate == 1 or done % self.accumulate == 0 or done == self.num_batches
 
     def _step(self) -> None:
         if self._steps:
-            self._finish_gradients()
+            self.gradients.finish(self)
             self._emit("begin_step")
-            stepped = self.precision.step(self.optimizer, self.model, self._evaluations() if self._closure else None)
+            stepped = self.precision.step(self.optimizer, self.model, evaluations(self) if self._closure else None)
         else:
             stepped = True  # step_func did
         try:
@@ -270,38 +252,7 @@ class Learner:
                 self.step += 1
                 self._emit("after_step")
         finally:
-            self._clear_gradients()
-
-    def _finish_gradients(self) -> None:
-        """What was added up becomes the gradient of the mean."""
-        if self.accumulate > 1:
-            for group in self.optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(self._unit / self._samples)
-            self._samples, self._unit = 0, 0
-        self.precision.unscale(self.optimizer)
-
-    def _evaluations(self) -> Callable[[], float]:
-        """For an optimizer that asks for the loss: the first time the one that is there, with its gradients."""
-        there = [self.loss]
-
-        def evaluate() -> float:
-            if there:
-                return float(there.pop())
-            self._clear_gradients()
-            with torch.enable_grad():
-                self._pass()
-            return float(self.loss)
-
-        return evaluate
-
-    def _clear_gradients(self) -> None:
-        """What optimizer.zero_grad() does, without the time it takes to be profiled."""
-        for optimizer in self.optimizers if self._steps else ():
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
+            clear_gradients(self._stepped)
 
     def _reset(self, epochs: int) -> None:
         self.num_epochs, self.epoch, self.batch, self.step = epochs, 0, 0, 0
@@ -312,25 +263,7 @@ class Learner:
         self.output: Any = None
         self.loss: Any = None
         self.history: list[dict[str, Any]] = []
-        self._samples, self._unit, self._whole = 0, 0, False
-
-    def _listen(self) -> None:
-        """Collect the callbacks' methods by event, once a fit: the loop then calls only what is there."""
-        callbacks = sorted(check_callbacks(self.callbacks), key=attrgetter("order"))
-        for callback in callbacks:
-            callback.learner = self
-        self._listeners = {
-            event: [getattr(callback, event) for callback in callbacks if hasattr(type(callback), event)]
-            for event in EVENTS
-        }
+        self.gradients, self._whole = Gradients(self.accumulate), False
 
     def _emit(self, event: str) -> None:
-        for listener in self._listeners[event]:
-            self._tell(listener, event)
-
-    def _tell(self, listener: Callable[[], None], event: str) -> None:
-        try:
-            listener()
-        except Exception as error:
-            explain(error, listener, event, self)
-            raise
+        self._listeners.tell(event)

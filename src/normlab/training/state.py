@@ -34,7 +34,7 @@ def state_of(learner: "Learner") -> dict[str, Any]:
         "model": learner.model.state_dict(),
         "buffers": _other_buffers(learner.model),
         "gradients": {name: part.grad for name, part in learner.model.named_parameters() if part.grad is not None},
-        "samples": [learner._samples, learner._unit],
+        "samples": [learner.gradients.samples, learner.gradients.unit],
         "optimizers": [optimizer.state_dict() for optimizer in learner.optimizers],
         "precision": learner.precision.state_dict(),
         "callbacks": [[type(one).__name__, one.state_dict()] for one in _with_state(learner)] if begun else [],
@@ -88,7 +88,7 @@ class Resumed:
         done = state["batches"]
         if not done:
             return 0, learner._begin(batches)
-        learner._samples, learner._unit = state["samples"]
+        learner.gradients.samples, learner.gradients.unit = state["samples"]
         learner._random_before = state["random_before"]
         for name, part in learner.model.named_parameters():
             part.grad = state["gradients"].get(name)
