@@ -30,7 +30,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from normlab.data import TensorBatches
 from normlab.nn import GroupNorm, RunningBatchNorm2d, SyncBatchNorm2d
-from normlab.training import Callback, Checkpoint, Distributed, Learner, Metrics, Recorder, accuracy, load_checkpoint
+from normlab.training import (
+    EMA,
+    Callback,
+    Checkpoint,
+    Distributed,
+    Learner,
+    Metrics,
+    Recorder,
+    accuracy,
+    load_checkpoint,
+)
 
 EPOCHS = 14  # of a fit that is killed
 SAMPLES, BATCH = 37, 6  # the last batch has one sample, so that parts are empty
@@ -50,6 +60,8 @@ CASES: dict[str, dict[str, Any]] = {
     "a step function": {"step_func": lambda batch, model: step(batch, model)},
     "own statistics": {"norm": "batch", "first": "batch", "epochs": 1},
     "running": {"norm": "running"},
+    "a moving average": {"norm": "batch", "average": True},
+    "float16": {"norm": "running", "precision": "float16", "accumulate": 2},
 }
 
 
@@ -89,12 +101,19 @@ def fit(name: str) -> dict[str, Any]:
     """What the fit of a case ended with."""
     options = dict(CASES[name])
     epochs = options.pop("epochs", 2)
-    learner = learner_of(**options)
+    ema = EMA(0.9)
+    learner = learner_of(callbacks=[ema] if options.pop("average", False) else [], **options)
     history = learner.fit(epochs)
     figures = [[*row["train"].values(), *row["valid"].values()] for row in history]
     gradients = all(part.grad is None for part in learner.model.parameters())
     assert gradients
-    return {"state": learner.model.state_dict(), "figures": figures, "losses": learner.callbacks[1].losses}
+    average = ema.model.state_dict() if ema.average else {}
+    return {
+        "state": learner.model.state_dict(),
+        "average": average,
+        "figures": figures,
+        "losses": learner.callbacks[1].losses,
+    }
 
 
 class Slowly(Callback):

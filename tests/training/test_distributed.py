@@ -18,6 +18,7 @@ from normlab.training import Distributed, Learner, load_checkpoint
 from normlab.training.distributed import Ranks
 from normlab.training.shards import Shard, part_of
 
+WITHOUT_OWN_STATISTICS = [name for name, case in CASES.items() if case.get("norm") not in ("batch", "running")]
 alone = functools.cache(fit)
 LAUNCH = [sys.executable, several.__file__]
 
@@ -38,7 +39,7 @@ def ranks(jobs) -> dict[int, list]:
 
 
 @pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.get("norm") not in ("batch", "running")])
+@pytest.mark.parametrize("name", WITHOUT_OWN_STATISTICS)
 def test_several_processes_train_as_one_does(ranks, name, count):
     """Losses, figures, weights and statistics; the last batch has fewer samples than there are processes."""
     one = alone(name)

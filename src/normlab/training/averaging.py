@@ -91,10 +91,12 @@ class EMA(Callback):
     def begin_validate(self) -> None:
         if self.validate:
             self._measure()
+            self.learner.ranks.average(self.model)
             self._trained, self.learner.model = self.learner.model, self.model
 
     def after_epoch(self) -> None:
         self._put_back()
+        self.learner.ranks.average(self.model)
 
     def after_fit(self) -> None:
         if self.average is not None:

@@ -61,6 +61,12 @@ class Ranks:
         """The learner's state, of all processes; it is whole on the first one."""
         return learner.state_dict()
 
+    def average(self, model: nn.Module) -> None:
+        """Makes the model's buffers the means over the processes; of whole numbers the largest."""
+
+    def end(self) -> None:
+        """After a fit: nothing is left at the model."""
+
     def own_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """What of a saved state this process goes on from.
 
@@ -80,6 +86,7 @@ class _Several(Ranks):
         self.rank, self.count, self.find_unused = dist.get_rank(), dist.get_world_size(), find_unused
         self._shards: dict[int, tuple[Any, Shard]] = {}  # with what is cut, so that no other can have its id
         self._trained: list[int] = []
+        self._parallel: Any = None
         self._resting: list[nn.Module] = []
 
     def part(self, batches: Iterable[Any]) -> Shard:
@@ -125,6 +132,13 @@ class _Several(Ranks):
         dist.all_reduce(total)
         return total.tolist()
 
+    def average(self, model: nn.Module) -> None:
+        for buffer in model.buffers():
+            buffer.copy_(_average(buffer))
+
+    def end(self) -> None:
+        self._trained, self._parallel = [], None
+
     def mean_loss(self, loss: Tensor) -> Tensor:
         """The mean over the samples of all processes, of each one's mean."""
         part = self.now.own / self.now.total
@@ -138,7 +152,7 @@ class _Several(Ranks):
         own = {**{name: state[name] for name in OWN}, "buffers": buffers}
         ranks = [None] * self.count if self.rank == 0 else None
         dist.gather_object(call_each(own, "cpu"), ranks)
-        averages = {name: average(part) for name, part in buffers.items() if name in state["model"]}
+        averages = {name: _average(part) for name, part in buffers.items() if name in state["model"]}
         return {**state, "model": {**state["model"], **averages}, "ranks": ranks}
 
     def own_state(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +188,7 @@ class Distributed(Callback):
         InputError: the learner compiles, or `step_func` or the optimizer make the steps by themselves.
     """
 
-    order = -100  # others speak to the other processes
+    order = -200  # before others that speak to the other processes
 
     def __init__(self, timeout: float = 300, find_unused: bool = False):
         check(is_real(timeout) and timeout > 0, "timeout", timeout, "seconds above 0")
@@ -215,20 +229,17 @@ class Distributed(Callback):
             self._reduce_loss()
 
     def after_fit(self) -> None:
-        self.learner.ranks = ALONE
+        self.learner.ranks.end()
 
     def _average(self) -> None:
-        if isinstance(self.learner.ranks, _Several):
-            for buffer in self.learner.model.buffers():
-                buffer.copy_(average(buffer))
+        self.learner.ranks.average(self.learner.model)
 
     def _reduce_loss(self) -> None:
         if isinstance(self.learner.ranks, _Several):
             self.learner.loss = self.learner.ranks.mean_loss(self.learner.loss)
 
 
-def average(buffer: Tensor) -> Tensor:
-    """The mean over processes, of whole numbers the largest."""
+def _average(buffer: Tensor) -> Tensor:
     value = buffer.detach().to(torch.float64 if buffer.is_floating_point() else torch.int64, copy=True)
     dist.all_reduce(value, dist.ReduceOp.SUM if buffer.is_floating_point() else dist.ReduceOp.MAX)
     return (value / dist.get_world_size() if buffer.is_floating_point() else value).to(buffer.dtype)

@@ -96,7 +96,6 @@ class Learner:
         check(alone or not compile, "compile", compile, "False with a step_func, and with float16")
         self._compiled = CompiledGradients() if compile else None
         self._resumed: Resumed | None = None
-        self.ranks: Ranks = ALONE
         self._reset(0)
 
     @property
@@ -264,6 +263,7 @@ class Learner:
         self.loss: Any = None
         self.history: list[dict[str, Any]] = []
         self.gradients, self._whole = Gradients(self.accumulate), False
+        self.ranks: Ranks = ALONE
 
     def _emit(self, event: str) -> None:
         self._listeners.tell(event)

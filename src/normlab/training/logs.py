@@ -31,7 +31,7 @@ class Log(Callback):
 
     def after_step(self) -> None:
         learner = self.learner
-        if self.every is not None and learner.step % self.every == 0:
+        if self.every is not None and learner.step % self.every == 0 and learner.ranks.rank == 0:
             lrs = [group["lr"] for optimizer in learner.optimizers for group in optimizer.param_groups]
             named = {"lr": lrs[0]} if len(lrs) == 1 else {f"lr.{number}": lr for number, lr in enumerate(lrs)}
             self._add_step({"loss": float(learner.loss), **{name: float(lr) for name, lr in named.items()}})
@@ -39,7 +39,8 @@ class Log(Callback):
     def after_epoch(self) -> None:
         if not self.learner.history:
             raise InputError(f"{type(self).__name__}: the history is empty. Put Metrics() among the callbacks.")
-        self._add_epoch(self.learner.history[-1])
+        if self.learner.ranks.rank == 0:
+            self._add_epoch(self.learner.history[-1])
 
     def _add_step(self, figures: dict[str, float]) -> None:
         raise NotImplementedError

@@ -79,6 +79,6 @@ class Profile(Callback):
             self.profiler.stop()
 
     def _write(self, profiler: profile) -> None:
-        if self.path is not None:
+        if self.path is not None and self.learner.ranks.rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(self.path))

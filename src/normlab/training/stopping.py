@@ -122,7 +122,10 @@ class StopAtNonFinite(Callback):
 
     def after_loss(self) -> None:
         learner = self.learner
-        if learner.training and not torch.isfinite(learner.loss.detach()).all():
+        if not learner.training:
+            return
+        finite = learner.ranks.weight == 0 or bool(torch.isfinite(learner.loss.detach()).all())
+        if learner.ranks.sum(not finite) != [0]:
             self.step = learner.step + 1
             self.where = self._where()
             warnings.warn(f"The loss is not finite at step {self.step}. {self.where}", stacklevel=2)
@@ -138,6 +141,8 @@ class StopAtNonFinite(Callback):
                 return "The inputs of the batch are not finite. Look at the data."
         if not learner._steps:  # step_func makes steps of its own: once more would be one too many
             return "All parameters are finite. With a step_func that makes steps no module is looked at."
+        if learner.ranks.count > 1:  # each would have to run the same modules
+            return "All parameters are finite. In several processes no module is looked at."
         found = _first_not_finite(learner.model, self._run)
         return found or "The outputs of all modules are finite: it is the loss function, or what it is given."
 
