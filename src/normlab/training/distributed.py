@@ -3,6 +3,7 @@
 import atexit
 import os
 import random
+import sys
 import warnings
 from collections.abc import Iterable
 from datetime import timedelta
@@ -252,7 +253,13 @@ def _meet(timeout: float) -> None:
     if on_gpu:
         torch.cuda.set_device(place)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
-    atexit.register(dist.destroy_process_group)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    failed = hasattr(sys, "last_value")  # then the others may wait for ever, and this shall end them
+    if dist.is_initialized() and not failed:
+        dist.destroy_process_group()
 
 
 def _draw_others(rank: int) -> None:
