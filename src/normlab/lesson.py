@@ -196,9 +196,9 @@ class Runner(_training.Learner):
 
     def fit(self, epochs: int, learn: Learner) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Train `learn` for so many epochs, each followed by a validation."""
-        self.learn = learn
-        self.model, self.optimizer, self.loss_func = learn.model, learn.opt, learn.loss_func
-        self.train, self.valid = learn.data.train_dl, learn.data.valid_dl
+        self.learn, data = learn, learn.data
+        options = {"loss_func": learn.loss_func, "optimizer": learn.opt, "callbacks": self.callbacks}
+        super().__init__(learn.model, data.train_dl, data.valid_dl, **options)
         super().fit(epochs)
 
 
@@ -217,9 +217,10 @@ class AvgStatsCallback(Callback, _training.Metrics):
 
     def after_epoch(self) -> None:
         super().after_epoch()
+        row = self.learner.history[-1]
         for part in ("train", "valid"):
-            if part in self._row:
-                print(f"{part}: [{', '.join(f'{value:.6g}' for value in self._row[part].values())}]")
+            if part in row:
+                print(f"{part}: [{', '.join(f'{value:.6g}' for value in row[part].values())}]")
 
 
 class Recorder(Callback, _training.Recorder):

@@ -65,7 +65,7 @@ def test_images_and_clip_reach_the_run():
     class Norms(Callback):
         order = 5
 
-        def after_backward(self):
+        def begin_step(self):
             grads = [p.grad.flatten() for p in self.learner.model.parameters()]
             seen.append(torch.cat(grads).norm().item())
 
