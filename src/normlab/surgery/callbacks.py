@@ -57,6 +57,7 @@ class FreezeNorms(Callback):
         learner = self.learner
         whole = not learner.gradients.samples  # not between the batches of one step
         if learner.training and not self._frozen and whole and learner.position >= self.at * learner.num_epochs:
+            learner.ranks.average(learner.model)  # of processes each has statistics of its own
             self._freeze_in(learner)
             for one in learner.callbacks:
                 if isinstance(one, EMA) and one.average is not None:
@@ -177,16 +178,22 @@ class SaveBest(Callback):
         values = {epoch: sign * value for epoch, value in enumerate(figures(history, self.metric, "SaveBest"), 1)}
         ranked = sorted((epoch for epoch in values if math.isfinite(values[epoch])), key=values.__getitem__)
         self._best, others = ranked[: self.keep], ranked[self.keep :]
-        content = with_card(self.learner.model, {"normlab.figures": json.dumps(flat(history[-1]))})
-        paths = [self.folder / "last.safetensors", *(self._path(one) for one in self._best if one == len(history))]
+        if self.learner.ranks.rank == 0:
+            self._write(len(history), others)
+
+    def _write(self, epoch: int, others: list[int]) -> None:
+        """The last epoch; those that are no longer among the best go."""
+        figures_of_epoch = json.dumps(flat(self.learner.history[-1]))
+        content = with_card(self.learner.model, {"normlab.figures": figures_of_epoch})
+        paths = [self.folder / "last.safetensors", *([self._path(epoch)] if epoch in self._best else [])]
         try:
             for path in paths:
                 write_whole(path, content)
         except InputError as error:
             warnings.warn(str(error), stacklevel=2)
             return
-        for epoch in others:
-            self._path(epoch).unlink(missing_ok=True)
+        for other in others:
+            self._path(other).unlink(missing_ok=True)
 
     def _path(self, epoch: int) -> Path:
         return self.folder / f"epoch-{epoch:03d}.safetensors"
