@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from normlab.data import TensorBatches
 from normlab.nn import GroupNorm, RunningBatchNorm2d, SyncBatchNorm2d
+from normlab.surgery import FreezeNorms
 from normlab.training import (
     EMA,
     Callback,
@@ -61,6 +62,8 @@ CASES: dict[str, dict[str, Any]] = {
     "own statistics": {"norm": "batch", "first": "batch", "epochs": 1},
     "running": {"norm": "running"},
     "a moving average": {"norm": "batch", "average": True},
+    "frozen norms": {"frozen": True},
+    "frozen norms with own statistics": {"norm": "batch", "frozen": True},
     "float16": {"norm": "running", "precision": "float16", "accumulate": 2},
 }
 
@@ -102,7 +105,9 @@ def fit(name: str) -> dict[str, Any]:
     options = dict(CASES[name])
     epochs = options.pop("epochs", 2)
     ema = EMA(0.9)
-    learner = learner_of(callbacks=[ema] if options.pop("average", False) else [], **options)
+    more = {"average": ema, "frozen": FreezeNorms(0.6)}
+    callbacks = [more[name] for name in more if options.pop(name, False)]
+    learner = learner_of(callbacks=callbacks, **options)
     history = learner.fit(epochs)
     figures = [[*row["train"].values(), *row["valid"].values()] for row in history]
     gradients = all(part.grad is None for part in learner.model.parameters())
