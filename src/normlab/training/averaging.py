@@ -75,18 +75,12 @@ class EMA(Callback):
         lazy = [name for name, part in model.named_parameters() if is_lazy(part)]
         check(not lazy, "model", ", ".join(lazy), "one whose parameters are all there: run a batch through it first")
         averaged = self.statistics == "average"
-        average = get_ema_multi_avg_fn(self.decay)
-        self.average = AveragedModel(model, multi_avg_fn=average, use_buffers=averaged)
+        self.average = AveragedModel(model, multi_avg_fn=_averaging(self.decay), use_buffers=averaged)
         self.average.requires_grad_(False).eval()
         self._trained: nn.Module | None = None
 
     def after_step(self) -> None:
-        model = self.learner.model
-        self._average().update_parameters(model)
-        if self.statistics == "average":
-            for own, part in zip(self.model.buffers(), model.buffers(), strict=True):
-                if not part.is_floating_point():  # counters: their mean is that of nothing
-                    own.copy_(part)
+        self._average().update_parameters(self.learner.model)
 
     def begin_validate(self) -> None:
         if self.validate:
@@ -128,3 +122,17 @@ class EMA(Callback):
     def _put_back(self) -> None:
         if self._trained is not None:
             self.learner.model, self._trained = self._trained, None
+
+
+def _averaging(decay: float) -> Callable[..., None]:
+    """What moves averages towards tensors of the same type; counters, whose mean is that of nothing, are copied."""
+    move = get_ema_multi_avg_fn(decay)
+
+    def average(averages: Any, parts: Any, count: Any) -> None:
+        if parts[0].is_floating_point() or parts[0].is_complex():
+            move(averages, parts, count)
+        else:
+            for own, part in zip(averages, parts, strict=True):
+                own.copy_(part)
+
+    return average
