@@ -188,7 +188,6 @@ class Runner(_training.Learner):
         self.callbacks = [TrainEvalCallback(), *listify(cbs), *(build() for build in listify(cb_funcs))]
         for callback in self.callbacks:
             setattr(self, _callback_name(callback), callback)
-        self._reset(0)
 
     @property
     def cbs(self) -> list:
