@@ -9,7 +9,17 @@ from monai.data import DataLoader, Dataset, create_test_image_2d
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
 
-from normlab.training import EMA, Checkpoint, Learner, Metrics, ScheduleParameter, ShowProgress, dice, schedules
+from normlab.training import (
+    EMA,
+    Checkpoint,
+    Distributed,
+    Learner,
+    Metrics,
+    ScheduleParameter,
+    ShowProgress,
+    dice,
+    schedules,
+)
 
 
 def made_up(n: int, seed: int) -> Dataset:
@@ -29,6 +39,7 @@ learner = Learner(
     optimizer=torch.optim.AdamW(net.parameters(), lr=3e-3),
     precision="bfloat16",
     callbacks=[
+        Distributed(),
         Metrics(dice=dice),
         EMA(0.98),
         ScheduleParameter("lr", schedules.cosine(3e-3, 0.0)),
@@ -36,6 +47,5 @@ learner = Learner(
         checkpoint,
     ],
 )
-if checkpoint.resume(learner):
-    print("goes on from run/last.ckpt")
+checkpoint.resume(learner)  # goes on after a crash
 learner.fit(6)

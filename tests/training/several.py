@@ -59,7 +59,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dicts": {"loader": "dicts", "norm": "group"},
     "accumulation": {"norm": "group", "accumulate": 3},
     "a step function": {"step_func": lambda batch, model: step(batch, model)},
-    "own statistics": {"norm": "batch", "first": "batch", "epochs": 1},
+    "of unknown length": {"loader": "of unknown length", "norm": "group", "accumulate": 3},
+    "own statistics": {"norm": "batch", "first": "batch", "epochs": 1, "validates": False},
     "running": {"norm": "running"},
     "a moving average": {"norm": "batch", "average": True},
     "frozen norms": {"frozen": True},
@@ -74,6 +75,16 @@ def step(batch, model):
     return nn.functional.cross_entropy(output, batch[1]), output, batch[1]
 
 
+class Stream:
+    """Batches that do not say how many they are."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        yield from self.batches
+
+
 def data() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(SAMPLES) % 3
@@ -81,7 +92,14 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def learner_of(
-    norm: str = "sync", loader: str = "ours", workers: int = 0, callbacks=(), dropout: float = 0, first=None, **options
+    norm: str = "sync",
+    loader: str = "ours",
+    workers: int = 0,
+    callbacks=(),
+    dropout: float = 0,
+    first=None,
+    validates=True,
+    **options,
 ) -> Learner:
     torch.manual_seed(0)
     kind = NORMS[norm]
@@ -94,28 +112,44 @@ def learner_of(
         train = DataLoader(TensorDataset(x, y), BATCH, shuffle=True, num_workers=workers)
     if loader == "dicts":
         train = [{"image": a, "label": b, "name": ["a"] * len(a)} for a, b in train]
-    valid = TensorBatches(x, y, 9)
+    if loader == "of unknown length":
+        train = Stream(train)
+    valid = TensorBatches(x, y, 9) if validates else None
     callbacks = [Metrics(accuracy=accuracy), Recorder(), Distributed(timeout=60), *callbacks]
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     return Learner(model, train, valid, optimizer=optimizer, callbacks=callbacks, **options)
+
+
+class Validated(Callback):
+    """Keeps the state of the model that was validated."""
+
+    state: dict[str, torch.Tensor] | None = None
+
+    def after_loss(self) -> None:
+        if not self.learner.training:
+            self.state = {name: part.clone() for name, part in self.learner.model.state_dict().items()}
 
 
 def fit(name: str) -> dict[str, Any]:
     """What the fit of a case ended with."""
     options = dict(CASES[name])
     epochs = options.pop("epochs", 2)
+<<<<<<< HEAD
     ema = EMA(0.9)
     more = {"average": ema, "frozen": FreezeNorms(0.6)}
     callbacks = [more[name] for name in more if options.pop(name, False)]
+=======
+    ema, validated = EMA(0.9), Validated()
+    callbacks = [ema, validated] if options.pop("average", False) else [validated]
+>>>>>>> d6f74bd (Tests: batches of unknown length, a moving average, fits without validation)
     learner = learner_of(callbacks=callbacks, **options)
     history = learner.fit(epochs)
-    figures = [[*row["train"].values(), *row["valid"].values()] for row in history]
-    gradients = all(part.grad is None for part in learner.model.parameters())
-    assert gradients
-    average = ema.model.state_dict() if ema.average else {}
+    figures = [list(row[part].values()) for row in history for part in ("train", "valid") if part in row]
+    average = ema.model.state_dict() if ema.average else None
     return {
         "state": learner.model.state_dict(),
         "average": average,
+        "validated": validated.state,
         "figures": figures,
         "losses": learner.callbacks[1].losses,
     }

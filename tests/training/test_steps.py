@@ -25,6 +25,7 @@ from normlab.training import (
     Metrics,
     Recorder,
     accuracy,
+    load_checkpoint,
 )
 from normlab.training.events import CANCELLED_IN, EVENTS
 
@@ -258,15 +259,13 @@ def test_after_an_error_learner_and_callbacks_can_be_used_again(order, event):
 # --- the example ------------------------------------------------------------------------------------------------------
 
 
-def test_the_example_trains_a_net_of_monai_and_goes_on_where_it_was(tmp_path):
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]])
+def test_the_example_trains_a_net_of_monai_in_one_process_or_two(tmp_path, launcher):
     pytest.importorskip("monai")
     script = Path(__file__).parents[2] / "examples" / "train.py"
-    outs = []
-    for _ in range(2):
-        run = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        outs.append(run.stdout)
-    scores = [float(found) for found in re.findall(r"valid: loss [\d.]+, dice ([\d.]+)", outs[0])]
+    run = subprocess.run([sys.executable, *launcher, script], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    scores = [float(found) for found in re.findall(r"valid: loss [\d.]+, dice ([\d.]+)", run.stdout)]
     assert len(scores) == 6
     assert scores[-1] > 0.95
-    assert outs[1] == "goes on from run/last.ckpt\n"
+    assert load_checkpoint(tmp_path / "run" / "last.ckpt")["epoch"] == 6

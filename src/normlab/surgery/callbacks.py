@@ -118,6 +118,7 @@ class Recalibrate(Callback):
     def begin_validate(self) -> None:
         options = {"forward": self._forward, **self.options}
         self.report = recalibrate(self.learner.model, self.batches, **options).report
+        self.learner.ranks.average(self.learner.model)  # a loader may give each process another order
 
     def _forward(self, model: nn.Module, batch: Any) -> Any:
         learner = self.learner
