@@ -134,14 +134,9 @@ def fit(name: str) -> dict[str, Any]:
     """What the fit of a case ended with."""
     options = dict(CASES[name])
     epochs = options.pop("epochs", 2)
-<<<<<<< HEAD
-    ema = EMA(0.9)
-    more = {"average": ema, "frozen": FreezeNorms(0.6)}
-    callbacks = [more[name] for name in more if options.pop(name, False)]
-=======
     ema, validated = EMA(0.9), Validated()
-    callbacks = [ema, validated] if options.pop("average", False) else [validated]
->>>>>>> d6f74bd (Tests: batches of unknown length, a moving average, fits without validation)
+    more = {"average": ema, "frozen": FreezeNorms(0.6)}
+    callbacks = [*(more[name] for name in more if options.pop(name, False)), validated]
     learner = learner_of(callbacks=callbacks, **options)
     history = learner.fit(epochs)
     figures = [list(row[part].values()) for row in history for part in ("train", "valid") if part in row]
