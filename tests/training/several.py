@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from normlab.training import (
     Learner,
     Metrics,
     Recorder,
+    StopAtNonFinite,
     accuracy,
     load_checkpoint,
 )
@@ -148,6 +150,16 @@ def fit(name: str) -> dict[str, Any]:
         "figures": figures,
         "losses": learner.callbacks[1].losses,
     }
+
+
+def poisoned(_: Path) -> dict[str, Any]:
+    """One sample, in the part of one rank, is not a number."""
+    guard = StopAtNonFinite()
+    learner = learner_of("group", callbacks=[guard])
+    learner.train.dataset.x[17] = torch.nan
+    with warnings.catch_warnings(record=True):
+        learner.fit(2)
+    return {"step": guard.step, "where": guard.where}
 
 
 class Slowly(Callback):
@@ -282,6 +294,7 @@ def main() -> None:
             run(folder / str(count), count, lambda _: {name: fit(name) for name in CASES})
         run(folder / "whole", 2, fit_on)
         run(folder / "sharded", 2, fully_sharded)
+        run(folder / "poisoned", 2, poisoned)
     else:
         run(folder / "whole", 2, fit_on)
         for seed in range(int(sys.argv[2])):

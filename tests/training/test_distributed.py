@@ -99,6 +99,21 @@ def test_a_checkpoint_of_several_processes(jobs):
         learner.fit(several.EPOCHS)
 
 
+def test_the_end_of_an_epoch_goes_on_with_another_number_of_processes(jobs):
+    state = load_checkpoint(jobs / "whole/a.ckpt")
+    assert state["batches"] == 0
+    learner = several.learner_of("batch", callbacks=[several.Slowly()])
+    learner.load_state_dict(state)
+    history = learner.fit(several.EPOCHS + 1)
+    assert history[:-1] == state["history"]
+
+
+def test_a_loss_that_is_not_finite_ends_every_rank(jobs):
+    found = [torch.load(jobs / f"poisoned/{rank}.pt") for rank in range(2)]
+    assert found[0]["step"] == found[1]["step"]
+    assert sorted(one["where"][:24] for one in found) == ["All parameters are finit", "The inputs of the batch "]
+
+
 def test_fully_sharded(jobs):
     """As in one process; loaded from a checkpoint of parts, another net goes on the same."""
     found = [torch.load(jobs / f"sharded/{rank}.pt") for rank in range(2)]
