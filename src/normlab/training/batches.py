@@ -74,6 +74,8 @@ def count_samples(inputs: Any, targets: Any) -> int:
     Raises:
         InputError: nothing in the batch has a length.
     """
+    if isinstance(targets, Tensor) and targets.dim():  # what most are, at each step
+        return len(targets)
     parts = [targets, inputs, *(part for both in (targets, inputs) for part in _inside(both))]
     tensors = [part for part in parts if isinstance(part, Tensor) and part.dim()]
     sized = tensors or [part for part in parts if isinstance(part, tuple | list)]

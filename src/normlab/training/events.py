@@ -82,27 +82,36 @@ CANCELLED_IN = {
 
 
 class Listeners:
-    """The methods of a learner's callbacks by event, collected once a fit: the loop then calls only what is there."""
+    """The methods of a learner's callbacks, collected once a fit: the loop then calls only what is there.
+
+    Attributes:
+        of: those of each event, in their order.
+    """
 
     def __init__(self, learner: "Learner"):
         callbacks = sorted(check_callbacks(learner.callbacks), key=attrgetter("order"))
         for callback in callbacks:
             callback.learner = learner
         self._learner = learner
-        self._methods = {
+        self.of = {
             event: [getattr(callback, event) for callback in callbacks if hasattr(type(callback), event)]
             for event in EVENTS
         }
 
     def tell(self, event: str) -> None:
         """Calls them in their order; an error says whose it is."""
-        for listener in self._methods[event]:
-            self._tell_one(listener, event)
+        listener = None
+        try:
+            for listener in self.of[event]:
+                listener()
+        except Exception as error:
+            _explain(error, listener, event, self._learner)
+            raise
 
     def tell_all(self, event: str) -> None:
         """The same, and each is told, whatever others raise."""
         with ExitStack() as each:
-            for listener in reversed(self._methods[event]):
+            for listener in reversed(self.of[event]):
                 each.callback(self._tell_one, listener, event)
 
     def _tell_one(self, listener: Any, event: str) -> None:

@@ -103,8 +103,7 @@ class Learner:
         """None, one or several."""
         return listed_optimizers(self.optimizer, self.step_func)
 
-    @property
-    def _stepped(self) -> list[torch.optim.Optimizer]:
+    def _optimizers_stepped(self) -> list[torch.optim.Optimizer]:
         """Those that the loop steps: the one there is, or none where `step_func` steps by itself."""
         return [] if self.optimizer is None or isinstance(self.optimizer, list | tuple) else [self.optimizer]
 
@@ -141,6 +140,7 @@ class Learner:
         resumed, self._resumed = self._resumed, None
         self._reset(epochs)
         self._listeners = Listeners(self)
+        self._stepped = self._optimizers_stepped()
         self._steps = bool(self._stepped)
         self._closure = self._steps and needs_closure(self.optimizer)
         clear_gradients(self._stepped)  # of an earlier fit that was left between two steps
@@ -208,8 +208,11 @@ class Learner:
             self._emit("after_batch")
 
     def _pass(self) -> None:
-        with self.precision.autocast(self.model):
+        if self.precision.dtype is None:
             self._compute()
+        else:
+            with self.precision.autocast(self.model):
+                self._compute()
         if self.training:
             self._backward()
 
@@ -266,4 +269,5 @@ class Learner:
         self.ranks: Ranks = ALONE
 
     def _emit(self, event: str) -> None:
-        self._listeners.tell(event)
+        if self._listeners.of[event]:
+            self._listeners.tell(event)

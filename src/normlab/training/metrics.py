@@ -145,6 +145,7 @@ class MetricMean:
         self.metric, self.name = metric, name
         self._mean = SampleMean()
         self._pooled = getattr(metric, "mean_over_samples", False)
+        self._shapes: Any = None  # of the newest of what is pooled
         self._outputs: list[Tensor] = []
         self._targets: list[Tensor] = []
         self._elements = 0
@@ -165,8 +166,10 @@ class MetricMean:
                 figure, samples = there.mean(), len(there)
             self._mean.add(figure, samples)
             return
-        if self._outputs and _sizes(output, targets) != _sizes(self._outputs[0], self._targets[0]):
+        others = self._outputs and (output.shape, targets.shape) != self._shapes
+        if others and _sizes(output, targets) != _sizes(self._outputs[0], self._targets[0]):
             self._flush()  # images of another size cannot be joined with these
+        self._shapes = output.shape, targets.shape
         self._outputs.append(output)
         self._targets.append(targets)
         self._elements += output.numel()
