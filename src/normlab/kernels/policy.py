@@ -61,8 +61,10 @@ def for_activated_groups(x: Tensor) -> bool:
 
 def for_groups(x: Tensor) -> bool:
     """For group norm alone: on a CPU torch's is quick too, but for the channels last in memory."""
-    if not for_activated_groups(x) or not x.is_cpu or not x.is_contiguous():
-        return for_activated_groups(x)
+    if not for_activated_groups(x):
+        return False
+    if not x.is_cpu or not x.is_contiguous():
+        return True
     return x.numel() >= LARGE_FOR_GROUPS and x.shape[2:].numel() >= LARGE_MAP_FOR_GROUPS
 
 

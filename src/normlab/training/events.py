@@ -100,13 +100,8 @@ class Listeners:
 
     def tell(self, event: str) -> None:
         """Calls them in their order; an error says whose it is."""
-        listener = None
-        try:
-            for listener in self.of[event]:
-                listener()
-        except Exception as error:
-            _explain(error, listener, event, self._learner)
-            raise
+        for listener in self.of[event]:
+            self._tell_one(listener, event)
 
     def tell_all(self, event: str) -> None:
         """The same, and each is told, whatever others raise."""
