@@ -87,7 +87,7 @@ def _parameter(part: Tensor | None, name: str, channels: int) -> Tensor | None:
     """γ or β with its values in memory.
 
     Raises:
-        RuntimeError: it has not one for each channel, or its storage is too small for them.
+        RuntimeError: it does not have one value a channel, or its storage is too small for them.
     """
     if part is None:
         return None

@@ -43,9 +43,8 @@ class EMA(Callback):
     Source: torch.optim.swa_utils.
     """
 
-    order = (
-        20  # in after_epoch after what saves the model that was validated, before what saves the one that is trained
-    )
+    # In after_epoch after what saves the model that was validated, before what saves the one that is trained.
+    order = 20
 
     def __init__(
         self,
