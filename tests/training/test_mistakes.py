@@ -1,11 +1,14 @@
 """Mistakes in what a learner, a callback, a schedule is given are refused there, with the cure."""
 
+import traceback
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import normlab
 from normlab.errors import InputError
 from normlab.training import (
     EVENTS,
@@ -188,3 +191,54 @@ def test_any_function_of_a_position_is_a_schedule():
     recorder = Recorder()
     learner(ScheduleParameter("lr", lambda position, scale=0.5: scale), recorder).fit(1)
     assert recorder.lrs == [[0.5]]
+
+
+class _Fails(nn.Module):
+    """In the forward pass, the backward pass or evaluation."""
+
+    def __init__(self, where: str):
+        super().__init__()
+        self.where, self.linear = where, nn.Linear(3, 1)
+
+    def forward(self, x):
+        if self.where == "forward" or (self.where == "evaluation" and not self.training):
+            raise ZeroDivisionError
+        output = self.linear(x)
+        if self.where == "backward":
+            output.register_hook(_fail)
+        return output
+
+
+def _fail(*arguments):
+    raise ZeroDivisionError
+
+
+def after(times: int):
+    """A loss that fails when it was computed so often."""
+    left = iter(range(times))
+    return lambda output, targets: _fail() if next(left, None) is None else nn.functional.mse_loss(output, targets)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"model": _Fails(where), "valid": BATCHES} for where in ("forward", "backward", "evaluation")),
+        {"loss_func": _fail},
+        {"step_func": _fail},
+        {"loss_func": after(2), "optimizer": torch.optim.LBFGS},
+        *({"callbacks": [with_method(event, _fail)], "valid": BATCHES} for event in EVENTS if "cancel" not in event),
+        {"callbacks": [Metrics(own=_fail)]},
+        {"callbacks": [Metrics(own=after(1))], "valid": BATCHES},
+    ],
+)
+def test_a_traceback_through_user_code_has_few_frames_of_ours(options):
+    model = options.get("model", nn.Linear(3, 1))
+    optimizer = options.pop("optimizer", torch.optim.SGD)(model.parameters(), lr=0.1)
+    failing = learner(**{"model": model, "optimizer": optimizer, **options})
+    with pytest.raises(ZeroDivisionError) as caught:
+        failing.fit(1)
+    frames = traceback.extract_tb(caught.value.__traceback__)
+    ours = [frame.name for frame in frames if frame.filename.startswith(str(Path(normlab.__file__).parent))]
+    assert ours[0] == "fit"
+    assert 2 <= len(ours) <= 5
+    assert frames[-1].filename == __file__

@@ -200,7 +200,7 @@ class Distributed(Callback):
         if "WORLD_SIZE" not in os.environ and not dist.is_initialized():
             return
         check(learner._compiled is None, "compile", True, "False in several processes")
-        one = learner._steps and not needs_closure(learner.optimizer)
+        one = bool(learner._stepped) and not needs_closure(learner.optimizer)
         check(one, "optimizer", learner.optimizer, "one that needs no closure, in several processes")
         if not dist.is_initialized():
             _meet(self.timeout)

@@ -1,8 +1,10 @@
 """What a callback is: an object whose methods are named after the events it wants to hear."""
 
 import difflib
+import functools
 import inspect
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -12,6 +14,7 @@ from ..errors import InputError, check_no_class
 if TYPE_CHECKING:
     from .learner import Learner
 
+HERE = os.path.dirname(__file__)
 EVENTS = (
     "begin_fit",
     "begin_epoch",
@@ -98,23 +101,20 @@ class Listeners:
             for event in EVENTS
         }
 
-    def tell(self, event: str) -> None:
-        """Calls them in their order; an error says whose it is."""
-        for listener in self.of[event]:
-            self._tell_one(listener, event)
+    def tell(self, event: str, listeners: list[Any] | None = None) -> None:
+        """Calls those of an event in their order, or those of them that are given; an error says whose it is."""
+        for listener in self.of[event] if listeners is None else listeners:
+            try:
+                listener()
+            except Exception as error:
+                _explain(error, listener, event, self._learner)
+                raise
 
     def tell_all(self, event: str) -> None:
         """The same, and each is told, whatever others raise."""
         with ExitStack() as each:
             for listener in reversed(self.of[event]):
-                each.callback(self._tell_one, listener, event)
-
-    def _tell_one(self, listener: Any, event: str) -> None:
-        try:
-            listener()
-        except Exception as error:
-            _explain(error, listener, event, self._learner)
-            raise
+                each.callback(self.tell, event, [listener])
 
 
 def _explain(error: Exception, listener: Any, event: str, learner: "Learner") -> None:
@@ -131,6 +131,17 @@ def _explain(error: Exception, listener: Any, event: str, learner: "Learner") ->
                 raise InputError(f"{where} Raise it in {', '.join(events)}.") from None
             return
     error.add_note(f"In the callback's {kind}.{event}, epoch {learner.epoch + 1}, batch {learner.batch + 1}.")
+
+
+def shorten(error: Exception) -> None:
+    """Leaves five of our own frames in the error's traceback, so that the user's stand out."""
+    places, place = [], error.__traceback__
+    while place is not None:
+        places.append(place)
+        place = place.tb_next
+    own = [n for n, place in enumerate(places) if place.tb_frame.f_code.co_filename.startswith(HERE)]
+    for n in reversed(own[3:-2]):
+        places[n - 1].tb_next = places[n].tb_next
 
 
 # What a method's name begins with that was meant for an event, here or in other libraries.
@@ -163,31 +174,49 @@ def _check_callback(argument: str, callback: Any) -> None:
             f"{argument}: expected a normlab.training.Callback, got {kind.__name__}. "
             "Derive a class from Callback, with a method for each event."
         )
-    foreign = set(dir(kind)) - set(dir(Callback)) - set(EVENTS)
-    for name in sorted(name for name in foreign if name[0] != "_" and callable(getattr(kind, name, None))):
-        if name.startswith(_MEANT) or difflib.get_close_matches(name, EVENTS, 1, _NEAR):
-            near = difflib.get_close_matches(name.replace("before_", "begin_"), EVENTS, 1, 0.5)
-            raise InputError(
-                f"{argument}: {kind.__name__}.{name} is no event.{f' Did you mean {near[0]!r}?' if near else ''} "
-                f"Events: {', '.join(EVENTS)}. A helper's name may begin with an underscore."
-            )
+    misnamed = _misnamed(kind)
+    if misnamed:
+        raise InputError(f"{argument}: {misnamed}")
     for event in EVENTS:
         if hasattr(kind, event):
             _check_event(argument, f"{kind.__name__}.{event}", getattr(callback, event))
 
 
+@functools.cache
+def _misnamed(kind: type) -> str | None:
+    """What is wrong with a class that has a method meant for an event, but named after none."""
+    foreign = set(dir(kind)) - set(dir(Callback)) - set(EVENTS)
+    for name in sorted(name for name in foreign if name[0] != "_" and callable(getattr(kind, name, None))):
+        if name.startswith(_MEANT) or difflib.get_close_matches(name, EVENTS, 1, _NEAR):
+            near = difflib.get_close_matches(name.replace("before_", "begin_"), EVENTS, 1, 0.5)
+            return (
+                f"{kind.__name__}.{name} is no event.{f' Did you mean {near[0]!r}?' if near else ''} "
+                f"Events: {', '.join(EVENTS)}. A helper's name may begin with an underscore."
+            )
+    return None
+
+
 def _check_event(argument: str, name: str, method: Any) -> None:
     if not callable(method):
         raise InputError(f"{argument}: {name} is no method, but {method!r}. Leave it out, or define a method.")
-    try:
-        needed = [one for one in inspect.signature(method).parameters.values() if _is_needed(one)]
-    except (TypeError, ValueError):  # it does not say what it takes
-        return
+    function = getattr(method, "__func__", None)
+    needed = _needed(method) if function is None else _needed_of_function(function)[1:]
     if needed:
         raise InputError(
-            f"{argument}: {name} needs {', '.join(one.name for one in needed)}, and events give no arguments. "
+            f"{argument}: {name} needs {', '.join(needed)}, and events give no arguments. "
             "Read what it needs from self.learner."
         )
+
+
+def _needed(method: Callable[..., Any]) -> list[str]:
+    """The arguments that it cannot do without, as far as it says."""
+    try:
+        return [name for name, one in inspect.signature(method).parameters.items() if _is_needed(one)]
+    except (TypeError, ValueError):
+        return []
+
+
+_needed_of_function = functools.cache(_needed)
 
 
 def _is_needed(one: inspect.Parameter) -> bool:

@@ -73,7 +73,7 @@ def evaluations(learner: "Learner") -> Callable[[], float]:
             return float(there.pop())
         clear_gradients([learner.optimizer])
         with torch.enable_grad():
-            learner._pass()
+            learner._compute()
         return float(learner.loss)
 
     return evaluate

@@ -1,6 +1,6 @@
 """The training loop."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,10 @@ from .checks import (
 )
 from .compiled import CompiledGradients
 from .distributed import ALONE, Ranks
-from .events import CancelBatch, CancelEpoch, CancelTrain, Listener, Listeners, check_callbacks
+from .events import CancelBatch, CancelEpoch, CancelTrain, Listener, Listeners, check_callbacks, shorten
 from .gradients import Gradients, clear_gradients, evaluations
 from .precision import Precision
-from .state import Resumed, random_state, state_of
+from .state import Resumed, begin_part, state_of
 
 
 class Learner:
@@ -139,41 +139,39 @@ class Learner:
         check_optimizer_of(self.optimizers, self.model)
         resumed, self._resumed = self._resumed, None
         self._reset(epochs)
-        self._listeners = Listeners(self)
         self._stepped = self._optimizers_stepped()
-        self._steps = bool(self._stepped)
-        self._closure = self._steps and needs_closure(self.optimizer)
+        self._closure = bool(self._stepped) and needs_closure(self.optimizer)
         clear_gradients(self._stepped)  # of an earlier fit that was left between two steps
+        listeners = Listeners(self)
+        self._tell = listeners.tell
         try:
-            self._emit("begin_fit")
+            self._tell("begin_fit")
             first = resumed.begin() if resumed else 0
             for self.epoch in range(first, epochs):
-                self._fit_epoch(resumed if self.epoch == first else None)
+                self._run_batches("train", "begin_epoch", resumed if self.epoch == first else None)
+                if self.valid is not None:
+                    with torch.no_grad():
+                        self._run_batches("valid", "begin_validate", None)
+                self.training = False
+                self._tell("after_epoch")
         except CancelTrain:
-            self._emit("after_cancel_train")
+            self._tell("after_cancel_train")
+        except Exception as error:
+            shorten(error)
+            raise
         finally:
             self.precision.end(self.model)
-            self._listeners.tell_all("after_fit")
+            listeners.tell_all("after_fit")
         return self.history
 
-    def _fit_epoch(self, resumed: Resumed | None) -> None:
-        self.training = True
-        self.model.train()
-        self._run_batches("begin_epoch", "train", resumed)
-        self.training = False
-        if self.valid is not None:
-            self.model.eval()
-            with torch.no_grad():
-                self._run_batches("begin_validate", "valid")
-        self._emit("after_epoch")
-
-    def _run_batches(self, beginning: str, part: str, resumed: Resumed | None = None) -> None:
-        self.batch = 0
+    def _run_batches(self, part: str, beginning: str, resumed: Resumed | None) -> None:
+        self.training, self.batch = part == "train", 0
+        self.model.train(self.training)
         try:
-            self._emit(beginning)
+            self._tell(beginning)
             batches = self.ranks.part(getattr(self, part))  # not before: a callback may give others
             self.num_batches = length(batches)
-            first, rest = resumed.rest_of(batches) if resumed else (0, self._begin(batches))
+            first, rest = resumed.rest_of(batches) if resumed else begin_part(self, batches)
             empty = first == 0
             for self.batch, batch in enumerate(rest, first):
                 empty = False
@@ -183,76 +181,60 @@ class Learner:
             if empty:
                 check_may_be_empty(part, batches, self.epoch)
         except CancelEpoch:
-            self._emit("after_cancel_epoch")
-
-    def _begin(self, batches: Iterable[Any]) -> Iterator[Any]:
-        if self.training:
-            self._random_before = random_state(self)
-        return iter(batches)
+            self._tell("after_cancel_epoch")
 
     def _run_batch(self, batch: Any) -> None:
         self.inputs, self.targets = split_batch(batch) if self.step_func is None else (batch, None)
         self._whole = False  # and so it stays if an error ends the batch
         try:
-            self._emit("begin_batch")
-            self._pass()
+            self._tell("begin_batch")
+            self._compute()
             if self.training:
-                self._emit("after_backward")
+                self._tell("after_backward")
                 if self.gradients.are_due(self):
                     self._step()
             self._whole = True
         except CancelBatch:
-            self._emit("after_cancel_batch")
+            self._tell("after_cancel_batch")
             self._whole = True
         finally:
-            self._emit("after_batch")
-
-    def _pass(self) -> None:
-        if self.precision.dtype is None:
-            self._compute()
-        else:
-            with self.precision.autocast(self.model):
-                self._compute()
-        if self.training:
-            self._backward()
+            self._tell("after_batch")
 
     def _compute(self) -> None:
-        if self._compiled is not None and self.training:
-            self._compiled_pass(self._compiled)
+        """Output and loss of the batch; in training also what they add to the gradients."""
+        compiled, model = self._compiled if self.training else None, self.ranks.called(self)
+        with self.precision.autocast(self.model):
+            if compiled is not None:
+                self.output, self.loss, found = compiled(model, self.loss_func, self.inputs, self.targets)
+                self._tell("after_pred")
+            elif self.step_func is None:
+                self.output = model(self.inputs)
+                self._tell("after_pred")
+                self.loss = self.loss_func(self.output, self.targets)
+                check_loss(self.loss, "loss_func's result")
+            else:
+                self.loss, self.output, self.targets = split_result(self.step_func(self.inputs, model))
+                check_loss(self.loss, "the loss of step_func's result")
+                self._tell("after_pred")
+            self._tell("after_loss")
+        if not self.training:
             return
-        if self.step_func is None:
-            self.output = self.ranks.called(self)(self.inputs)
-            self._emit("after_pred")
-            self.loss = self.loss_func(self.output, self.targets)
-            check_loss(self.loss, "loss_func's result")
-        else:
-            self.loss, self.output, self.targets = split_result(self.step_func(self.inputs, self.ranks.called(self)))
-            check_loss(self.loss, "the loss of step_func's result")
-            self._emit("after_pred")
-        self._emit("after_loss")
-
-    def _compiled_pass(self, compiled: CompiledGradients) -> None:
-        self.output, self.loss, found = compiled(self.model, self.loss_func, self.inputs, self.targets)
-        self._emit("after_pred")
-        self._emit("after_loss")
-        self.gradients.add(self, found)
-
-    def _backward(self) -> None:
-        if self._steps and self._compiled is None:
+        if compiled is not None:
+            self.gradients.add(self, found)
+        elif self._stepped:  # else step_func has done it
             self.gradients.backward(self)
         self.loss, self.output = self.loss.detach(), call_each(self.output, "detach")
 
     def _step(self) -> None:
-        if self._steps:
+        stepped = True
+        if self._stepped:
             self.gradients.finish(self)
-            self._emit("begin_step")
+            self._tell("begin_step")
             stepped = self.precision.step(self.optimizer, self.model, evaluations(self) if self._closure else None)
-        else:
-            stepped = True  # step_func did
         try:
             if stepped:
                 self.step += 1
-                self._emit("after_step")
+                self._tell("after_step")
         finally:
             clear_gradients(self._stepped)
 
@@ -267,7 +249,3 @@ class Learner:
         self.history: list[dict[str, Any]] = []
         self.gradients, self._whole = Gradients(self.accumulate), False
         self.ranks: Ranks = ALONE
-
-    def _emit(self, event: str) -> None:
-        if self._listeners.of[event]:
-            self._listeners.tell(event)

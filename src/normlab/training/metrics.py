@@ -127,10 +127,14 @@ class SampleMean:
 
     def _flush(self) -> None:
         if self._values:
-            values = torch.stack([torch.as_tensor(value).reshape(()) for value in self._values]).tolist()
+            values = torch.stack(list(map(_scalar, self._values))).tolist()
             self._total += sum(v * w for v, w in zip(values, self._weights, strict=True) if w)
             self._samples += sum(self._weights)
             self._values, self._weights = [], []
+
+
+def _scalar(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) and not value.dim() else torch.as_tensor(value).reshape(())
 
 
 class MetricMean:

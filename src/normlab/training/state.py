@@ -87,7 +87,7 @@ class Resumed:
         learner, state = self.learner, self.state
         done = state["batches"]
         if not done:
-            return 0, learner._begin(batches)
+            return begin_part(learner, batches)
         learner.gradients.samples, learner.gradients.unit = state["samples"]
         learner._random_before = state["random_before"]
         for name, part in learner.model.named_parameters():
@@ -126,6 +126,13 @@ class Resumed:
         check(names == expected, "callbacks", ", ".join(names), f"those of the saved state: {', '.join(expected)}")
         for one, (_, value) in zip(own, saved, strict=True):
             one.load_state_dict(value)
+
+
+def begin_part(learner: "Learner", batches: Iterable[Any]) -> tuple[int, Iterator[Any]]:
+    """Of a part from its beginning: that none of its batches are done, and all of them."""
+    if learner.training:
+        learner._random_before = random_state(learner)
+    return 0, iter(batches)
 
 
 def random_state(learner: "Learner") -> dict[str, Any]:

@@ -139,7 +139,7 @@ class StopAtNonFinite(Callback):
         for part in _tensors(learner.inputs):
             if not _is_finite(part):
                 return "The inputs of the batch are not finite. Look at the data."
-        if not learner._steps:  # step_func makes steps of its own: once more would be one too many
+        if not learner._stepped:  # step_func makes steps of its own: once more would be one too many
             return "All parameters are finite. With a step_func that makes steps no module is looked at."
         if learner.ranks.count > 1:  # each would have to run the same modules
             return "All parameters are finite. In several processes no module is looked at."
