@@ -1,5 +1,7 @@
 """The compiled step trains as the plain one does, with every callback that does not change the graph."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from normlab.data import TensorBatches, load_dataset
 from normlab.errors import InputError
 from normlab.nn import build_norm
+from normlab.surgery import FreezeNorms
 from normlab.training import (
     Callback,
     CancelBatch,
@@ -99,6 +102,25 @@ def test_gradients_accumulate():
     found = fit("group", 80, True, EveryOther())
     assert_same(found, fit("group", 80, False, EveryOther()))
     assert found[0].step == 5
+
+
+@pytest.mark.parametrize(("norm", "affine"), [("running", True), ("batch", False)])
+@pytest.mark.usefixtures("plain_backend")
+def test_norms_that_freeze_within_a_fit_freeze_in_the_compiled_step(norm, affine):
+    class Look(Callback):
+        def after_batch(self):
+            if self.learner.training:
+                seen.append({name: part.clone() for name, part in self.learner.model[2].state_dict().items()})
+
+    seen: list[dict[str, torch.Tensor]] = []
+    freezing = lambda: FreezeNorms(0.6, affine)  # noqa: E731
+    found, expected = (fit(norm, 80, compile, freezing(), Look(), momentum=0.9) for compile in (True, False))
+    assert found[2] == pytest.approx(expected[2], rel=1e-5)
+    for one, other in zip(seen[:10], seen[10:], strict=True):  # each of 10 batches, compiled and not
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    moved = [not torch.equal(one["running_mean"], other["running_mean"]) for one, other in pairwise(seen[:10])]
+    assert moved == [number < 5 for number in range(9)], "from the seventh batch on they stay"
+    assert torch.equal(seen[8]["weight"], seen[9]["weight"]) == affine
 
 
 @pytest.mark.usefixtures("plain_backend")
