@@ -7,7 +7,8 @@ differs; every loop but the hand-written one keeps the running mean of loss and 
 normlab's records loss and learning rate of each step too. `batch 512`: an epoch over 5,120 images of the lesson's net,
 whose hand-written loop shuffles and slices by itself and keeps no figures. Each loop and the hand-written one run in
 short pairs, so that both see the same machine; the figures are medians and quartiles of what each pair says. Peers
-that are not installed are left out (ignite: pytorch-ignite; Lightning: lightning; fastai). Run it on an idle machine.
+that are not installed are left out (ignite: pytorch-ignite; Lightning and its Fabric: lightning; accelerate; fastai).
+Run it on an idle machine.
 """
 
 import argparse
@@ -112,6 +113,43 @@ def lightning(model: nn.Module, batches: Batches) -> None:
     trainer.fit(Module(), OneLoader(batches))
 
 
+def fabric(model: nn.Module, batches: Batches) -> None:
+    from lightning.fabric import Fabric
+    from torchmetrics import MeanMetric
+    from torchmetrics.classification import MulticlassAccuracy
+
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=LR))
+    mean, accuracy = MeanMetric(), MulticlassAccuracy(10, average="micro")
+    model.train()
+    for x, y in batches:
+        output = model(x)
+        loss = F.cross_entropy(output, y)
+        fabric.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        mean.update(loss.detach())
+        accuracy.update(output.detach(), y)
+
+
+def accelerate(model: nn.Module, batches: Batches) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=LR))
+    losses, right = torch.zeros(()), torch.zeros(())
+    model.train()
+    for x, y in batches:
+        with accelerator.accumulate(model):
+            output = model(x)
+            loss = F.cross_entropy(output, y)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses += loss.detach()
+        right += (output.detach().argmax(1) == y).sum()
+
+
 def fastai(model: nn.Module, batches: Batches) -> None:
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner as FastaiLearner
@@ -159,7 +197,9 @@ def beyond_by_hand(loop: Loop, pairs: int, steps: int) -> dict:
 
 def batch_2() -> dict:
     """Microseconds a step beyond the hand-written loop, at batch 2; peers run long, because they take long to start."""
-    peers = installed({"ignite": ignite, "lightning": lightning, "fastai": fastai})
+    peers = installed(
+        {"ignite": ignite, "lightning": lightning, "fabric": fabric, "accelerate": accelerate, "fastai": fastai}
+    )
     figures = {"normlab": beyond_by_hand(normlab, pairs=PAIRS, steps=200)}
     return figures | {name: beyond_by_hand(loop, pairs=11, steps=2000) for name, loop in peers.items()}
 

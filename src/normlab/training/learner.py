@@ -96,16 +96,13 @@ class Learner:
         check(alone or not compile, "compile", compile, "False with a step_func, and with float16")
         self._compiled = CompiledGradients() if compile else None
         self._resumed: Resumed | None = None
+        self._random_before: dict[str, Any] | None = None  # the training batches; None before a fit
         self._reset(0)
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """None, one or several."""
         return listed_optimizers(self.optimizer, self.step_func)
-
-    def _optimizers_stepped(self) -> list[torch.optim.Optimizer]:
-        """Those that the loop steps: the one there is, or none where `step_func` steps by itself."""
-        return [] if self.optimizer is None or isinstance(self.optimizer, list | tuple) else [self.optimizer]
 
     @property
     def position(self) -> float:
@@ -139,7 +136,8 @@ class Learner:
         check_optimizer_of(self.optimizers, self.model)
         resumed, self._resumed = self._resumed, None
         self._reset(epochs)
-        self._stepped = self._optimizers_stepped()
+        several = isinstance(self.optimizer, list | tuple)
+        self._stepped = [] if several else self.optimizers  # by the loop; step_func steps several, or none, by itself
         self._closure = bool(self._stepped) and needs_closure(self.optimizer)
         clear_gradients(self._stepped)  # of an earlier fit that was left between two steps
         listeners = Listeners(self)
@@ -202,7 +200,7 @@ class Learner:
 
     def _compute(self) -> None:
         """Output and loss of the batch; in training also what they add to the gradients."""
-        compiled, model = self._compiled if self.training else None, self.ranks.called(self)
+        compiled, model, found = self._compiled if self.training else None, self.ranks.called(self), ()
         with self.precision.autocast(self.model):
             if compiled is not None:
                 self.output, self.loss, found = compiled(model, self.loss_func, self.inputs, self.targets)

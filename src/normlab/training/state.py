@@ -23,7 +23,7 @@ def state_of(learner: "Learner") -> dict[str, Any]:
 
     The tensors of model and optimizer are those in use: save or copy the state before training goes on.
     """
-    begun = hasattr(learner, "_random_before")
+    begun = learner._random_before is not None
     in_epoch = begun and learner.training  # else its validation is over
     return {
         "version": VERSION,
