@@ -12,6 +12,7 @@ from normlab.data import DATASETS
 from normlab.kernels import cpu
 from normlab.models import MODELS
 from normlab.nn import NORMS
+from normlab.study.optimizers import OPTIMIZERS
 from normlab.study.schedules import SCHEDULES
 
 
@@ -42,7 +43,7 @@ def test_info_says_which_kernels_are_in_use(monkeypatch, capsys):
 def test_list_fits_a_terminal_of_100_columns(monkeypatch, capsys):
     """A line for each: nothing is broken off."""
     _, out, _ = normlab(monkeypatch, capsys, "list", columns=100)
-    assert len(out.splitlines()) == len([*NORMS, *MODELS, *DATASETS, *SCHEDULES])
+    assert len(out.splitlines()) == len([*NORMS, *MODELS, *DATASETS, *SCHEDULES, *OPTIMIZERS])
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])

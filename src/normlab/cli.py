@@ -13,6 +13,7 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from .errors import InputError, check
+from .study.optimizers import OPTIMIZERS
 from .study.plan import Shared, Trial, Varied, grid
 from .study.schedules import SCHEDULES
 
@@ -183,7 +184,7 @@ class Reproduce:
 
 @dataclass(frozen=True)
 class List:
-    """List the norms, networks, data sets and schedules."""
+    """List the norms, networks, data sets, schedules and optimizers."""
 
     def run(self, console: Console) -> int:
         from .data import DATASETS
@@ -199,6 +200,8 @@ class List:
             table.add_row("data", name, "")
         for name, schedule in SCHEDULES.items():
             table.add_row("schedule", name, (schedule.__doc__ or "").rstrip("."))
+        for name, optimizer in OPTIMIZERS.items():
+            table.add_row("optimizer", name, (optimizer.__doc__ or "").rstrip("."))
         console.print(table, highlight=False)
         return 0
 

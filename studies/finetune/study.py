@@ -505,10 +505,10 @@ def draw_errors(axes: Axes, case: str) -> None:
     there = [size for size in sizes() if confirmed(case, "running", size)]
     for (place, way), (turn, size) in itertools.product(enumerate(WAYS), enumerate(there)):
         members = confirmed(case, way, size)
-        if members is None or members.accuracy is None:
+        if members is None or members.value is None:
             continue
         y = place + 0.3 * (turn - (len(there) - 1) / 2)
-        error, deviation = 1 - members.accuracy.mean, members.accuracy.std or 0.0
+        error, deviation = 1 - members.value.mean, members.value.std or 0.0
         axes.errorbar(
             error,
             y,

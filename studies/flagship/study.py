@@ -114,7 +114,7 @@ def _best_cell(groups: list[Group]) -> str:
         return "at chance"
     setting = leader.settings
     clip = ", clip 1" if setting["clip"] else ""
-    return f"{leader.accuracy} ({setting['lr']:g}, {setting['schedule']}{clip})"
+    return f"{leader.value} ({setting['lr']:g}, {setting['schedule']}{clip})"
 
 
 def _share_cell(groups: list[Group]) -> str:

@@ -16,9 +16,9 @@ def test_runs_that_differ_only_in_their_seed_are_one_group():
 
 def test_mean_and_sample_deviation():
     (group,) = summarize([record(value, seed=seed) for seed, value in enumerate((0.90, 0.94, 0.95))])
-    assert group.accuracy is not None
-    assert group.accuracy.mean == pytest.approx(0.93)
-    assert group.accuracy.std == pytest.approx(math.sqrt((0.03**2 + 0.01**2 + 0.02**2) / 2))
+    assert group.value is not None
+    assert group.value.mean == pytest.approx(0.93)
+    assert group.value.std == pytest.approx(math.sqrt((0.03**2 + 0.01**2 + 0.02**2) / 2))
     assert group.loss is not None
     assert group.loss.mean == pytest.approx(3 * 0.07)
     assert group.outcome == "0.9300 ±0.0265"
@@ -28,15 +28,15 @@ def test_a_later_record_with_the_same_key_replaces_an_earlier_one():
     runs = [record(status="failed", error="killed"), record(0.9, seed=1), record(0.97)]
     assert [run.status for run in latest(runs)] == ["finished", "finished"]
     (group,) = summarize(runs)
-    assert group.accuracy is not None
-    assert group.accuracy.mean == pytest.approx(0.935)
+    assert group.value is not None
+    assert group.value.mean == pytest.approx(0.935)
     assert group.errors == []
 
 
 @pytest.mark.parametrize("accuracy", [None, math.nan, 0.5])
 def test_a_diverged_run_is_in_no_mean(accuracy):
     (group,) = summarize([record(0.96), replace(record(accuracy, "diverged", step=41, seed=1), seconds=99.0)])
-    assert group.accuracy == Spread(0.96, None)
+    assert group.value == Spread(0.96, None)
     assert group.loss == Spread(pytest.approx(3 * 0.04), None)
     assert group.seconds_per_step == pytest.approx(0.0125)
     assert group.diverged_at == [41]
@@ -47,7 +47,7 @@ def test_a_loss_that_is_missing_leaves_the_accuracy():
     run = record(0.96)
     run.epochs[-1]["valid"]["loss"] = None
     (group,) = summarize([run])
-    assert group.accuracy == Spread(0.96, None)
+    assert group.value == Spread(0.96, None)
     assert group.loss is None
 
 

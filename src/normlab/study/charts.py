@@ -81,7 +81,7 @@ def _least_used(styles: list[tuple[str, str]]) -> tuple[str, str]:
 
 def error_ticks(groups: list[Group]) -> list[float]:
     """The ticks of an axis of 1 − accuracy; it ends at the first and the last."""
-    return _ticks((1 - group.accuracy.mean for group in groups if group.accuracy), 1.0, (1, 2, 3, 5, 7))
+    return _ticks((1 - group.value.mean for group in groups if group.value), 1.0, (1, 2, 3, 5, 7))
 
 
 def loss_ticks(groups: list[Group]) -> list[float]:

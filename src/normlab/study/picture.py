@@ -71,8 +71,8 @@ def _draw_accuracy(axes: Axes, series: list[Series], sizes: list[int]) -> None:
         shift = 0.4 * ((number + 0.5) / len(series) - 0.5)
         found = [(place + shift, line.best(size)) for place, size in enumerate(sizes)]
         points = [(x, group) for x, group in found if group]
-        errors = [_error(group.accuracy.mean) if group.accuracy else math.nan for _, group in points]
-        deviations = [group.accuracy.std or 0.0 if group.accuracy else 0.0 for _, group in points]
+        errors = [_error(group.value.mean) if group.value else math.nan for _, group in points]
+        deviations = [group.value.std or 0.0 if group.value else 0.0 for _, group in points]
         axes.errorbar(
             [x for x, _ in points], errors, yerr=deviations, label=line.label.replace("$", r"\$"), color=line.colour,
             marker=line.marker, linestyle=line.dash, markersize=6, linewidth=1.5, capsize=3, elinewidth=1,

@@ -12,6 +12,11 @@ from .schedules import SCHEDULES
 
 # A text under a field is its help on the command line too.
 
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+# Settings that came later than stored records.
+LATER = ("optimizer", "steps", "weight_decay", "precision", "loss", "metrics", "lower", "task")
+
 
 @dataclass(frozen=True)
 class Varied:
@@ -25,6 +30,8 @@ class Varied:
     """Learning rate; its peak where the schedule moves it."""
     seed: int = 0
     """Of the initial weights and of the order of the images."""
+    optimizer: str = "sgd"
+    """Name of the optimizer (normlab list), or module:name of one of your own."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +43,25 @@ class Shared:
     schedule: str = "constant"
     """How the learning rate moves (normlab list)."""
     data: str = "mnist"
-    """Name of the data set (normlab list)."""
+    """Name of the data set (normlab list), or module:name of a function that makes your own."""
     model: str = "convnet"
-    """Name of the network (normlab list)."""
+    """Name of the network (normlab list), or module:name of a function that makes your own."""
     images: int | None = None
     """How many training images are used, the first ones; None for all."""
     clip: float | None = None
     """Bound on the norm of the whole gradient; None for no clipping."""
+    steps: int | None = None
+    """Steps of an epoch, going through the data again or not to its end; None for one pass."""
+    weight_decay: float = 0.0
+    """Of weights; norms and biases are spared."""
+    precision: str = "float32"
+    """Of forward pass and loss: float32, bfloat16 or float16."""
+    loss: str | None = None
+    """module:name of the loss, a function of output and targets; None for cross entropy."""
+    metrics: tuple[str, ...] = ("accuracy",)
+    """Measures on the validation data: accuracy, dice, mean_iou, loss, or module:name. The first one judges."""
+    lower: bool = False
+    """Whether less of the first metric is better."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,16 @@ class Trial(Shared, Varied):  # fields in the order norm … seed, epochs … cl
         check(images is None or is_whole(images, 1), "images", images, "a whole number from 1, or None for all")
         check(clip is None or (is_real(clip) and clip > 0), "clip", clip, "a number above 0, or None for no clipping")
         check(task is None or isinstance(task, str), "task", task, "words, or None")
+        check(self.steps is None or is_whole(self.steps, 1), "steps", self.steps, "a whole number from 1, or None")
+        decay = self.weight_decay
+        check(is_real(decay) and 0 <= decay < float("inf"), "weight_decay", decay, "a number from 0")
+        if self.precision not in PRECISIONS:
+            raise unknown("precision", self.precision, PRECISIONS)
+        check(self.loss is None or isinstance(self.loss, str), "loss", self.loss, "module:name, or None")
+        names = self.metrics
+        listed = isinstance(names, list | tuple) and bool(names) and all(isinstance(name, str) for name in names)
+        check(listed, "metrics", names, "a list of names")
+        object.__setattr__(self, "metrics", tuple(names))
         if self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)
 
@@ -81,8 +110,13 @@ class Trial(Shared, Varied):  # fields in the order norm … seed, epochs … cl
         return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings for a record. Without a task there is none in it, as in records from before there were tasks."""
-        return {name: value for name, value in vars(self).items() if name != "task" or value is not None}
+        """The settings for a record. Those of `LATER` at their default are left out, as in records from before them."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            f.name: list(values[f.name]) if isinstance(values[f.name], tuple) else values[f.name]
+            for f in fields(self)
+            if f.name not in LATER or values[f.name] != f.default
+        }
 
 
 def grid(norms: list[str], batch_sizes: list[int], lrs: list[float], seeds: list[int], shared: Shared) -> list[Trial]:

@@ -31,4 +31,14 @@ def linear(lr: float) -> "Schedule":
     return schedules.linear(lr, lr / 5)
 
 
-SCHEDULES: dict[str, Callable[[float], "Schedule"]] = {"constant": constant, "one-cycle": one_cycle, "linear": linear}
+def polynomial(lr: float) -> "Schedule":
+    """Down to nothing by the power 0.9 of what is left, as nnU-Net trains."""
+    return lambda position: lr * (1 - position) ** 0.9
+
+
+SCHEDULES: dict[str, Callable[[float], "Schedule"]] = {
+    "constant": constant,
+    "one-cycle": one_cycle,
+    "linear": linear,
+    "polynomial": polynomial,
+}

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeGuard
 
 from ..errors import InputError
-from .plan import Trial
+from .plan import LATER, Trial
 from .record import Record
 
 SETTINGS = tuple(field.name for field in fields(Trial) if field.name != "seed")
+UP_TO_ONE = ("accuracy", "dice", "mean_iou")  # metrics from 0 to 1, where more is better
 TRAINS_FROM = 0.5
 TITLES = {"batch_size": "batch size", "lr": "learning rate"}
 
@@ -41,14 +42,14 @@ class Group:
     Attributes:
         settings: what the runs share, by the names of `SETTINGS`.
         records: the runs, by seed.
-        accuracy: of the last epoch on the validation images, over the finished runs only.
+        value: the first metric of the last epoch on the validation data, over the finished runs only.
         loss: the same for the validation loss.
         seconds_per_step: mean over the finished runs.
     """
 
     settings: dict[str, Any]
     records: tuple[Record, ...]
-    accuracy: Spread | None
+    value: Spread | None
     loss: Spread | None
     seconds_per_step: float | None
 
@@ -63,28 +64,45 @@ class Group:
         return [record.error or "unknown" for record in self.records if record.status == "failed"]
 
     @property
+    def metric(self) -> str:
+        """The name of the metric that judges, without its module: `accuracy`."""
+        return metric_name(self.settings["metrics"][0])
+
+    @property
+    def lower(self) -> bool:
+        """Whether less of it is better."""
+        return self.settings["lower"]
+
+    @property
+    def by_seed(self) -> dict[int, float | None]:
+        """The metric of each run, by its seed; None where the run did not finish."""
+        return {record.settings["seed"]: record.final(self.metric) for record in self.records}
+
+    @property
     def trains(self) -> bool:
-        """Whether the runs that finished got at least half of the images right."""
-        return self.accuracy is not None and self.accuracy.mean >= TRAINS_FROM
+        """Whether the mean is one half or more, of a metric of `UP_TO_ONE`; of others, whether there is a mean."""
+        return self.value is not None and (self.metric not in UP_TO_ONE or self.value.mean >= TRAINS_FROM)
 
     @property
     def score(self) -> float:
-        """For ranking only: the mean accuracy where a run that did not finish counts as 0."""
-        finished = len(self.records) - len(self.diverged_at) - len(self.errors)
-        return self.accuracy.mean * finished / len(self.records) if self.accuracy else 0.0
+        """For ranking only, more is better: the mean, made worse by the share of runs that did not finish."""
+        share = 1 - (len(self.diverged_at) + len(self.errors)) / len(self.records)
+        if self.value is None:
+            return -math.inf if self.lower else 0.0
+        return -self.value.mean / share if self.lower else self.value.mean * share
 
     @property
     def outcome(self) -> str:
         """The result in a few words: `0.9612 ±0.0021`, `diverged at step 41`, `0.9612, 2 of 3 diverged`."""
-        parts = [str(self.accuracy)] if self.accuracy else []
-        if self.accuracy and not self.trains:
+        parts = [str(self.value)] if self.value else []
+        if self.value and not self.trains:
             parts.append("does not train")
         if len(self.records) == 1 and self.diverged_at and self.diverged_at[0] is not None:
             return f"diverged at step {self.diverged_at[0]}"
         for count, word in ((len(self.diverged_at), "diverged"), (len(self.errors), "failed")):
             if count:
                 parts.append(word if len(self.records) == 1 else f"{count} of {len(self.records)} {word}")
-        return ", ".join(parts) or "no accuracy"
+        return ", ".join(parts) or f"no {self.metric}"
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
@@ -142,6 +160,8 @@ def show(name: str, value: Any) -> str:
     """A setting's value in words."""
     if value is None:
         return "all" if name == "images" else "none"
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -149,9 +169,15 @@ def conditions_of(groups: list[Group]) -> str:
     """The settings that all runs share, and their seeds, in a line."""
     apart = (*varying(groups), "norm", "batch_size")
     settings = {name: groups[0].settings[name] for name in SETTINGS if name not in apart}
-    shared = [f"{title_of(n)} {show(n, value)}" for n, value in settings.items() if (n, value) != ("task", None)]
+    default = {field.name: field.default for field in fields(Trial) if field.name in LATER}
+    shared = [f"{title_of(n)} {show(n, value)}" for n, value in settings.items() if value != default.get(n, ...)]
     many = any(len(group.records) > 1 for group in groups)
     return "; ".join([*shared, seeds_of(groups)]) + (". Mean ± sample standard deviation." if many else ".")
+
+
+def metric_name(metric: str) -> str:
+    """What a metric is called in records: `dice` of `my.measures:dice`."""
+    return metric.rpartition(":")[2]
 
 
 def seeds_of(groups: Iterable[Group]) -> str:
@@ -166,7 +192,7 @@ def _group(trial: Trial, records: list[Record]) -> Group:
     return Group(
         settings={name: value for name, value in asdict(trial).items() if name != "seed"},
         records=tuple(sorted(records, key=lambda record: record.settings.get("seed", 0))),
-        accuracy=Spread.of(record.final("accuracy") for record in records),
+        value=Spread.of(record.final(metric_name(trial.metrics[0])) for record in records),
         loss=Spread.of(record.final("loss") for record in records),
         seconds_per_step=speed.mean if speed else None,
     )
