@@ -45,15 +45,16 @@ class Train(Shared, Varied):
     def run(self, console: Console) -> int:
         from .observe import ActivationStats, blocks, plot_activations, plot_histograms, plot_training
         from .observe.plots import save
-        from .study.compare import check_trial, check_writable
+        from .study.compare import check_writable
         from .study.store import RunStore
         from .study.subject import WEIGHTS
+        from .study.tasks import check_tasks
         from .study.trial import build_learner, run_learner
         from .study.weights import save_weights
         from .training import ShowProgress
 
         trial = Trial.from_dict(vars(self))
-        check_trial(trial, self.data_dir)
+        check_tasks([trial], self.data_dir)
         check_writable(self.out)
         learner = build_learner(trial, self.data_dir, (ShowProgress(console),))
         batches = self.epochs * len(learner.train)  # pyright: ignore[reportArgumentType]

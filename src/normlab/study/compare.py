@@ -6,9 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..data import load_dataset
 from ..errors import InputError, check, is_whole
-from ..models import build_model
 from ..nn import NORMS
 from ..training import Callback
 from .executors import Job, run_jobs
@@ -18,6 +16,7 @@ from .record import Record
 from .report import write_html
 from .store import RunStore
 from .table import terminal_table
+from .tasks import check_tasks
 from .trial import environment, run_trial
 
 
@@ -52,8 +51,7 @@ def compare(
     folder = Path(folder)
     store = RunStore(folder / "runs.jsonl")
     check(is_whole(workers, 1), "workers", workers, "a whole number from 1")
-    for trial in trials:
-        check_trial(trial, data_dir)
+    check_tasks(trials, data_dir)
     check_writable(folder)
     kept = {record.key for record in _usable(store)}
     wanted = {trial.key for trial in trials}
@@ -92,15 +90,6 @@ def _run(trial: Trial, data_dir: str | Path | None, tell: Callback) -> Record:
     return run_trial(trial, data_dir, (tell,))
 
 
-def check_trial(trial: Trial, data_dir: str | Path | None) -> None:
-    """Raise the InputError that the trial would end in, before anything is run."""
-    data = _sizes(trial.data, data_dir)
-    build_model(trial.model, trial.norm, 2)
-    images = trial.images or data
-    check(images <= data, "images", images, f"1 to {data}, the training images of {trial.data}")
-    check(trial.batch_size <= images, "batch_size", trial.batch_size, f"1 to {images}, the number of training images")
-
-
 def check_writable(folder: Path) -> None:
     """Raise an InputError unless files can be made in `folder`, which is made if it is not there."""
     try:
@@ -110,17 +99,6 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise InputError(f"out={str(folder)!r} cannot be written: {error.strerror}. Choose another folder.") from error
-
-
-_known_sizes: dict[tuple[str, str], int] = {}
-
-
-def _sizes(name: str, data_dir: str | Path | None) -> int:
-    """Training images of a data set; reading it also shows that it is there and whole."""
-    key = name, str(data_dir)
-    if key not in _known_sizes:
-        _known_sizes[key] = len(load_dataset(name, data_dir).x_train)
-    return _known_sizes[key]
 
 
 def _usable(store: RunStore) -> list[Record]:

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-from ..data import ImageData, TensorBatches, load_dataset
-from ..models import build_model
 from ..training import (
     Callback,
     ClipGradients,
@@ -24,13 +22,12 @@ from ..training import (
     Recorder,
     ScheduleParameter,
     StopWhenDiverged,
-    accuracy,
 )
 from .plan import Trial
 from .record import Record
 from .schedules import SCHEDULES
+from .tasks import make_data, make_loss, make_metrics, make_model, make_optimizer
 
-VALID_BATCH = 256
 CURVE_POINTS = 100
 
 # Up to this batch size torch's own convolutions take half the time of oneDNN's. The other nets gain nothing.
@@ -40,8 +37,8 @@ SMALL_BATCH = {"convnet": 8}
 def run_trial(trial: Trial, data_dir: str | Path | None = None, callbacks: tuple[Callback, ...] = ()) -> Record:
     """Train as `trial` says, and return the record.
 
-    Training stops at a loss that is not finite: the status is `diverged`, else `finished`. Data are normalised by the
-    mean and deviation of the training images. Runs are deterministic on one machine for one number of threads.
+    Training stops at a loss that is not finite: the status is `diverged`, else `finished`. Built-in data are normalised
+    by the mean and deviation of the training images. Runs are deterministic on one machine for one number of threads.
 
     Raises:
         InputError: an unknown norm, model or data set, or a batch size above the number of images.
@@ -70,18 +67,18 @@ def run_learner(trial: Trial, learner: Learner) -> tuple[Record, Recorder]:
 
 def build_learner(trial: Trial, data_dir: str | Path | None = None, callbacks: tuple[Callback, ...] = ()) -> Learner:
     """The learner of a trial, seeded, with metrics, schedule and clipping as the trial says, and `callbacks`."""
-    data = _load_normalized(trial.data, str(data_dir) if data_dir else None)
-    images = trial.images or len(data.x_train)
-    torch.manual_seed(trial.seed)
-    model = build_model(trial.model, trial.norm, len(data.classes), data.x_train.shape[1])
+    train, valid = make_data(trial, data_dir)
+    model = make_model(trial, data_dir)
     clip = [ClipGradients(trial.clip)] if trial.clip else []
     schedule = ScheduleParameter("lr", SCHEDULES[trial.schedule](trial.lr))
     return Learner(
         model,
-        TensorBatches(data.x_train[:images], data.y_train[:images], trial.batch_size, shuffle=True, seed=trial.seed),
-        TensorBatches(data.x_valid, data.y_valid, VALID_BATCH),
-        optimizer=torch.optim.SGD(model.parameters(), lr=trial.lr),
-        callbacks=[Metrics(accuracy=accuracy), schedule, *clip, *callbacks],
+        train,
+        valid,
+        loss_func=make_loss(trial),
+        optimizer=make_optimizer(trial, model),
+        precision=trial.precision,
+        callbacks=[Metrics(**make_metrics(trial)), schedule, *clip, *callbacks],
     )
 
 
@@ -136,15 +133,6 @@ def quick_convolutions(model: str, batch_size: int) -> Iterator[None]:
         use = torch.backends.mkldnn.enabled and batch_size > SMALL_BATCH.get(model, 0)
         with torch.backends.mkldnn.flags(enabled=use):  # pyright: ignore[reportArgumentType]
             yield
-
-
-@lru_cache(maxsize=1)
-def _load_normalized(name: str, data_dir: str | None) -> ImageData:
-    """The data set, normalised; kept for the next trial of this process."""
-    data = load_dataset(name, data_dir)
-    mean, deviation = data.x_train.mean(), data.x_train.std()
-    parts = {part: getattr(data, part).sub(mean).div_(deviation) for part in ("x_train", "x_valid")}
-    return ImageData(data.name, y_train=data.y_train, y_valid=data.y_valid, classes=data.classes, **parts)
 
 
 @lru_cache(maxsize=1)
