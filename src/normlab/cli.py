@@ -13,18 +13,13 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from .errors import InputError, check
+from .study.commands import GOES_ON, Study
 from .study.optimizers import OPTIMIZERS
-from .study.plan import Shared, Trial, Varied, grid
+from .study.plan import Names, Plan, Shared, Trial, Varied, WholeNumbers
 from .study.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from .study.subject import Subject
-
-GOES_ON = "what is done is kept, run the same command to go on"
-
-Names = Annotated[list[str], arg(metavar="NAME ...")]
-WholeNumbers = Annotated[list[int], arg(metavar="INT ...")]
-Numbers = Annotated[list[float], arg(metavar="FLOAT ...")]
 
 # torch takes more than a second to import: the commands import what they need, so that --help answers at once.
 # A text under a field is its help. The settings of a trial have theirs in the plan.
@@ -126,22 +121,8 @@ class Diagnose:
 
 
 @dataclass(frozen=True)
-class Several:
-    """The values that a comparison combines."""
-
-    norms: Names = field(default_factory=lambda: ["none", "batch", "group", "layer", "instance", "running"])
-    """Registered names of the norms (normlab list)."""
-    batch_sizes: WholeNumbers = field(default_factory=lambda: [2, 32, 512])
-    """Images a step."""
-    lrs: Numbers = field(default_factory=lambda: [0.4])
-    """Learning rates; their peaks where the schedule moves them."""
-    seeds: WholeNumbers = field(default_factory=lambda: [0])
-    """Seeds; the table shows mean and deviation over them."""
-
-
-@dataclass(frozen=True)
-class Compare(Shared, Several):
-    """Compare norms at several batch sizes: a table, a picture and a page."""
+class Compare(Plan):
+    """Compare norms at several batch sizes: a table, a picture and a page. The short form of `study run`."""
 
     kept: ClassVar[str] = GOES_ON
 
@@ -155,9 +136,8 @@ class Compare(Shared, Several):
     def run(self, console: Console) -> int:
         from .study.compare import compare
 
-        trials = grid(self.norms, self.batch_sizes, self.lrs, self.seeds, self)
         command = shlex.join(["normlab", *sys.argv[1:]])
-        compare(trials, self.out, data_dir=self.data_dir, workers=self.workers, console=console, command=command)
+        compare(self.trials(), self.out, data_dir=self.data_dir, workers=self.workers, console=console, command=command)
         return 0
 
 
@@ -234,6 +214,7 @@ Command = (
     Annotated[Train, arg(name="train")]
     | Annotated[Diagnose, arg(name="diagnose")]
     | Annotated[Compare, arg(name="compare")]
+    | Annotated[Study, arg(name="study")]
     | Annotated[Reproduce, arg(name="reproduce")]
     | Annotated[List, arg(name="list")]
     | Annotated[Info, arg(name="info")]

@@ -1,5 +1,6 @@
 """A comparison: a plan's trials, run and kept in a folder, with the table, the picture and the page made of them."""
 
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -7,17 +8,20 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import InputError, check, is_whole
+from ..files import write_whole
 from ..nn import NORMS
 from ..training import Callback
 from .executors import Job, run_jobs
 from .picture import write_png
-from .plan import Trial
+from .plan import Plan, Trial
 from .record import Record
 from .report import write_html
 from .store import RunStore
 from .table import terminal_table
 from .tasks import check_tasks
 from .trial import environment, run_trial
+
+PLAN = "plan.toml"
 
 
 def compare(
@@ -65,6 +69,30 @@ def compare(
         if records:
             report(records, folder, console, command)
     return records
+
+
+def run_study(
+    plan: Plan,
+    folder: str | Path,
+    *,
+    data_dir: str | Path | None = None,
+    workers: int = 2,
+    console: Console | None = None,
+) -> list[Record]:
+    """Run what `folder` does not hold yet of a plan, and make its report; the plan is kept there as `plan.toml`.
+
+    Arguments, errors and what is returned as for `compare`.
+
+    Example:
+        >>> plan = Plan(norms=["batch", "running"], batch_sizes=[2], seeds=[0, 1, 2], images=1000)
+        >>> records = run_study(plan, "runs/first")  # doctest: +SKIP
+    """
+    trials, folder = plan.trials(), Path(folder)
+    check_tasks(trials, data_dir)
+    check_writable(folder)
+    write_whole(folder / PLAN, plan.to_toml().encode())
+    command = f"normlab study run {shlex.quote(str(folder / PLAN))} --out {shlex.quote(str(folder))}"
+    return compare(trials, folder, data_dir=data_dir, workers=workers, console=console, command=command)
 
 
 def report(records: Sequence[Record], folder: Path, console: Console, command: str = "") -> None:

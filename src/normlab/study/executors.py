@@ -255,4 +255,5 @@ def _outcome(record: Record) -> str:
         return f"failed: {record.error}"
     if record.status == "diverged":
         return f"diverged at step {record.diverged_at_step}"
-    return f"{record.final('accuracy'):.4f}  ({record.seconds:.0f} s)"
+    result = f"no {record.metric}" if record.result is None else f"{record.result:.4f}"
+    return f"{result}  ({record.seconds:.0f} s)"

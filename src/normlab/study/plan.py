@@ -1,17 +1,25 @@
-"""What a study runs: a `Trial` has the settings of one training run, a `grid` is a list of them."""
+"""What a study runs: a `Trial` has the settings of one training run, a `Plan` has those of all."""
 
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any
 
-from ..errors import check, is_real, is_whole, unknown
+from tyro.conf import arg
+
+from ..errors import InputError, check, is_real, is_whole, unknown
 from .schedules import SCHEDULES
 
 # A text under a field is its help on the command line too.
 
+Names = Annotated[list[str], arg(metavar="NAME ...")]
+WholeNumbers = Annotated[list[int], arg(metavar="INT ...")]
+Numbers = Annotated[list[float], arg(metavar="FLOAT ...")]
+NAMED = ("norms", "batch_sizes", "lrs", "seeds")  # these stand in each file of a plan
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 # Settings that came later than stored records.
@@ -58,7 +66,7 @@ class Shared:
     """Of forward pass and loss: float32, bfloat16 or float16."""
     loss: str | None = None
     """module:name of the loss, a function of output and targets; None for cross entropy."""
-    metrics: tuple[str, ...] = ("accuracy",)
+    metrics: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("accuracy",)
     """Measures on the validation data: accuracy, dice, mean_iou, loss, or module:name. The first one judges."""
     lower: bool = False
     """Whether less of the first metric is better."""
@@ -119,17 +127,92 @@ class Trial(Shared, Varied):  # fields in the order norm … seed, epochs … cl
         }
 
 
-def grid(norms: list[str], batch_sizes: list[int], lrs: list[float], seeds: list[int], shared: Shared) -> list[Trial]:
-    """Every combination of the four lists, each with the settings in `shared`, without repetition.
+@dataclass(frozen=True)
+class Several:
+    """The values that a study combines."""
+
+    norms: Names = field(default_factory=lambda: ["none", "batch", "group", "layer", "instance", "running"])
+    """Registered names of the norms (normlab list)."""
+    batch_sizes: WholeNumbers = field(default_factory=lambda: [2, 32, 512])
+    """Images a step."""
+    lrs: Numbers = field(default_factory=lambda: [0.4])
+    """Learning rates; their peaks where the schedule moves them."""
+    seeds: WholeNumbers = field(default_factory=lambda: [0])
+    """Seeds; the table shows the mean over them, and how sure it is."""
+    optimizers: Names = field(default_factory=lambda: ["sgd"])
+    """Names of the optimizers (normlab list), or module:name of your own."""
+
+
+@dataclass(frozen=True)
+class Plan(Shared, Several):
+    """A study: every combination of norms, batch sizes, rates, optimizers and seeds, with the same other settings.
+
+    Example:
+        >>> plan = Plan(norms=["batch", "running"], batch_sizes=[2], lrs=[0.1], seeds=[0, 1, 2])
+        >>> len(plan.trials())
+        6
+    """
+
+    def trials(self) -> list[Trial]:
+        """The runs, each once.
+
+        Raises:
+            InputError: an empty list, or a value out of range.
+        """
+        return grid(self.norms, self.batch_sizes, self.lrs, self.seeds, self, self.optimizers)
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Plan":
+        """The plan of a TOML file, which has the names of the fields as keys.
+
+        Raises:
+            InputError: there is no such file, it is no TOML, or a key or value is not one of a plan.
+        """
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}. Give the TOML file of a plan.") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise InputError(f"{path} is no TOML: {error}. Mend it there.") from error
+        names = [one.name for one in fields(cls)]
+        for name in values:
+            if name not in names:
+                raise unknown(f"{path}: key", name, names)
+        plan = cls(**values)
+        plan.trials()
+        return plan
+
+    def to_toml(self) -> str:
+        """The text of a file that `read` takes; settings at their default are left out."""
+        default = type(self)()
+        values = {one.name: getattr(self, one.name) for one in fields(Plan)}
+        # A text, number or list is written in TOML as in JSON.
+        return "".join(
+            f"{name} = {json.dumps(value)}\n"
+            for name, value in values.items()
+            if name in NAMED or value != getattr(default, name)
+        )
+
+
+def grid(
+    norms: list[str],
+    batch_sizes: list[int],
+    lrs: list[float],
+    seeds: list[int],
+    shared: Shared,
+    optimizers: Sequence[str] = ("sgd",),
+) -> list[Trial]:
+    """Every combination of the lists, each with the settings in `shared`, without repetition.
 
     Raises:
         InputError: an empty list, or a value out of range.
     """
-    for name, values in {"norms": norms, "batch_sizes": batch_sizes, "lrs": lrs, "seeds": seeds}.items():
+    lists = {"norms": norms, "batch_sizes": batch_sizes, "lrs": lrs, "seeds": seeds, "optimizers": optimizers}
+    for name, values in lists.items():
         several = isinstance(values, list | tuple | range)
         check(several, name, values, "a list", "" if several else f"Write {name}=[{values!r}].")
         check(bool(values), name, values, "one value or more")
     rest = {field.name: getattr(shared, field.name) for field in fields(Shared)}
-    combinations = itertools.product(batch_sizes, norms, lrs, seeds)
-    trials = (Trial(norm=n, batch_size=b, lr=lr, seed=s, **rest) for b, n, lr, s in combinations)
+    combinations = itertools.product(batch_sizes, norms, lrs, optimizers, seeds)
+    trials = (Trial(norm=n, batch_size=b, lr=lr, optimizer=o, seed=s, **rest) for b, n, lr, o, s in combinations)
     return list(dict.fromkeys(trials))

@@ -78,6 +78,16 @@ class Record:
         """A measure of the last epoch on the validation images, such as `accuracy`; None unless the run finished."""
         return self.by_epoch(measure)[-1] if self.status == "finished" and self.epochs else None
 
+    @property
+    def metric(self) -> str:
+        """The name of the metric that judges, without its module: `dice` of `my.measures:dice`."""
+        return (self.settings.get("metrics") or ["accuracy"])[0].rpartition(":")[2]
+
+    @property
+    def result(self) -> float | None:
+        """The metric that judges, of the last epoch on the validation data; None unless the run finished."""
+        return self.final(self.metric)
+
     def by_epoch(self, measure: str) -> list[float | None]:
         """A measure of each epoch on the validation images; None where it was not taken."""
         return [(epoch.get("valid") or {}).get(measure) for epoch in self.epochs]

@@ -66,7 +66,7 @@ class Group:
     @property
     def metric(self) -> str:
         """The name of the metric that judges, without its module: `accuracy`."""
-        return metric_name(self.settings["metrics"][0])
+        return self.records[0].metric
 
     @property
     def lower(self) -> bool:
@@ -76,7 +76,7 @@ class Group:
     @property
     def by_seed(self) -> dict[int, float | None]:
         """The metric of each run, by its seed; None where the run did not finish."""
-        return {record.settings["seed"]: record.final(self.metric) for record in self.records}
+        return {record.settings["seed"]: record.result for record in self.records}
 
     @property
     def trains(self) -> bool:
@@ -175,11 +175,6 @@ def conditions_of(groups: list[Group]) -> str:
     return "; ".join([*shared, seeds_of(groups)]) + (". Mean ± sample standard deviation." if many else ".")
 
 
-def metric_name(metric: str) -> str:
-    """What a metric is called in records: `dice` of `my.measures:dice`."""
-    return metric.rpartition(":")[2]
-
-
 def seeds_of(groups: Iterable[Group]) -> str:
     """The seeds of the runs in words: `seeds 0, 1`."""
     seeds = sorted({record.settings["seed"] for group in groups for record in group.records})
@@ -192,7 +187,7 @@ def _group(trial: Trial, records: list[Record]) -> Group:
     return Group(
         settings={name: value for name, value in asdict(trial).items() if name != "seed"},
         records=tuple(sorted(records, key=lambda record: record.settings.get("seed", 0))),
-        value=Spread.of(record.final(metric_name(trial.metrics[0])) for record in records),
+        value=Spread.of(record.result for record in records),
         loss=Spread.of(record.final("loss") for record in records),
         seconds_per_step=speed.mean if speed else None,
     )

@@ -22,7 +22,6 @@ from ..training import accuracy, dice, mean_iou, parameter_groups
 from .named import explain_failure, find_named
 from .optimizers import OPTIMIZERS
 from .plan import Trial
-from .summary import metric_name
 
 VALID_BATCH = 256  # images of the built-in data
 METRICS: dict[str, Callable[[Any, Any], Any]] = {"accuracy": accuracy, "dice": dice, "mean_iou": mean_iou}
@@ -122,7 +121,7 @@ def make_metrics(trial: Trial) -> dict[str, Callable[[Any, Any], Any]]:
         if name in METRICS:
             found[name] = METRICS[name]
         elif name != "loss":
-            found[metric_name(name)] = _function("metrics", name)
+            found[name.rpartition(":")[2]] = _function("metrics", name)
     return found
 
 
