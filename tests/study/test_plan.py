@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from normlab.errors import InputError
-from normlab.study.plan import Shared, Trial, grid
+from normlab.study.plan import Plan, Shared, Trial, grid
 
 
 @pytest.mark.parametrize(
@@ -85,3 +85,40 @@ def test_the_settings_are_in_the_order_of_the_table():
 def test_a_grid_takes_its_shared_settings_with_or_without_a_trial():
     lists = (["batch"], [2], [0.1], [0])
     assert grid(*lists, Shared(epochs=3)) == grid(*lists, Trial(epochs=3, norm="group"))
+
+
+def test_keys_of_settings_from_before_there_were_others_stay():
+    assert Trial(norm="running", batch_size=2, lr=0.4, seed=0).key == "9abc71f243a7"
+    assert "optimizer" not in Trial().to_dict()
+    assert Trial.from_dict(Trial(metrics=("dice",), optimizer="adamw").to_dict()).metrics == ("dice",)
+
+
+def test_a_plan_is_the_same_from_python_from_a_file_and_back(tmp_path):
+    plan = Plan(norms=["batch"], batch_sizes=[1, 2], lrs=[1e-5, 3.0], seeds=[0], metrics=("dice",), model='a "b":c\\d')
+    file = tmp_path / "plan.toml"
+    file.write_text(plan.to_toml())
+    assert Plan.read(file) == plan
+    assert [trial.key for trial in Plan.read(file).trials()] == [trial.key for trial in plan.trials()]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("norm = ['batch']", r"key='norm' is unknown. Did you mean 'norms'"),
+        ("norms = 'batch'", r"norms='batch' .* Write norms=\['batch'\]"),
+        ("norms = []", "norms"),
+        ("norms = [", "is no TOML"),
+        ("batch_sizes = [2.5]", "batch_size=2.5"),
+        ("lrs = [nan]", "lr=nan"),
+        ("epochs = 'two'", "epochs='two'"),
+        ("metrics = 'dice'", "metrics='dice'"),
+        ("x = " + "[" * 5000, "is no TOML"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_refused(tmp_path, text, said):
+    file = tmp_path / "plan.toml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=said):
+        Plan.read(file)
+    with pytest.raises(InputError, match="cannot be read"):
+        Plan.read(tmp_path / "missing.toml")

@@ -178,6 +178,8 @@ class Plan(Shared, Several):
         for name in values:
             if name not in names:
                 raise unknown(f"{path}: key", name, names)
+        if isinstance(values.get("metrics"), list):
+            values["metrics"] = tuple(values["metrics"])
         plan = cls(**values)
         plan.trials()
         return plan
