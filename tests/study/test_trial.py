@@ -7,6 +7,7 @@ import torch
 
 from normlab.errors import InputError
 from normlab.study.plan import Trial
+from normlab.study.record import Record
 from normlab.study.schedules import SCHEDULES
 from normlab.study.trial import build_learner, quick_convolutions, run_trial, thin
 from normlab.training import Callback
@@ -113,3 +114,13 @@ def test_the_quick_convolutions_give_the_same_numbers_and_leave_no_trace():
     for model, size in (("convnet", 512), ("resnet", 2)):
         with quick_convolutions(model, size):
             assert torch.backends.mkldnn.enabled == before[1]
+
+
+def test_a_record_has_the_activations_of_each_layer_at_ten_looks():
+    record = run_trial(Trial(norm="batch", batch_size=50, images=1000, epochs=2))
+    looked = record.more["activations"]
+    assert len(looked["step"]) == 10
+    assert looked["step"][0] == 1
+    for figure in ("mean", "deviation"):
+        assert {len(values) for values in looked[figure].values()} == {10}
+    assert Record.from_json(json.loads(json.dumps(record.to_json()))) == record

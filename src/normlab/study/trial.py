@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..observe import ActivationStats, blocks
 from ..training import (
     Callback,
     ClipGradients,
@@ -23,12 +25,14 @@ from ..training import (
     ScheduleParameter,
     StopWhenDiverged,
 )
+from ..training.checks import length
 from .plan import Trial
 from .record import Record
 from .schedules import SCHEDULES
 from .tasks import make_data, make_loss, make_metrics, make_model, make_optimizer
 
 CURVE_POINTS = 100
+LAYERS, LOOKS = 12, 10
 
 # Up to this batch size torch's own convolutions take half the time of oneDNN's. The other nets gain nothing.
 SMALL_BATCH = {"convnet": 8}
@@ -43,7 +47,11 @@ def run_trial(trial: Trial, data_dir: str | Path | None = None, callbacks: tuple
     Raises:
         InputError: an unknown norm, model or data set, or a batch size above the number of images.
     """
-    return run_learner(trial, build_learner(trial, data_dir, callbacks))[0]
+    learner = build_learner(trial, data_dir, callbacks)
+    stats = _activation_stats(learner, trial.epochs)
+    learner.callbacks.append(stats)
+    record = run_learner(trial, learner)[0]
+    return replace(record, more={**record.more, "activations": _activations(stats)})
 
 
 def run_learner(trial: Trial, learner: Learner) -> tuple[Record, Recorder]:
@@ -80,6 +88,25 @@ def build_learner(trial: Trial, data_dir: str | Path | None = None, callbacks: t
         precision=trial.precision,
         callbacks=[Metrics(**make_metrics(trial)), schedule, *clip, *callbacks],
     )
+
+
+def _activation_stats(learner: Learner, epochs: int) -> ActivationStats:
+    """Of at most `LAYERS` norms and other layers, at about `LOOKS` batches of the run."""
+    layers = blocks(learner.model) or {"model": learner.model}
+    names = list(layers)[:: -(-len(layers) // LAYERS)]
+    batches = length(learner.train)
+    every = max(1, epochs * batches // LOOKS) if batches else 50
+    return ActivationStats({name: layers[name] for name in names}, every=every)
+
+
+def _activations(stats: ActivationStats) -> dict[str, Any]:
+    """Mean and deviation of each layer's output, and after which steps, in three digits."""
+    figures = {"mean": stats.means, "deviation": stats.deviations}
+    rounded = {
+        figure: {name: [float(f"{value:.3g}") for value in values] for name, values in series.items()}
+        for figure, series in figures.items()
+    }
+    return {"step": list(stats.steps), **rounded}
 
 
 def make_record(
