@@ -196,7 +196,7 @@ def test_train_that_diverges_says_where_and_is_no_crash(monkeypatch, capsys, tmp
         (["compare", "--batch-sizes", "0"], "batch_size=0 is not usable. Accepted: a whole number from 1."),
         (["compare", "--batch-sizes", "60000"], "batch_size=60000 is not usable"),
         (["compare", "--lrs", "-1"], "lr=-1.0 is not usable"),
-        (["compare", "--schedule", "cosin"], "schedule='cosin' is unknown"),
+        (["compare", "--schedules", "cosin"], "schedule='cosin' is unknown"),
         (["compare", "--workers", "0", "--images", "10"], "workers=0"),
         (["reproduce", "--rows", "R99"], "rows='R99' is unknown"),
         (["compare", "--data-dir", "not/there"], "not/there"),

@@ -78,13 +78,14 @@ def test_a_task_is_a_setting_like_others_where_there_is_one():
 
 
 def test_the_settings_are_in_the_order_of_the_table():
-    names = ["norm", "batch_size", "lr", "seed", "optimizer", "epochs", "schedule", "data", "model", "images", "clip"]
+    names = ["norm", "batch_size", "lr", "seed", "optimizer", "schedule", "clip", "epochs", "data", "model", "images"]
     assert [field.name for field in fields(Trial)][: len(names)] == names
 
 
 def test_a_grid_takes_its_shared_settings_with_or_without_a_trial():
     lists = (["batch"], [2], [0.1], [0])
     assert grid(*lists, Shared(epochs=3)) == grid(*lists, Trial(epochs=3, norm="group"))
+    assert {trial.schedule for trial in grid(*lists, Trial(schedule="linear"))} == {"linear"}
 
 
 def test_keys_of_settings_from_before_there_were_others_stay():
@@ -94,7 +95,15 @@ def test_keys_of_settings_from_before_there_were_others_stay():
 
 
 def test_a_plan_is_the_same_from_python_from_a_file_and_back(tmp_path):
-    plan = Plan(norms=["batch"], batch_sizes=[1, 2], lrs=[1e-5, 3.0], seeds=[0], metrics=("dice",), model='a "b":c\\d')
+    plan = Plan(
+        norms=["batch"],
+        batch_sizes=[1, 2],
+        lrs=[1e-5, 3.0],
+        seeds=[0],
+        metrics=("dice",),
+        model='a "b":c\\d',
+        clips=[None, 1.0],
+    )
     file = tmp_path / "plan.toml"
     file.write_text(plan.to_toml())
     assert Plan.read(file) == plan

@@ -5,7 +5,7 @@ import itertools
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +40,10 @@ class Varied:
     """Of the initial weights and of the order of the images."""
     optimizer: str = "sgd"
     """Name of the optimizer (normlab list), or module:name of one of your own."""
+    schedule: str = "constant"
+    """How the learning rate moves (normlab list)."""
+    clip: float | None = None
+    """Bound on the norm of the whole gradient; None for no clipping."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +52,12 @@ class Shared:
 
     epochs: int = 1
     """Passes over the training images."""
-    schedule: str = "constant"
-    """How the learning rate moves (normlab list)."""
     data: str = "mnist"
     """Name of the data set (normlab list), or module:name of a function that makes your own."""
     model: str = "convnet"
     """Name of the network (normlab list), or module:name of a function that makes your own."""
     images: int | None = None
     """How many training images are used, the first ones; None for all."""
-    clip: float | None = None
-    """Bound on the norm of the whole gradient; None for no clipping."""
     steps: int | None = None
     """Steps of an epoch, going through the data again or not to its end; None for one pass."""
     weight_decay: float = 0.0
@@ -73,7 +73,7 @@ class Shared:
 
 
 @dataclass(frozen=True)
-class Trial(Shared, Varied):  # fields in the order norm … seed, epochs … clip, task: those of the last base come first
+class Trial(Shared, Varied):  # fields in the order norm … clip, epochs … lower, task: those of the last base come first
     """The settings of one training run; equal settings have equal keys.
 
     Raises:
@@ -141,6 +141,10 @@ class Several:
     """Seeds; the table shows the mean over them, and how sure it is."""
     optimizers: Names = field(default_factory=lambda: ["sgd"])
     """Names of the optimizers (normlab list), or module:name of your own."""
+    schedules: Names = field(default_factory=lambda: ["constant"])
+    """How the learning rate moves (normlab list)."""
+    clips: Annotated[list[float | None], arg(metavar="FLOAT|None ...")] = field(default_factory=lambda: [None])
+    """Bounds on the norm of the whole gradient; None for no clipping."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,8 @@ class Plan(Shared, Several):
         Raises:
             InputError: an empty list, or a value out of range.
         """
-        return grid(self.norms, self.batch_sizes, self.lrs, self.seeds, self, self.optimizers)
+        lists = self.norms, self.batch_sizes, self.lrs, self.seeds
+        return grid(*lists, self, self.optimizers, self.schedules, self.clips)
 
     @classmethod
     def read(cls, path: str | Path) -> "Plan":
@@ -180,6 +185,8 @@ class Plan(Shared, Several):
                 raise unknown(f"{path}: key", name, names)
         if isinstance(values.get("metrics"), list):
             values["metrics"] = tuple(values["metrics"])
+        if isinstance(values.get("clips"), list):  # TOML has no None
+            values["clips"] = [None if value == "none" else value for value in values["clips"]]
         plan = cls(**values)
         plan.trials()
         return plan
@@ -190,31 +197,41 @@ class Plan(Shared, Several):
         values = {one.name: getattr(self, one.name) for one in fields(Plan)}
         # A text, number or list is written in TOML as in JSON.
         return "".join(
-            f"{name} = {json.dumps(value)}\n"
+            f"{name} = {json.dumps(['none' if one is None else one for one in value] if name == 'clips' else value)}\n"
             for name, value in values.items()
             if name in NAMED or value != getattr(default, name)
         )
 
 
 def grid(
-    norms: list[str],
-    batch_sizes: list[int],
-    lrs: list[float],
-    seeds: list[int],
+    norms: Sequence[str],
+    batch_sizes: Sequence[int],
+    lrs: Sequence[float],
+    seeds: Sequence[int],
     shared: Shared,
-    optimizers: Sequence[str] = ("sgd",),
+    optimizers: Sequence[str] | None = None,
+    schedules: Sequence[str] | None = None,
+    clips: Sequence[float | None] | None = None,
 ) -> list[Trial]:
     """Every combination of the lists, each with the settings in `shared`, without repetition.
 
     Raises:
         InputError: an empty list, or a value out of range.
     """
-    lists = {"norms": norms, "batch_sizes": batch_sizes, "lrs": lrs, "seeds": seeds, "optimizers": optimizers}
+    base = shared if isinstance(shared, Trial) else Trial(**{f.name: getattr(shared, f.name) for f in fields(Shared)})
+    lists = {
+        "batch_sizes": batch_sizes,
+        "norms": norms,
+        "lrs": lrs,
+        "optimizers": [base.optimizer] if optimizers is None else optimizers,
+        "schedules": [base.schedule] if schedules is None else schedules,
+        "clips": [base.clip] if clips is None else clips,
+        "seeds": seeds,
+    }
     for name, values in lists.items():
         several = isinstance(values, list | tuple | range)
         check(several, name, values, "a list", "" if several else f"Write {name}=[{values!r}].")
-        check(bool(values), name, values, "one value or more")
-    rest = {field.name: getattr(shared, field.name) for field in fields(Shared)}
-    combinations = itertools.product(batch_sizes, norms, lrs, optimizers, seeds)
-    trials = (Trial(norm=n, batch_size=b, lr=lr, optimizer=o, seed=s, **rest) for b, n, lr, o, s in combinations)
-    return list(dict.fromkeys(trials))
+        check(len(values) > 0, name, values, "one value or more")
+    names = [name.removesuffix("s") for name in lists]
+    combinations = itertools.product(*lists.values())
+    return list(dict.fromkeys(replace(base, **dict(zip(names, one, strict=True))) for one in combinations))
