@@ -110,6 +110,21 @@ def test_a_plan_is_the_same_from_python_from_a_file_and_back(tmp_path):
     assert [trial.key for trial in Plan.read(file).trials()] == [trial.key for trial in plan.trials()]
 
 
+def test_a_plan_of_chosen_settings(tmp_path):
+    chosen = [
+        {"norm": "batch", "batch_size": 2, "lr": 0.1},
+        {"norm": "running", "batch_size": 2, "lr": 0.4, "clip": 1.0},
+    ]
+    plan = Plan(settings=chosen, seeds=[1, 2], epochs=3)
+    assert [(one.norm, one.lr, one.clip, one.seed) for one in plan.trials()] == [
+        ("batch", 0.1, None, 1), ("batch", 0.1, None, 2), ("running", 0.4, 1.0, 1), ("running", 0.4, 1.0, 2),
+    ]  # fmt: skip
+    assert {trial.epochs for trial in plan.trials()} == {3}
+    file = tmp_path / "plan.toml"
+    file.write_text(plan.to_toml())
+    assert Plan.read(file).trials() == plan.trials()
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -122,6 +137,8 @@ def test_a_plan_is_the_same_from_python_from_a_file_and_back(tmp_path):
         ("epochs = 'two'", "epochs='two'"),
         ("metrics = 'dice'", "metrics='dice'"),
         ("x = " + "[" * 5000, "is no TOML"),
+        ("[[settings]]\nlrs = 0.1", r"settings: key='lrs' is unknown. Did you mean 'lr'"),
+        ("[[settings]]\nseed = 1", r"settings: key='seed' is unknown"),
     ],
 )
 def test_a_file_that_is_no_plan_is_refused(tmp_path, text, said):

@@ -1,4 +1,4 @@
-"""The command line of studies: `normlab study run`, `report`."""
+"""The command line of studies: `normlab study …`."""
 
 import os
 import shlex
@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, configure
 
 from ..errors import check
-from .plan import Plan
+from ..files import write_whole
+from .plan import Plan, WholeNumbers
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from .record import Record
 
 GOES_ON = "what is done is kept, run the same command to go on"
 FOLDER = Path("runs/study")
@@ -53,21 +56,46 @@ class Report:
     """Of the study."""
 
     def run(self, console: "Console") -> int:
-        from .compare import PLAN, report
-        from .store import RunStore
+        from .compare import report
 
-        records = RunStore(self.folder / "runs.jsonl").read()
-        keys = {trial.key for trial in Plan.read(self.folder / PLAN).trials()}
-        report([one for one in records if one.key in keys], self.folder, console, shlex.join(sys.argv))
+        _, records = _study(self.folder)
+        report(records, self.folder, console, shlex.join(["normlab", *sys.argv[1:]]))
+        return 0
+
+
+@dataclass(frozen=True)
+class Confirm:
+    """Write the plan that tries the best settings of a study again, with seeds that did not choose them."""
+
+    folder: Positional[Path] = FOLDER
+    """Of the study."""
+    seeds: WholeNumbers = field(default_factory=lambda: [1, 2, 3, 4, 5, 6])
+    """Other seeds than the study had. Six are the fewest that can tell two settings apart."""
+    best: int = 1
+    """Settings of each norm and batch size."""
+    file: Path = Path("confirm.toml")
+    """The plan; look at it, then run it: normlab study run FILE."""
+
+    def run(self, console: "Console") -> int:
+        from .confirm import confirm
+
+        plan, records = _study(self.folder)
+        made = confirm(plan, records, self.seeds, self.best)
+        write_whole(self.file, made.to_toml().encode())
+        console.print(f"{len(made.trials())} runs: {self.file}", highlight=False, markup=False, soft_wrap=True)
         return 0
 
 
 @configure(OmitSubcommandPrefixes, OmitArgPrefixes)
 @dataclass(frozen=True)
 class Study:
-    """Studies of norms on any model and data: run, report."""
+    """Studies of norms on any model and data."""
 
-    command: Annotated[Run, arg(name="run")] | Annotated[Report, arg(name="report")]
+    command: (
+        Annotated[Run, arg(name="run")]
+        | Annotated[Report, arg(name="report")]
+        | Annotated[Confirm, arg(name="confirm")]
+    )
 
     def run(self, console: "Console") -> int:
         return self.command.run(console)
@@ -76,3 +104,13 @@ class Study:
     def kept(self) -> str:
         """What is kept after Ctrl-C."""
         return getattr(self.command, "kept", "nothing was written")
+
+
+def _study(folder: Path) -> "tuple[Plan, list[Record]]":
+    """The plan in a study's folder, and those of the runs there that are its own."""
+    from .compare import PLAN
+    from .store import RunStore
+
+    plan = Plan.read(folder / PLAN)
+    keys = {trial.key for trial in plan.trials()}
+    return plan, [record for record in RunStore(folder / "runs.jsonl").read() if record.key in keys]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import arg
+from tyro.conf import Suppress, arg
 
 from ..errors import InputError, check, is_real, is_whole, unknown
 from .schedules import SCHEDULES
@@ -19,7 +19,6 @@ from .schedules import SCHEDULES
 Names = Annotated[list[str], arg(metavar="NAME ...")]
 WholeNumbers = Annotated[list[int], arg(metavar="INT ...")]
 Numbers = Annotated[list[float], arg(metavar="FLOAT ...")]
-NAMED = ("norms", "batch_sizes", "lrs", "seeds")  # these stand in each file of a plan
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 # Settings that came later than stored records.
@@ -149,7 +148,7 @@ class Several:
 
 @dataclass(frozen=True)
 class Plan(Shared, Several):
-    """A study: every combination of norms, batch sizes, rates, optimizers and seeds, with the same other settings.
+    """A study: every combination of what varies, with the same other settings; or a list of settings, times the seeds.
 
     Example:
         >>> plan = Plan(norms=["batch", "running"], batch_sizes=[2], lrs=[0.1], seeds=[0, 1, 2])
@@ -157,14 +156,26 @@ class Plan(Shared, Several):
         6
     """
 
+    settings: Annotated[Sequence[Mapping[str, Any]], Suppress] = ()
+    """In place of the combinations: of each setting what varies, by the singular names (`norm`, `lr`, …)."""
+
     def trials(self) -> list[Trial]:
         """The runs, each once.
 
         Raises:
             InputError: an empty list, or a value out of range.
         """
-        lists = self.norms, self.batch_sizes, self.lrs, self.seeds
-        return grid(*lists, self, self.optimizers, self.schedules, self.clips)
+        if not self.settings:
+            lists = self.norms, self.batch_sizes, self.lrs, self.seeds
+            return grid(*lists, self, self.optimizers, self.schedules, self.clips)
+        shared = {one.name: getattr(self, one.name) for one in fields(Shared)}
+        names = [one.name for one in fields(Varied) if one.name != "seed"]
+        for setting in self.settings:
+            for name in setting:
+                if name not in names:
+                    raise unknown("settings: key", name, names)
+        trials = (Trial(**shared, **one, seed=seed) for one in self.settings for seed in self.seeds)
+        return list(dict.fromkeys(trials))
 
     @classmethod
     def read(cls, path: str | Path) -> "Plan":
@@ -194,13 +205,21 @@ class Plan(Shared, Several):
     def to_toml(self) -> str:
         """The text of a file that `read` takes; settings at their default are left out."""
         default = type(self)()
-        values = {one.name: getattr(self, one.name) for one in fields(Plan)}
-        # A text, number or list is written in TOML as in JSON.
-        return "".join(
-            f"{name} = {json.dumps(['none' if one is None else one for one in value] if name == 'clips' else value)}\n"
+        varied = {"seeds"} if self.settings else {"norms", "batch_sizes", "lrs", "seeds"}
+        values = {one.name: getattr(self, one.name) for one in fields(Plan) if one.name != "settings"}
+        values["clips"] = ["none" if value is None else value for value in self.clips]
+        lines = [
+            _line(name, value)
             for name, value in values.items()
-            if name in NAMED or value != getattr(default, name)
-        )
+            if name in varied or getattr(self, name) != getattr(default, name)
+        ]
+        tables = ["\n[[settings]]\n" + "".join(map(_line, one, one.values())) for one in self.settings]
+        return "".join(lines + tables)
+
+
+def _line(name: str, value: Any) -> str:
+    """A text, number or list is written in TOML as in JSON; there is no None."""
+    return "" if value is None else f"{name} = {json.dumps(value)}\n"
 
 
 def grid(
