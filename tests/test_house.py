@@ -17,7 +17,7 @@ FLOORS = [
     {"kernels", "training", "observe", "data", "notebook"},
     {"nn"},
     {"surgery", "models"},
-    {"lesson", "health"},
+    {"lesson", "health", "integrations"},
     {"study"},
     {"cli"},
 ]

@@ -22,7 +22,7 @@ __all__ = [
     "unsync",
     "watch",
 ]
-_ROOMS = ("data", "health", "models", "nn", "observe", "surgery", "training")
+_ROOMS = ("data", "health", "integrations", "models", "nn", "observe", "surgery", "training")
 
 
 def __getattr__(name: str) -> Any:
