@@ -9,7 +9,7 @@ from normlab import cli
 from normlab.study.plan import Plan
 from normlab.study.store import RunStore
 
-PLAN = 'norms = ["batch", "group"]\nbatch_sizes = [50]\nlrs = [0.1, 0.4]\nseeds = [0]\nimages = 600\n'
+PLAN = 'norms = ["batch", "group"]\nbatch_sizes = [10]\nlrs = [0.1, 0.2]\nseeds = [0]\nimages = 2500\n'
 
 
 @pytest.fixture
@@ -46,13 +46,13 @@ def test_a_study_from_its_file_to_the_plan_that_confirms_it(normlab):
     assert (status, out.strip()) == (0, "4 runs: confirm.toml")
     plan = Plan.read("confirm.toml")
     assert [one["norm"] for one in plan.settings] == ["batch", "group"]
-    assert plan.images == 600
+    assert plan.images == 2500
 
 
 def test_options_and_a_file_say_the_same(normlab):
     """And not both at once."""
     Path("plan.toml").write_text(PLAN)
-    options = ["--norms", "batch", "group", "--batch-sizes", "50", "--lrs", "0.1", "0.4", "--images", "600"]
+    options = ["--norms", "batch", "group", "--batch-sizes", "10", "--lrs", "0.1", "0.2", "--images", "2500"]
     status, _, err = normlab("study", "run", *options, "--out", "mine", "--workers", "1")
     assert (status, err) == (0, "")
     assert Plan.read("mine/plan.toml").trials() == Plan.read("plan.toml").trials()

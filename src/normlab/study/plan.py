@@ -156,7 +156,7 @@ class Plan(Shared, Several):
         6
     """
 
-    settings: Annotated[Sequence[Mapping[str, Any]], Suppress] = ()
+    settings: Annotated[list[dict[str, Any]], Suppress] = field(default_factory=list)
     """In place of the combinations: of each setting what varies, by the singular names (`norm`, `lr`, …)."""
 
     def trials(self) -> list[Trial]:
