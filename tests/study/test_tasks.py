@@ -52,6 +52,12 @@ def net_of(norm: str):
     return net()
 
 
+def net_for(num_classes: int, in_channels: int, seed: int):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 4, 28), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, num_classes + seed)
+    )
+
+
 def without_norm():
     return nn.Conv2d(1, 2, 1)
 
@@ -124,6 +130,12 @@ def test_a_function_that_takes_norm_puts_it_in_itself():
     check_tasks([Trial(norm="theirs", **own)])
     with pytest.raises(InputError, match="'theirs' is unknown"):
         check_tasks([Trial(norm="theirs", **OWN)])
+
+
+def test_a_function_for_built_in_data_may_ask_for_classes_and_channels():
+    model = make_model(Trial(norm="group", model=f"{HERE}net_for", seed=3))
+    assert model[3].out_features == 13  # pyright: ignore[reportIndexIssue]
+    assert run_trial(Trial(norm="batch", model=f"{HERE}net_for", images=200, batch_size=20)).result
 
 
 @pytest.mark.parametrize(

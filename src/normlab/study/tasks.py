@@ -60,21 +60,20 @@ def make_model(trial: Trial, data_dir: str | Path | None = None) -> nn.Module:
     """The network with the norm of the trial, from the trial's seed.
 
     A function of the user's that takes `norm` puts the norm of that name in by itself. What another one gives is
-    converted, see `surgery.convert`.
+    converted, see `surgery.convert`. It may take `seed` too, and for built-in data `num_classes` and `in_channels`.
 
     Raises:
         InputError: there is no such network or norm, or the user's function fails; or nothing could be converted.
     """
+    sizes = {"num_classes": 2, "in_channels": 1}
+    if not _is_own(trial.data):
+        data = _load_normalized(trial.data, str(data_dir) if data_dir else None)
+        sizes = {"num_classes": len(data.classes), "in_channels": data.x_train.shape[1]}
     seed_all(trial.seed)
     if not _is_own(trial.model):
-        classes, channels = 2, 1
-        if not _is_own(trial.data):
-            data = _load_normalized(trial.data, str(data_dir) if data_dir else None)
-            classes, channels = len(data.classes), data.x_train.shape[1]
-        return build_model(trial.model, trial.norm, classes, channels)
-    function = find_named("model", trial.model)
-    takes_norm = _takes(function, "norm")
-    model = _call("model", trial.model, norm=trial.norm)
+        return build_model(trial.model, trial.norm, **sizes)
+    takes_norm = _takes(find_named("model", trial.model), "norm")
+    model = _call("model", trial.model, norm=trial.norm, seed=trial.seed, **sizes)
     kind = type(model).__name__
     check(isinstance(model, nn.Module), f"model={trial.model!r}: result", kind, "a torch.nn.Module")
     if takes_norm:
