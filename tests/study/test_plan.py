@@ -123,6 +123,18 @@ def test_a_plan_of_chosen_settings(tmp_path):
     file = tmp_path / "plan.toml"
     file.write_text(plan.to_toml())
     assert Plan.read(file).trials() == plan.trials()
+    assert file.read_text().count("\n") == 7  # two settings in two lines
+
+
+def test_a_setting_may_have_seeds_of_its_own(tmp_path):
+    chosen = [{"norm": "batch"}, {"norm": "running", "seeds": [0, 1, 2]}]
+    plan = Plan(settings=chosen, seeds=[0])
+    assert [(one.norm, one.seed) for one in plan.trials()] == [
+        ("batch", 0), ("running", 0), ("running", 1), ("running", 2),
+    ]  # fmt: skip
+    file = tmp_path / "plan.toml"
+    file.write_text(plan.to_toml())
+    assert Plan.read(file).trials() == plan.trials()
 
 
 @pytest.mark.parametrize(
@@ -139,6 +151,7 @@ def test_a_plan_of_chosen_settings(tmp_path):
         ("x = " + "[" * 5000, "is no TOML"),
         ("[[settings]]\nlrs = 0.1", r"settings: key='lrs' is unknown. Did you mean 'lr'"),
         ("[[settings]]\nseed = 1", r"settings: key='seed' is unknown"),
+        ("[[settings]]\nseeds = 1", r"settings: seeds=1 is not usable. Accepted: a list"),
     ],
 )
 def test_a_file_that_is_no_plan_is_refused(tmp_path, text, said):

@@ -132,6 +132,13 @@ def test_a_function_that_takes_norm_puts_it_in_itself():
         check_tasks([Trial(norm="theirs", **OWN)])
 
 
+def test_a_study_of_norms_that_are_none_of_ours(tmp_path):
+    plan = Plan(norms=["theirs"], batch_sizes=[2], lrs=[0.1], seeds=[0], **{**OWN, "model": f"{HERE}net_of"})
+    records = run_study(plan, tmp_path, workers=1)
+    assert [(record.settings["norm"], record.status) for record in records] == [("theirs", "finished")]
+    assert "theirs" in (tmp_path / "report.html").read_text()
+
+
 def test_a_function_for_built_in_data_may_ask_for_classes_and_channels():
     model = make_model(Trial(norm="group", model=f"{HERE}net_for", seed=3))
     assert model[3].out_features == 13  # pyright: ignore[reportIndexIssue]

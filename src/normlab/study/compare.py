@@ -108,7 +108,7 @@ def report(records: Sequence[Record], folder: Path, console: Console, command: s
 def make_job(trial: Trial, data_dir: str | Path | None) -> Job:
     """The trial as a job; its cost is about the seconds it takes on one core."""
     steps = trial.epochs * (trial.images or 50_000) / trial.batch_size
-    per_step = 1e-3 * NORMS[trial.norm].cost
+    per_step = 1e-3 * (NORMS[trial.norm].cost if trial.norm in NORMS else 1.0)  # others are the user's own
     label = f"{trial.norm:<9} batch {trial.batch_size:<4} lr {trial.lr:<5g} seed {trial.seed}"
     run = partial(_run, trial, data_dir)
     return Job(trial.key, label, steps * (per_step + 1e-4 * trial.batch_size), run, trial.to_dict())

@@ -157,7 +157,10 @@ class Plan(Shared, Several):
     """
 
     settings: Annotated[list[dict[str, Any]], Suppress] = field(default_factory=list)
-    """In place of the combinations: of each setting what varies, by the singular names (`norm`, `lr`, …)."""
+    """In place of the combinations: of each setting what varies, by the singular names (`norm`, `lr`, …).
+
+    A setting may have `seeds` of its own.
+    """
 
     def trials(self) -> list[Trial]:
         """The runs, each once.
@@ -169,12 +172,16 @@ class Plan(Shared, Several):
             lists = self.norms, self.batch_sizes, self.lrs, self.seeds
             return grid(*lists, self, self.optimizers, self.schedules, self.clips)
         shared = {one.name: getattr(self, one.name) for one in fields(Shared)}
-        names = [one.name for one in fields(Varied) if one.name != "seed"]
+        names = [*(one.name for one in fields(Varied) if one.name != "seed"), "seeds"]
+        trials = []
         for setting in self.settings:
             for name in setting:
                 if name not in names:
                     raise unknown("settings: key", name, names)
-        trials = (Trial(**shared, **one, seed=seed) for one in self.settings for seed in self.seeds)
+            seeds = setting.get("seeds", self.seeds)
+            check(isinstance(seeds, list | tuple | range), "settings: seeds", seeds, "a list")
+            own = {name: value for name, value in setting.items() if name != "seeds"}
+            trials += [Trial(**shared, **own, seed=seed) for seed in seeds]
         return list(dict.fromkeys(trials))
 
     @classmethod
@@ -208,18 +215,15 @@ class Plan(Shared, Several):
         varied = {"seeds"} if self.settings else {"norms", "batch_sizes", "lrs", "seeds"}
         values = {one.name: getattr(self, one.name) for one in fields(Plan) if one.name != "settings"}
         values["clips"] = ["none" if value is None else value for value in self.clips]
-        lines = [
-            _line(name, value)
-            for name, value in values.items()
-            if name in varied or getattr(self, name) != getattr(default, name)
-        ]
-        tables = ["\n[[settings]]\n" + "".join(map(_line, one, one.values())) for one in self.settings]
-        return "".join(lines + tables)
+        chosen = {n: value for n, value in values.items() if n in varied or getattr(self, n) != getattr(default, n)}
+        rows = ["    {" + ", ".join(_pairs(one)) + "},\n" for one in self.settings]
+        settings = ["\nsettings = [\n", *rows, "]\n"] if rows else []
+        return "".join([f"{pair}\n" for pair in _pairs(chosen)] + settings)
 
 
-def _line(name: str, value: Any) -> str:
+def _pairs(values: Mapping[str, Any]) -> list[str]:
     """A text, number or list is written in TOML as in JSON; there is no None."""
-    return "" if value is None else f"{name} = {json.dumps(value)}\n"
+    return [f"{name} = {json.dumps(value)}" for name, value in values.items() if value is not None]
 
 
 def grid(
