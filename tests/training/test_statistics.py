@@ -5,13 +5,14 @@ Those of several processes are in test_distributed.py.
 
 import pytest
 import torch
+from keeping import KEEPING, norm_of
+from statistics_formula import assert_kept, averaged, statistics
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from normlab.data import TensorBatches
 from normlab.nn import NORMS, build_norm
 from normlab.training import EMA, Callback, Learner
-from statistics_formula import FORMULAS, assert_kept, averaged, norm_of, statistics
 
 C, BATCH = 3, 2
 
@@ -43,14 +44,14 @@ def trained(model: Net, *callbacks: Callback, **options) -> Learner:
     return learner
 
 
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("name", KEEPING)
 def test_accumulation_each_batch_counts_by_itself(name):
     model = Net(name)
     trained(model, accumulate=4)
     assert_kept(model.norm, statistics(name, list(data()[0].split(BATCH))))
 
 
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("name", KEEPING)
 def test_bfloat16_those_of_the_rounded_values_in_float32(name):
     model = Net(name, narrow=torch.bfloat16)
     trained(model, precision="bfloat16")
@@ -66,7 +67,7 @@ class Overflow(Callback):
 
 
 @pytest.mark.parametrize(("accumulate", "left_out"), [(1, [3]), (2, [2, 3])])
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("name", KEEPING)
 def test_float16_no_batch_of_a_step_that_is_left_out(name, accumulate, left_out):
     model = Net(name, narrow=torch.float16)
     learner = trained(
@@ -81,7 +82,7 @@ def test_float16_no_batch_of_a_step_that_is_left_out(name, accumulate, left_out)
     assert learner.step == len(batches) // accumulate - 1
 
 
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("name", KEEPING)
 def test_activation_checkpoint_each_batch_once(name):
     model = Net(name, again=True)
     trained(model)
@@ -89,7 +90,7 @@ def test_activation_checkpoint_each_batch_once(name):
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("name", KEEPING)
 def test_ema_the_moving_average_of_those_after_each_step(name, accumulate):
     model, ema = Net(name), EMA(0.9)
     trained(model, ema, accumulate=accumulate)
@@ -98,6 +99,6 @@ def test_ema_the_moving_average_of_those_after_each_step(name, accumulate):
     assert_kept(ema.model.norm, averaged([statistics(name, batches[:number]) for number in steps], 0.9))
 
 
-@pytest.mark.parametrize("name", [name for name in NORMS if name not in FORMULAS])
+@pytest.mark.parametrize("name", [name for name in NORMS if name not in KEEPING])
 def test_other_norms_hold_none(name):
     assert not list(build_norm(name, 8).buffers())

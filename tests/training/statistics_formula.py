@@ -1,23 +1,16 @@
-"""What each norm with running statistics keeps after some batches, written out for float64, apart from the package."""
+"""What the norms of `keeping` hold after some batches, written out for float64, apart from the package."""
 
 from collections.abc import Callable
 
 import torch
+from keeping import MOMENTUM
 from torch import Tensor, nn
 
 import reference
-from normlab.nn import build_norm
 from running_formula import Formula
 
-EPS, MOMENTUM = 1e-5, 0.1
-OPTIONS = {"ghost": {"virtual_batch_size": 1}, "frozen": {}}  # beside the momentum
+EPS = 1e-5
 Statistics = dict[str, Tensor]
-
-
-def norm_of(name: str, channels: int, dims: int) -> nn.Module:
-    """The layer that `statistics` is about."""
-    momentum = {} if name == "frozen" else {"momentum": MOMENTUM}
-    return build_norm(name, channels, dims, **momentum, **OPTIONS.get(name, {}))
 
 
 def statistics(name: str, batches: list[Tensor]) -> Statistics:
