@@ -3,6 +3,7 @@
 python tests/training/several.py FOLDER 10    # kills: how long the others lived, and whether the fit goes on
 """
 
+import copy
 import importlib
 import multiprocessing
 import os
@@ -33,7 +34,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from normlab.data import TensorBatches
-from normlab.nn import GroupNorm, RunningBatchNorm2d, SyncBatchNorm2d
+from normlab.nn import FrozenBatchNorm2d, GroupNorm, RunningBatchNorm2d, SyncBatchNorm2d
 from normlab.surgery import FreezeNorms, Recalibrate, SaveBest, recalibrate
 from normlab.training import (
     EMA,
@@ -157,16 +158,38 @@ def learner_of(
     return Learner(model, train, valid, optimizer=optimizer(model.parameters()), callbacks=callbacks, **options)
 
 
-class Validated(Callback):
-    """Keeps the states of the models that were validated."""
+class States(Callback):
+    """Keeps those of the models that were validated, and of the averages after each epoch."""
+
+    order = 50
 
     def __init__(self):
-        self.states: list[dict[str, torch.Tensor]] = []
+        self.validated: list[dict[str, torch.Tensor]] = []
+        self.averages: list[dict[str, torch.Tensor]] = []
 
     def after_loss(self) -> None:
-        learner = self.learner
-        if not learner.training and learner.batch == 0:
-            self.states.append({name: part.clone() for name, part in learner.model.state_dict().items()})
+        if not self.learner.training and self.learner.batch == 0:
+            self.validated.append(copy.deepcopy(self.learner.model.state_dict()))
+
+    def after_epoch(self) -> None:
+        self.averages += [copy.deepcopy(one.model.state_dict()) for one in self.learner.callbacks if is_ema(one)]
+
+
+class Frozen(Callback):
+    """Keeps the means of frozen norms after each epoch."""
+
+    order = -300  # before those of the processes are averaged
+
+    def __init__(self):
+        self.means: list[torch.Tensor] = []
+
+    def begin_validate(self) -> None:
+        frozen = [norm for norm in self.learner.model.modules() if isinstance(norm, FrozenBatchNorm2d)]
+        self.means += [norm.running_mean.clone() for norm in frozen]
+
+
+def is_ema(callback: Callback) -> bool:
+    return isinstance(callback, EMA)
 
 
 def callback_of(kind: str, dtype: torch.dtype, folder: Path) -> Callback:
@@ -186,17 +209,17 @@ def callback_of(kind: str, dtype: torch.dtype, folder: Path) -> Callback:
 def fit(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """What the fit of a case ended with."""
     options = dict(CASES[name])
-    epochs, validated = options.pop("epochs", 2 if dtype is torch.float32 else 1), Validated()
+    epochs = options.pop("epochs", 2 if dtype is torch.float32 else 1)
     added = {kind: callback_of(kind, dtype, folder / name) for kind in options.pop("with", [])}
-    learner = learner_of(callbacks=[*added.values(), validated], dtype=dtype, **options)
+    states, frozen = States(), Frozen()
+    learner = learner_of(callbacks=[*added.values(), states, frozen], dtype=dtype, **options)
     history = learner.fit(epochs)
-    figures = [list(row[part].values()) for row in history for part in ("train", "valid") if part in row]
-    averages = [one.model.state_dict() for one in added.values() if isinstance(one, EMA)]
     return {
         "state": learner.model.state_dict(),
-        "averages": averages,
-        "validated": validated.states,
-        "figures": figures,
+        "averages": [*states.averages, *(one.model.state_dict() for one in filter(is_ema, learner.callbacks))],
+        "validated": states.validated,
+        "frozen": frozen.means,
+        "figures": [list(row[part].values()) for row in history for part in ("train", "valid") if part in row],
         "losses": learner.callbacks[1].losses,
     }
 
@@ -247,8 +270,7 @@ def fit_on(folder: Path) -> None:
     (folder / f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
     history = learner.fit(EPOCHS)
     rows = [[row["train"], row["valid"]] for row in history]
-    ema = next(one for one in learner.callbacks if isinstance(one, EMA))
-    states = learner.model.state_dict(), ema.model.state_dict()
+    states = learner.model.state_dict(), next(filter(is_ema, learner.callbacks)).model.state_dict()
     torch.save([rows, learner.callbacks[1].losses, *states], folder / f"{dist.get_rank()}.pt")
 
 
