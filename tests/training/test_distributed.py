@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import several
 import torch
+from filelock import FileLock
 from keeping import KEEPING
 from safetensors.torch import load_file
 from several import ALIKE, BATCH, CASES, IN_FLOAT64, SAMPLES, data, fit, kill, killed_learner, train_step, whole_net
@@ -34,10 +35,15 @@ def alone(name, dtype):
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory) -> Path:
-    """What every job left there."""
-    folder = tmp_path_factory.mktemp("jobs")
-    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*LAUNCH, folder, "jobs"], check=True, env=settings)
+    """What every job left there; the first worker of pytest-xdist that asks runs them for all."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "jobs"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            folder.mkdir(exist_ok=True)
+            settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run([*LAUNCH, folder, "jobs"], check=True, env=settings)
+            (folder / "done").touch()
     return folder
 
 
