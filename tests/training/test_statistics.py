@@ -89,6 +89,15 @@ def test_activation_checkpoint_each_batch_once(name):
     assert_kept(model.norm, statistics(name, list(data()[0].split(BATCH))))
 
 
+@pytest.mark.parametrize("name", ["batch", "running"])
+def test_activation_checkpoint_around_a_compiled_norm_each_batch_twice(name):
+    torch.compiler.reset()
+    model = Net(name, again=True)
+    model.norm.compile(backend="aot_eager", dynamic=False)
+    trained(model)
+    assert_kept(model.norm, statistics(name, [x for x in data()[0].split(BATCH) for _ in range(2)]))
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("name", KEEPING)
 def test_ema_the_moving_average_of_those_after_each_step(name, accumulate):
