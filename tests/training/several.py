@@ -3,6 +3,8 @@
 python tests/training/several.py FOLDER 10    # kills: how long the others lived, and whether the fit goes on
 """
 
+import copy
+import importlib
 import multiprocessing
 import os
 import random
@@ -12,12 +14,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from keeping import KEEPING, norm_of
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,8 +34,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from normlab.data import TensorBatches
-from normlab.nn import GroupNorm, RunningBatchNorm2d, SyncBatchNorm2d
-from normlab.surgery import FreezeNorms
+from normlab.nn import FrozenBatchNorm2d, GroupNorm, RunningBatchNorm2d, SyncBatchNorm2d
+from normlab.surgery import FreezeNorms, Recalibrate, SaveBest, recalibrate
 from normlab.training import (
     EMA,
     Callback,
@@ -40,13 +44,16 @@ from normlab.training import (
     Learner,
     Metrics,
     Recorder,
+    ScheduleParameter,
     StopAtNonFinite,
-    accuracy,
     load_checkpoint,
+    schedules,
 )
+from normlab.training.metrics import mean_over_samples
 
-EPOCHS = 14  # of a fit that is killed
+EPOCHS = 10  # of a fit that is killed
 SAMPLES, BATCH = 37, 6  # the last batch has one sample, so that parts are empty
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 NORMS = {
     "sync": SyncBatchNorm2d,
     "group": lambda channels: GroupNorm(channels, 2),
@@ -62,19 +69,46 @@ CASES: dict[str, dict[str, Any]] = {
     "accumulation": {"norm": "group", "accumulate": 3},
     "a step function": {"step_func": lambda batch, model: step(batch, model)},
     "of unknown length": {"loader": "of unknown length", "norm": "group", "accumulate": 3},
-    "own statistics": {"norm": "batch", "first": "batch", "epochs": 1, "validates": False},
+    "own statistics": {"norm": "batch", "first": "every norm", "epochs": 1, "validates": False, "with": ["EMA"]},
     "running": {"norm": "running"},
-    "a moving average": {"norm": "batch", "average": True},
-    "frozen norms": {"frozen": True},
-    "frozen norms with own statistics": {"norm": "batch", "frozen": True},
+    "a moving average": {"norm": "batch", "with": ["EMA"]},
+    "a moving average, measured": {"norm": "batch", "with": ["EMA, measured"]},
+    "frozen norms": {"with": ["FreezeNorms"]},
+    "frozen norms with own statistics": {"norm": "batch", "with": ["FreezeNorms"]},
+    "measured and saved": {"with": ["EMA", "Recalibrate", "SaveBest"]},
+    "measured and saved, own statistics": {"norm": "batch", "with": ["Recalibrate, in any order", "SaveBest"]},
+    "saved, own statistics": {"norm": "batch", "with": ["SaveBest"]},
     "float16": {"norm": "running", "precision": "float16", "accumulate": 2},
 }
+
+
+# What does not depend on the number of processes.
+ALIKE = [name for name, case in CASES.items() if case.get("norm") not in ("batch", "running")]
+IN_FLOAT64 = [name for name in ALIKE if name not in ("DataLoader, workers", "float16")]  # of one epoch
 
 
 def step(batch, model):
     """As the learner does it without one."""
     output = model(batch[0])
     return nn.functional.cross_entropy(output, batch[1]), output, batch[1]
+
+
+@mean_over_samples
+def right(output, targets):
+    """As `accuracy`, in the type of the output."""
+    return (output.argmax(1) == targets).to(output.dtype).mean()
+
+
+class EveryNorm(nn.Module):
+    """The mean of all norms with statistics, and of torch's, of what comes in."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        norms = {name: norm_of(name, channels, 2) for name in KEEPING}
+        self.norms = nn.ModuleDict({**norms, "torch": nn.BatchNorm2d(channels)})
+
+    def forward(self, x):
+        return sum(norm(x) for norm in self.norms.values()) / len(self.norms)
 
 
 class Stream:
@@ -101,14 +135,17 @@ def learner_of(
     dropout: float = 0,
     first=None,
     validates=True,
+    dtype=torch.float32,
+    optimizer=SGD,
     **options,
 ) -> Learner:
     torch.manual_seed(0)
     kind = NORMS[norm]
-    start = NORMS[first](2) if first else nn.Identity()
+    start = EveryNorm(2) if first else nn.Identity()
     layers = start, nn.Conv2d(2, 4, 3), kind(4), nn.ReLU(), nn.Conv2d(4, 4, 2), kind(4), nn.Flatten()
-    model = nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(16, 3))
+    model = nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(16, 3)).to(dtype)
     x, y = data()
+    x = x.to(dtype)
     train: Any = TensorBatches(x, y, BATCH, shuffle=True)
     if loader == "DataLoader":
         train = DataLoader(TensorDataset(x, y), BATCH, shuffle=True, num_workers=workers)
@@ -117,42 +154,77 @@ def learner_of(
     if loader == "of unknown length":
         train = Stream(train)
     valid = TensorBatches(x, y, 9) if validates else None
-    callbacks = [Metrics(accuracy=accuracy), Recorder(), Distributed(timeout=60), *callbacks]
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    return Learner(model, train, valid, optimizer=optimizer, callbacks=callbacks, **options)
+    callbacks = [Metrics(right=right), Recorder(), Distributed(timeout=60), *callbacks]
+    return Learner(model, train, valid, optimizer=optimizer(model.parameters()), callbacks=callbacks, **options)
 
 
-class Validated(Callback):
-    """Keeps the state of the model that was validated."""
+class States(Callback):
+    """Keeps those of the models that were validated, and of the averages after each epoch."""
 
-    state: dict[str, torch.Tensor] | None = None
+    order = 50
+
+    def __init__(self):
+        self.validated: list[dict[str, torch.Tensor]] = []
+        self.averages: list[dict[str, torch.Tensor]] = []
 
     def after_loss(self) -> None:
-        if not self.learner.training:
-            self.state = {name: part.clone() for name, part in self.learner.model.state_dict().items()}
+        if not self.learner.training and self.learner.batch == 0:
+            self.validated.append(copy.deepcopy(self.learner.model.state_dict()))
+
+    def after_epoch(self) -> None:
+        self.averages += [copy.deepcopy(one.model.state_dict()) for one in self.learner.callbacks if is_ema(one)]
 
 
-def fit(name: str) -> dict[str, Any]:
+class Frozen(Callback):
+    """Keeps the means of frozen norms after each epoch."""
+
+    order = -300  # before those of the processes are averaged
+
+    def __init__(self):
+        self.means: list[torch.Tensor] = []
+
+    def begin_validate(self) -> None:
+        frozen = [norm for norm in self.learner.model.modules() if isinstance(norm, FrozenBatchNorm2d)]
+        self.means += [norm.running_mean.clone() for norm in frozen]
+
+
+def is_ema(callback: Callback) -> bool:
+    return isinstance(callback, EMA)
+
+
+def callback_of(kind: str, dtype: torch.dtype, folder: Path) -> Callback:
+    x, y = data()
+    x = x.to(dtype)
+    in_any_order = DataLoader(TensorDataset(x, y), BATCH, shuffle=True)  # each rank draws another
+    return {
+        "EMA": lambda: EMA(0.9),
+        "EMA, measured": lambda: EMA(0.9, statistics=lambda model: recalibrate(model, in_any_order)),
+        "FreezeNorms": lambda: FreezeNorms(0.6),
+        "Recalibrate": lambda: Recalibrate([(x, y)]),
+        "Recalibrate, in any order": lambda: Recalibrate(in_any_order),
+        "SaveBest": lambda: SaveBest(folder / f"of rank {os.environ.get('RANK')}", keep=2),
+    }[kind]()
+
+
+def fit(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """What the fit of a case ended with."""
     options = dict(CASES[name])
-    epochs = options.pop("epochs", 2)
-    ema, validated = EMA(0.9), Validated()
-    more = {"average": ema, "frozen": FreezeNorms(0.6)}
-    callbacks = [*(more[name] for name in more if options.pop(name, False)), validated]
-    learner = learner_of(callbacks=callbacks, **options)
+    epochs = options.pop("epochs", 2 if dtype is torch.float32 else 1)
+    added = {kind: callback_of(kind, dtype, folder / name) for kind in options.pop("with", [])}
+    states, frozen = States(), Frozen()
+    learner = learner_of(callbacks=[*added.values(), states, frozen], dtype=dtype, **options)
     history = learner.fit(epochs)
-    figures = [list(row[part].values()) for row in history for part in ("train", "valid") if part in row]
-    average = ema.model.state_dict() if ema.average else None
     return {
         "state": learner.model.state_dict(),
-        "average": average,
-        "validated": validated.state,
-        "figures": figures,
+        "averages": [*states.averages, *(one.model.state_dict() for one in filter(is_ema, learner.callbacks))],
+        "validated": states.validated,
+        "frozen": frozen.means,
+        "figures": [list(row[part].values()) for row in history for part in ("train", "valid") if part in row],
         "losses": learner.callbacks[1].losses,
     }
 
 
-def poisoned(_: Path) -> dict[str, Any]:
+def poisoned() -> dict[str, Any]:
     """One sample, in the part of one rank, is not a number."""
     guard = StopAtNonFinite()
     learner = learner_of("group", callbacks=[guard])
@@ -169,16 +241,37 @@ class Slowly(Callback):
         time.sleep(float(os.environ.get("NAP", "0")))
 
 
+def killed_learner(folder: Path) -> Learner:
+    """One whose fit goes on: norms with statistics of their own, in the middle of a group too; else as the example."""
+    return learner_of(
+        "batch",
+        accumulate=3,
+        dropout=0.2,
+        precision="bfloat16",
+        optimizer=partial(torch.optim.AdamW, lr=3e-3),
+        callbacks=[
+            EMA(0.98),
+            ScheduleParameter("lr", schedules.cosine(3e-3, 0.0)),
+            FreezeNorms(0.2, only="5"),
+            Recalibrate([data()]),
+            SaveBest(folder / "best", keep=2),
+            Slowly(),
+        ],
+    )
+
+
 def fit_on(folder: Path) -> None:
-    """A fit that goes on from its checkpoint, of norms with statistics of their own, in the middle of a group too."""
+    """A fit that goes on from its checkpoint."""
     checkpoint = Checkpoint(folder / "a.ckpt", batches=2)
-    learner = learner_of("batch", callbacks=[checkpoint, Slowly()], accumulate=3, dropout=0.2)
+    learner = killed_learner(folder)
+    learner.callbacks.append(checkpoint)
     checkpoint.resume(learner)
+    folder.mkdir(exist_ok=True)
     (folder / f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
     history = learner.fit(EPOCHS)
     rows = [[row["train"], row["valid"]] for row in history]
-    recorder = learner.callbacks[1]
-    torch.save([rows, recorder.losses, learner.model.state_dict()], folder / f"{dist.get_rank()}.pt")
+    states = learner.model.state_dict(), next(filter(is_ema, learner.callbacks)).model.state_dict()
+    torch.save([rows, learner.callbacks[1].losses, *states], folder / f"{dist.get_rank()}.pt")
 
 
 def kill(folder: Path, seed: int) -> float:
@@ -222,7 +315,7 @@ def whole_net(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     layers = nn.Conv2d(2, 4, 3), SyncBatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 2), GroupNorm(4, 2), nn.Flatten()
     model = nn.Sequential(*layers, nn.Linear(16, 3))
-    return model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    return model, SGD(model.parameters())
 
 
 def sharded(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -232,7 +325,7 @@ def sharded(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
         if list(layer.parameters()):
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    return model, SGD(model.parameters())
 
 
 def half() -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,6 +340,20 @@ def train_step(model, optimizer, x, y) -> float:
     optimizer.step()
     optimizer.zero_grad()
     return loss.item()
+
+
+def fits(folder: Path) -> dict[torch.dtype, dict[str, Any]]:
+    """What each case ended with, by the type of its numbers."""
+    return {
+        torch.float32: {name: fit(name, folder) for name in CASES},
+        torch.float64: {name: fit(name, folder / "float64", torch.float64) for name in IN_FLOAT64},
+    }
+
+
+def jobs_of_two(folder: Path) -> dict[str, Any]:
+    """All that the tests ask two ranks for."""
+    fit_on(folder / "whole")
+    return {"fits": fits(folder), "sharded": fully_sharded(folder), "poisoned": poisoned()}
 
 
 def rank_of(folder: Path, rank: int, count: int, job: Callable[[Path], Any]) -> None:
@@ -287,14 +394,13 @@ def main() -> None:
     if "RANK" in os.environ:
         torch.set_num_threads(1)
         fit_on(folder)
-    elif sys.argv[2] == "resume":
+        return
+    importlib.import_module("torch._dynamo")  # once, as each rank would at its first step
+    if sys.argv[2] == "resume":
         run(folder, 2, fit_on)
     elif sys.argv[2] == "jobs":
-        for count in (2, 4):
-            run(folder / str(count), count, lambda _: {name: fit(name) for name in CASES})
-        run(folder / "whole", 2, fit_on)
-        run(folder / "sharded", 2, fully_sharded)
-        run(folder / "poisoned", 2, poisoned)
+        run(folder / "2", 2, jobs_of_two)
+        run(folder / "4", 4, lambda folder: {"fits": fits(folder)})
     else:
         run(folder / "whole", 2, fit_on)
         for seed in range(int(sys.argv[2])):

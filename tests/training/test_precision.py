@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from keeping import KEEPING
 from torch import nn
 
 from normlab.data import TensorBatches
@@ -80,7 +81,7 @@ class Overflow(Callback):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("norm", ["batch", "running", "renorm", "online"])
+@pytest.mark.parametrize("norm", KEEPING)
 def test_a_step_that_overflows_is_left_out_and_tells_nothing_to_statistics(norm, accumulate):
     """What norms remember of gradients is compared without the scale, which has changed."""
     model, before, after = net(norm), [], []

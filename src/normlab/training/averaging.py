@@ -77,6 +77,7 @@ class EMA(Callback):
         self.average = AveragedModel(model, multi_avg_fn=_averaging(self.decay), use_buffers=averaged)
         self.average.requires_grad_(False).eval()
         self._trained: nn.Module | None = None
+        self._ended = False
 
     def after_step(self) -> None:
         self._average().update_parameters(self.learner.model)
@@ -90,11 +91,17 @@ class EMA(Callback):
     def after_epoch(self) -> None:
         self._put_back()
         self.learner.ranks.average(self.model)
+        self._ended = self.learner.epoch + 1 == self.learner.num_epochs
+
+    def after_cancel_train(self) -> None:
+        self._ended = True
 
     def after_fit(self) -> None:
         if self.average is not None:
             self._put_back()
             self._measure()
+            if self._ended:  # else one process may have failed, and the others are not here
+                self.learner.ranks.average(self.model)
 
     def state_dict(self) -> dict[str, Any]:
         """The average, with buffers that no state has, too."""

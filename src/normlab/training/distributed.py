@@ -5,6 +5,7 @@ import os
 import random
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -134,8 +135,9 @@ class _Several(Ranks):
         return total.tolist()
 
     def average(self, model: nn.Module) -> None:
-        for buffer in model.buffers():
-            buffer.copy_(_average(buffer))
+        buffers = list(model.buffers())
+        for buffer, average in zip(buffers, _averages(buffers), strict=True):
+            buffer.copy_(average)
 
     def end(self) -> None:
         self._trained, self._parallel = [], None
@@ -153,7 +155,8 @@ class _Several(Ranks):
         own = {**{name: state[name] for name in OWN}, "buffers": buffers}
         ranks = [None] * self.count if self.rank == 0 else None
         dist.gather_object(call_each(own, "cpu"), ranks)
-        averages = {name: _average(part) for name, part in buffers.items() if name in state["model"]}
+        saved = {name: part for name, part in buffers.items() if name in state["model"]}
+        averages = dict(zip(saved, _averages(list(saved.values())), strict=True))
         return {**state, "model": {**state["model"], **averages}, "ranks": ranks}
 
     def own_state(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -240,10 +243,20 @@ class Distributed(Callback):
             self.learner.loss = self.learner.ranks.mean_loss(self.learner.loss)
 
 
-def _average(buffer: Tensor) -> Tensor:
-    value = buffer.detach().to(torch.float64 if buffer.is_floating_point() else torch.int64, copy=True)
-    dist.all_reduce(value, dist.ReduceOp.SUM if buffer.is_floating_point() else dist.ReduceOp.MAX)
-    return (value / dist.get_world_size() if buffer.is_floating_point() else value).to(buffer.dtype)
+def _averages(buffers: list[Tensor]) -> list[Tensor]:
+    """The means over the processes, of whole numbers the largest; one message for all that are alike."""
+    averages = list(buffers)
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for place, buffer in enumerate(buffers):
+        alike[buffer.is_floating_point(), buffer.device].append(place)
+    for (real, _), places in alike.items():
+        parts = [buffers[place].detach().to(torch.float64 if real else torch.int64).flatten() for place in places]
+        together = torch.cat(parts)
+        dist.all_reduce(together, dist.ReduceOp.SUM if real else dist.ReduceOp.MAX)
+        together = together / dist.get_world_size() if real else together
+        for place, part in zip(places, together.split([len(part) for part in parts]), strict=True):
+            averages[place] = part.view_as(buffers[place]).to(buffers[place].dtype)
+    return averages
 
 
 def _meet(timeout: float) -> None:
