@@ -13,6 +13,7 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from .errors import InputError, check
+from .study.advise import Advise
 from .study.commands import GOES_ON, Study
 from .study.optimizers import OPTIMIZERS
 from .study.plan import Names, Plan, Shared, Trial, Varied, WholeNumbers
@@ -215,6 +216,7 @@ Command = (
     | Annotated[Diagnose, arg(name="diagnose")]
     | Annotated[Compare, arg(name="compare")]
     | Annotated[Study, arg(name="study")]
+    | Annotated[Advise, arg(name="advise")]
     | Annotated[Reproduce, arg(name="reproduce")]
     | Annotated[List, arg(name="list")]
     | Annotated[Info, arg(name="info")]

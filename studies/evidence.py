@@ -1,0 +1,58 @@
+"""What `normlab advise` knows: the outcomes of the studies here, in src/normlab/study/evidence.json.
+
+    python studies/evidence.py
+
+Each norm has its best setting. Where a first seed chose the setting, that seed does not judge.
+"""
+
+from pathlib import Path
+
+from normlab.files import write_whole
+from normlab.study.evidence import COMMITTED, Case, make_cases, to_json
+from normlab.study.record import Record
+from normlab.study.store import RunStore
+from normlab.study.summary import best, summarize
+
+FOLDER = Path(__file__).parent
+CONFIRMED = {  # of studies/flagship
+    "confirm-mnist.jsonl": "MNIST, the lesson's net",
+    "confirm-fashion_mnist.jsonl": "Fashion-MNIST, the lesson's net",
+    "confirm-cifar10.jsonl": "CIFAR-10, a residual net",
+}
+FINE_TUNED = {  # of studies/finetune
+    "camera": "Fashion-MNIST by another camera, a residual net",
+    "classes": "from MNIST to Fashion-MNIST, the lesson's net",
+}
+CHOOSING = 0  # the seed that chose the settings
+
+
+def all_cases() -> list[Case]:
+    """The cases of all studies."""
+    cases = []
+    for file, name in CONFIRMED.items():
+        cases += make_cases(RunStore(FOLDER / "flagship" / file).read(), "studies/flagship", name, "classification")
+    runs = RunStore(FOLDER / "finetune" / "results.jsonl").read()
+    for data, name in FINE_TUNED.items():
+        own = chosen([run for run in runs if run.settings["data"] == data])
+        cases += make_cases(own, "studies/finetune", name, "classification", pretrained=True)
+    return cases
+
+
+def chosen(runs: list[Record]) -> list[Record]:
+    """The runs of each norm at the setting that the first seed chose, without that seed."""
+    kept = []
+    for norm, size in {(run.settings["norm"], run.settings["batch_size"]) for run in runs}:
+        own = [run for run in runs if (run.settings["norm"], run.settings["batch_size"]) == (norm, size)]
+        leader = best(summarize(run for run in own if run.settings["seed"] == CHOOSING))
+        kept += [
+            run
+            for run in own
+            if leader and run.settings["lr"] == leader.settings["lr"] and run.settings["seed"] != CHOOSING
+        ]
+    return kept
+
+
+if __name__ == "__main__":
+    cases = all_cases()
+    write_whole(COMMITTED, to_json(cases).encode())
+    print(f"{len(cases)} cases: {COMMITTED}")
