@@ -1,8 +1,19 @@
+import math
+
 import pytest
 
 from normlab.errors import InputError
 from normlab.nn import NORMS
-from normlab.study.charts import COLOURS, error_ticks, loss_ticks, series_of
+from normlab.study.charts import (
+    COLOURS,
+    cut,
+    layer_axes,
+    layers_of,
+    loss_axis,
+    metric_axis,
+    series_of,
+    warmth_of,
+)
 from normlab.study.picture import write_png
 from normlab.study.report import write_html
 from normlab.study.summary import summarize
@@ -55,13 +66,82 @@ def test_new_norms_take_the_colours_that_the_known_ones_leave():
     assert len({line.colour for line in lines}) == len(COLOURS)
 
 
+def own(value, **settings):
+    """A run whose metric is a `depth` of one's own."""
+    run = record(0.5, metrics=("my.measures:depth",), **settings)
+    run.epochs[0]["valid"]["depth"] = value
+    return run
+
+
 def test_axes_reach_around_what_is_drawn():
     groups = summarize([record(0.98), record(0.1, norm="batch")])
-    errors, losses = error_ticks(groups), loss_ticks(groups)
-    assert errors[0] < 0.02
-    assert 0.9 <= errors[-1] <= 1
-    assert losses[0] < 0.06
-    assert losses[-1] >= 3 * 0.9 + 2
+    metric, loss = metric_axis(groups), loss_axis(groups)
+    assert metric.low <= 0.1
+    assert metric.high > 0.98
+    assert loss.low < 0.06
+    assert loss.high >= 3 * 0.9 + 2
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [((0.1, 0.98), "error"), ((0.97, 0.98), "error"), ((1.0, 1.0), "error"), ((0.3, 0.6), "linear")],
+)
+def test_a_metric_up_to_one_is_drawn_by_its_error_where_it_comes_near_one(values, kind):
+    axis = metric_axis(summarize([record(values[0]), record(values[1], norm="batch")]))
+    assert (axis.title, axis.kind) == ("accuracy", kind)
+    assert axis.share(axis.low) == 0
+    assert axis.share(axis.high) == 1
+    assert 0 <= axis.share(values[0]) <= axis.share(values[1]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [((0.95, 0.98), "linear"), ((-40.0, 3000.0), "linear"), ((0.002, 900.0), "log"), ((7.0, 7.0), "linear"),
+     ((0.0, 0.0), "linear"), ((1e-290, 1e308), "log"), ((1e-320, 1e308), "linear"), ((-1e308, 1e308), "linear")],
+)  # fmt: skip
+def test_other_metrics_are_linear_unless_they_span_decades(values, kind):
+    axis = metric_axis(summarize([own(values[0]), own(values[1], norm="batch")]))
+    assert (axis.title, axis.kind) == ("depth", kind)
+    ticks = [tick for tick, _ in axis.ticks]
+    assert ticks == sorted(ticks)
+    assert 2 <= len(ticks) <= 20
+    assert all(math.isfinite(axis.share(value)) for value in (*values, *ticks))
+    assert axis.share(values[0]) <= axis.share(values[1])
+
+
+def test_losses_that_run_away_do_not_flatten_the_others():
+    wild = record(status="diverged", norm="batch")
+    wild.curve["loss"][50:-1] = [1e20] * 49
+    axis = loss_axis(summarize([record(0.9, seed=seed) for seed in range(3)] + [wild]))
+    assert axis.high < 50
+    assert axis.share(1e20) == 1
+    negative = record(0.9)
+    negative.curve["loss"][:] = [-float(step) for step in range(100)]
+    assert loss_axis(summarize([negative])).kind == "linear"
+
+
+def test_less_is_warmer_where_less_is_better():
+    for lower, warm in ((False, [0.0, 0.5, 1.0]), (True, [1.0, 0.5, 0.0])):
+        groups = summarize([own(value, lr=value, lower=lower) for value in (1.0, 2.0, 3.0)])
+        assert [warmth_of(groups)(group) for group in groups] == pytest.approx(warm)
+    groups = summarize([record(0.2), record(status="failed", norm="batch")])
+    assert [warmth_of(groups)(group) for group in groups] == [0, 0]
+
+
+def test_layers_are_the_last_finite_figures_that_a_run_kept():
+    run = record(0.9)
+    run.more["activations"] = {"step": [1, 9], "mean": {"0 conv": [0.1, None], "1 conv": [0.2, 0.3]}, "deviation": None}
+    assert layers_of(run) == {"mean": {"0 conv": 0.1, "1 conv": 0.3}}
+    assert list(layer_axes(summarize([run]))) == ["mean"]
+    for other in (None, [], "text", {"mean": {}}):
+        run.more["activations"] = other
+        assert layers_of(run) == {}
+
+
+def test_text_is_cut_to_what_fits_and_can_be_printed():
+    assert cut("short", 8) == "short"
+    assert cut("x" * 9, 8) == "xxxxxxx…"
+    assert cut("a\x00b\x1b[31m\ud800\n", 20) == "a\ufffdb\ufffd[31m\ufffd\ufffd"
 
 
 @pytest.mark.parametrize("write", [write_png, lambda records, path: write_html(records, path, "t", "c")])

@@ -1,12 +1,18 @@
 """What the picture and the page share: the lines of their charts, how these look and where the axes end."""
 
 import itertools
-from collections.abc import Iterable
+import math
+import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
+
+from matplotlib.ticker import MaxNLocator
 
 from ..colours import PALETTE
 from ..nn import NORMS
-from .summary import Group, best, is_number, show, title_of, values_of, varying
+from .record import Record
+from .summary import UP_TO_ONE, Group, best, is_number, show, title_of, values_of, varying
 
 COLOURS = {  # a norm's record says which is its own
     name: PALETTE[place]
@@ -22,8 +28,42 @@ MARKERS = {  # matplotlib's letter and the same shape as an SVG path
     "p": "M0 -6L5.7 -1.9L3.5 4.9H-3.5L-5.7 -1.9z",
 }
 DASHES = {"-": "", "--": "7 4", ":": "2 3", "-.": "8 3 2 3"}
-SMALLEST = 1e-4  # the logarithmic axes end here
-LARGEST_LOSS = 10.0
+LAYER_FIGURES = {"mean": "mean", "deviation": "deviation", "near_zero": "share near zero"}  # in records, and in words
+SMALLEST_ERROR = 1e-4  # an axis of errors ends here
+DECADES = 5  # of an axis of losses, at the most
+NEAR_ONE = 0.8  # from here a metric up to one has an axis of errors
+LOG_FROM = 30  # the largest value is so many times the smallest where an axis is logarithmic
+LARGEST = 1e300  # no axis ends beyond
+LABELS = 8  # of an axis, at about the most
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An upright axis: its ticks, and how high a value is.
+
+    Attributes:
+        title: what is measured.
+        kind: `linear`; `log`; or `error`, the logarithm of one minus the value, which parts 0.95 from 0.98.
+        low: the lowest value.
+        high: the highest value.
+        ticks: values, each with its label.
+    """
+
+    title: str
+    kind: Literal["linear", "log", "error"]
+    low: float
+    high: float
+    ticks: tuple[tuple[float, str], ...]
+
+    def share(self, value: float) -> float:
+        """How high `value` is: 0 at `low` and below, 1 at `high` and above."""
+        low, high, x = (self._drawn(one) for one in (self.low, self.high, min(max(value, self.low), self.high)))
+        return (x - low) / (high - low)
+
+    def _drawn(self, value: float) -> float:
+        if self.kind == "error":
+            return -math.log(1 - value)
+        return math.log(value) if self.kind == "log" else value
 
 
 @dataclass(frozen=True)
@@ -79,21 +119,113 @@ def _least_used(styles: list[tuple[str, str]]) -> tuple[str, str]:
     return min(pairs, key=lambda pair: (styles.count(pair), colours.count(pair[0]), markers.count(pair[1])))
 
 
-def error_ticks(groups: list[Group]) -> list[float]:
-    """The ticks of an axis of 1 − accuracy; it ends at the first and the last."""
-    return _ticks((1 - group.value.mean for group in groups if group.value), 1.0, (1, 2, 3, 5, 7))
+def metric_axis(groups: list[Group]) -> Axis:
+    """The axis of the metric that judges; of an error where a metric of `UP_TO_ONE` comes near one."""
+    names = sorted({group.metric for group in groups})
+    title = " or ".join(names)
+    means = [group.value.mean for group in groups if group.value]
+    edges = [edge for group in groups for edge in interval_of(group) or () if is_number(edge)]
+    if means and max(means) >= NEAR_ONE and set(names) <= set(UP_TO_ONE):
+        errors = [max(1 - value, SMALLEST_ERROR) for value in means + edges]
+        # An interval may reach beyond 1, which no logarithmic axis shows: it ends at a third of the least error.
+        least = max(min(1 - max(means), 1.0) / 3, SMALLEST_ERROR)
+        ticks = _log_ticks(max(min(errors), least), min(max(errors), 1.0), (1, 2, 3, 5, 7))
+        return Axis(title, "error", 1 - ticks[-1], 1 - ticks[0], _labelled([1 - tick for tick in reversed(ticks)]))
+    return _axis(title, means + edges or [0.0, 1.0], LOG_FROM)
 
 
-def loss_ticks(groups: list[Group]) -> list[float]:
-    """The ticks of an axis of training losses; it ends at the first and the last."""
-    losses = (loss for group in groups for record in group.records for _, loss in record.losses)
-    return _ticks((loss for loss in losses if is_number(loss)), LARGEST_LOSS, (1, 2, 5))
+def loss_axis(groups: list[Group]) -> Axis:
+    """The axis of training losses, up to five times what they usually begin with: those that diverge go beyond."""
+    curves = [[loss for _, loss in one.losses if is_number(loss)] for group in groups for one in group.records]
+    first = statistics.median([curve[0] for curve in curves if curve] or [1.0])
+    losses = [loss for curve in curves for loss in curve] or [1.0]
+    most = max(5 * first, min(losses)) if first > 0 else max(losses)
+    least = most / 10**DECADES if min(losses) >= 0 and most > 0 else min(losses)
+    return _axis("training loss", [min(max(loss, least), most) for loss in losses], 2)
 
 
-def _ticks(values: Iterable[float], largest: float, digits: tuple[int, ...]) -> list[float]:
-    """The `digits` times a power of ten, from just below `values` to just above."""
-    within = [round(min(max(value, SMALLEST), largest), 6) for value in values] or [largest]
-    ticks = [round(digit * 10.0**power, 5) for power in range(-5, 2) for digit in digits]
-    below = max(tick for tick in ticks if tick < min(within))
-    above = min(tick for tick in ticks if tick >= max(within))
+def layer_axes(groups: list[Group]) -> dict[str, Axis]:
+    """An axis for each of `LAYER_FIGURES` that runs kept; runs that diverged may go beyond it."""
+    records = [record for group in groups for record in group.records]
+    kept = [layers_of(record) for record in records if record.status == "finished"]
+    kept = kept or [layers_of(record) for record in records]
+    values = {
+        figure: [one for found in kept for one in found.get(figure, {}).values() if is_number(one)]
+        for figure in LAYER_FIGURES
+    }
+    return {figure: _axis(LAYER_FIGURES[figure], known, LOG_FROM) for figure, known in values.items() if known}
+
+
+def layers_of(record: Record) -> dict[str, dict[str, float | None]]:
+    """Of the activations that a run kept, by figure and layer, the last value that is finite."""
+    kept = record.more.get("activations")
+    found = {}
+    for figure in LAYER_FIGURES:
+        series = kept.get(figure) if isinstance(kept, dict) else None
+        if isinstance(series, dict) and series:
+            found[figure] = {
+                str(layer): next((one for one in reversed(values) if is_number(one)), None)
+                for layer, values in series.items()
+            }
+    return found
+
+
+def warmth_of(groups: list[Group]) -> Callable[[Group], float]:
+    """How a map shades a group: from 0, the worst of those that train, to 1, the best; 0 without a result."""
+    axis = metric_axis(groups)
+    places = [axis.share(group.value.mean) for group in groups if group.value and group.trains]
+    ends = min(places, default=0.0), max(places, default=0.0)
+    worst, top = reversed(ends) if groups[0].lower else ends
+
+    def warmth(group: Group) -> float:
+        if group.value is None or not group.trains:
+            return 0.0
+        return 1.0 if worst == top else (axis.share(group.value.mean) - worst) / (top - worst)
+
+    return warmth
+
+
+def interval_of(group: Group) -> tuple[float, float] | None:
+    """The mean and one sample standard deviation to either side; None for a single run."""
+    spread = group.value
+    return None if spread is None or spread.std is None else (spread.mean - spread.std, spread.mean + spread.std)
+
+
+def lost_of(group: Group) -> int:
+    """How many runs diverged or failed."""
+    return len(group.diverged_at) + len(group.errors)
+
+
+def cut(text: str, length: int) -> str:
+    """The text with what cannot be printed replaced, and not longer than `length`."""
+    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _axis(title: str, values: list[float], log_from: float) -> Axis:
+    """An axis around `values`: logarithmic if all are above zero and the largest is `log_from` times the smallest."""
+    low, high = max(min(values), -LARGEST), min(max(values), LARGEST)
+    if low > 1 / LARGEST and high / low >= log_from:
+        ticks = _log_ticks(low, high, (1, 2, 5))
+        return Axis(title, "log", ticks[0], ticks[-1], _labelled(ticks))
+    if low == high:
+        low, high = low - 0.1 * (abs(low) or 1), high + 0.1 * (abs(high) or 1)
+    ticks = [float(tick) for tick in MaxNLocator(LABELS - 1, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
+    return Axis(title, "linear", ticks[0], ticks[-1], _labelled(ticks))
+
+
+def _log_ticks(low: float, high: float, digits: tuple[int, ...]) -> list[float]:
+    """The `digits` times a power of ten, from just below `low` to just above `high`; the powers alone if many."""
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    if len(powers) > DECADES + 3:
+        digits = (1,)
+    ticks = [float(f"{digit}e{power}") for power in powers for digit in digits]
+    below = max(tick for tick in ticks if tick < low * (1 - 1e-9))
+    above = min(tick for tick in ticks if tick >= high and tick > below)
     return [tick for tick in ticks if below <= tick <= above]
+
+
+def _labelled(ticks: list[float]) -> tuple[tuple[float, str], ...]:
+    """Ticks with their labels, all or each second or third."""
+    every = math.ceil(len(ticks) / (2 * LABELS))
+    return tuple((tick, f"{tick:.6g}") for tick in ticks[::every])

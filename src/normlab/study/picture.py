@@ -1,27 +1,55 @@
-"""A study as a picture: accuracy against batch size, and the training loss of the best runs."""
+"""A study as pictures: the metric against batch size, the maps of rates, training losses, activations by layer."""
 
 import io
 import itertools
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter
 from PIL import Image
 
+from ..errors import check
 from ..files import write_whole
-from .charts import LARGEST_LOSS, SMALLEST, Series, error_ticks, loss_ticks, series_of
+from .charts import (
+    Axis,
+    Series,
+    cut,
+    interval_of,
+    layer_axes,
+    layers_of,
+    loss_axis,
+    lost_of,
+    metric_axis,
+    series_of,
+    warmth_of,
+)
 from .record import Record
-from .summary import conditions_of, is_number, summarize, values_of, varying
+from .summary import Group, conditions_of, is_number, show, summarize, values_of, varying
+
+FORMATS = ("png", "svg", "pdf")
+STRIP = 0.12  # height of the strip for runs without a result, of the chart's
+SETTINGS: dict[Any, Any] = {
+    "text.parse_math": False,  # names may have a $
+    "svg.hashsalt": "normlab",  # the same file each time
+    "pdf.fonttype": 42,  # journals refuse the outlines of type 3
+}
+WIDTH = 7.0  # inches, of a page's two columns
 
 
 def write_png(records: Iterable[Record], path: str | Path, *, apart: bool = True) -> None:
-    """Draw accuracy against batch size, at each norm's best learning rate, and the training loss of those runs.
+    """Draw the metric against batch size, at each norm's best learning rate, and the training loss of those runs.
 
-    The accuracy is drawn by its error on a logarithmic scale: 0.95 and 0.98 lie apart, and 0.1 is still there. Runs
-    that diverged are crosses.
+    A metric near one is drawn by its error on a logarithmic scale: 0.95 and 0.98 lie apart, and 0.1 is still there.
+    Bars are one standard deviation. Runs that diverged are crosses.
 
     Args:
         records: of a study.
@@ -32,92 +60,249 @@ def write_png(records: Iterable[Record], path: str | Path, *, apart: bool = True
         InputError: there are no records, or `path` cannot be written.
     """
     groups = summarize(records)
-    series, sizes = series_of(groups, apart), values_of(groups, "batch_size")
-    columns = min(len(sizes), 4)
-    rows = math.ceil(len(sizes) / columns)
-    figure = Figure(figsize=(11, 5.2 + 2.3 * rows), layout="constrained")
-    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[5.2, 0.3 + 2.3 * rows]).flat
-    chosen = {"lr"} if apart else set(varying(groups)) - {"norm", "batch_size"}
-    at_best = (
-        f", at each norm's best {'learning rate' if apart else 'setting'}" if chosen & set(varying(groups)) else ""
-    )
-    above.suptitle(f"Validation accuracy{at_best}", x=0.01, ha="left", weight="bold")
-    _draw_accuracy(above.subplots(), series, sizes)
-    below.suptitle("Training loss of the same runs (×: diverged)", x=0.01, ha="left", weight="bold")
-    panels = below.subplots(rows, columns, sharey=True, squeeze=False)
-    for axes, size in itertools.zip_longest(panels.flat, sizes):
-        if size:
-            _draw_curves(axes, series, size)
-        else:
-            axes.set_axis_off()
-    figure.supxlabel(conditions_of(groups), fontsize=8, color="#555555")
-    save_figure(figure, Path(path))
+    with _settings():
+        figure = Figure(figsize=(11, 5.2 + _curves_height(groups, 11)), layout="constrained")
+        above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[5.2, _curves_height(groups, 11)]).flat
+        _draw_metric(above, groups, apart)
+        _draw_curves(below, groups, apart)
+        figure.supxlabel(cut(conditions_of(groups), 240), fontsize=8, color="#555555", wrap=True)
+        save_figure(figure, Path(path))
+
+
+def write_figures(records: Iterable[Record], folder: str | Path, formats: Sequence[str] = FORMATS) -> list[Path]:
+    """Write each figure of a study for itself, as a paper needs them. Equal records give equal files.
+
+    The figures are `metric`, against batch size; `rates`, a map of learning rates for each norm, if several were
+    tried; `curves`, the training losses; `layers`, the activations by layer, if the runs kept them.
+
+    Args:
+        records: of a study.
+        folder: of the files; it is made if it is not there.
+        formats: of `png`, `svg` and `pdf`.
+
+    Returns:
+        The files, such as `metric.svg`.
+
+    Raises:
+        InputError: there are no records, a format is another one, or the folder cannot be written.
+
+    Example:
+        >>> from normlab.study.store import RunStore
+        >>> write_figures(RunStore("runs/study/runs.jsonl").read(), "paper/figures", ["pdf"])  # doctest: +SKIP
+    """
+    for one in formats:
+        check(one in FORMATS, "formats", one, ", ".join(FORMATS))
+    groups = summarize(records)
+    figures: dict[str, tuple[float, Callable[[Figure, list[Group]], None]]] = {
+        "metric": (3.6, _draw_metric),
+        "curves": (_curves_height(groups, WIDTH), _draw_curves),
+    }
+    if len(values_of(groups, "lr")) > 1:
+        figures["rates"] = _rates_height(groups), _draw_rates
+    if layer_axes(groups):
+        figures["layers"] = 0.5 + 2.0 * len(values_of(groups, "batch_size")), _draw_layers
+    paths = []
+    for name, (height, draw) in figures.items():
+        with _settings(), matplotlib.rc_context({"font.size": 8, "lines.markersize": 4.5}):
+            figure = Figure(figsize=(WIDTH, height), layout="constrained")
+            draw(figure, groups)
+            for one in formats:
+                paths.append(Path(folder) / f"{name}.{one}")
+                save_figure(figure, paths[-1])
+    return paths
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure in 256 colours, which a chart does not exceed by much: a third of the bytes."""
-    full, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, format="png", dpi=130)
-    Image.open(full).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
-    write_whole(path, small.getvalue())
+    """Write a figure as its name ends: png, svg or pdf. A PNG has 256 colours, which makes a third of the bytes."""
+    kind = path.suffix.removeprefix(".") if path.suffix.removeprefix(".") in FORMATS else "png"
+    full = io.BytesIO()
+    with _settings():
+        # No date: the same figure is the same file.
+        figure.savefig(
+            full, format=kind, dpi=130, metadata={"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+        )
+    if kind == "png":
+        small = io.BytesIO()
+        Image.open(full).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+        full = small
+    write_whole(path, full.getvalue())
 
 
-def _draw_accuracy(axes: Axes, series: list[Series], sizes: list[int]) -> None:
-    ticks = error_ticks([group for line in series for group in line.groups])
-    low, high = ticks[0], ticks[-1]
-    strip = (high / low) ** 0.06  # half the height of the strip for runs without a result
-    lost = any(group.diverged_at or group.errors for line in series for group in line.groups)
+@contextmanager
+def _settings() -> Iterator[None]:
+    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # names in other scripts
+        yield
+
+
+def _title(figure: Figure | SubFigure, text: str) -> None:
+    figure.suptitle(text, x=0.01, ha="left", weight="bold")
+
+
+def _draw_metric(figure: Figure | SubFigure, groups: list[Group], apart: bool = True) -> None:
+    axis, series, sizes = metric_axis(groups), series_of(groups, apart), values_of(groups, "batch_size")
+    axes = figure.subplots()
+    lost = False
     for number, line in enumerate(series):
-        shift = 0.4 * ((number + 0.5) / len(series) - 0.5)
+        shift = 0.6 * ((number + 0.5) / len(series) - 0.5)
         found = [(place + shift, line.best(size)) for place, size in enumerate(sizes)]
         points = [(x, group) for x, group in found if group]
-        errors = [_error(group.value.mean) if group.value else math.nan for _, group in points]
-        deviations = [group.value.std or 0.0 if group.value else 0.0 for _, group in points]
-        axes.errorbar(
-            [x for x, _ in points], errors, yerr=deviations, label=line.label.replace("$", r"\$"), color=line.colour,
-            marker=line.marker, linestyle=line.dash, markersize=6, linewidth=1.5, capsize=3, elinewidth=1,
-        )  # fmt: skip
-        for x, group in points:
-            count = len(group.diverged_at) + len(group.errors)
-            if count:
-                axes.plot(x, high * strip, marker="x", color=line.colour, markersize=7, markeredgewidth=2)
-            if 0 < count < len(group.records):
-                axes.annotate(f"{count}/{len(group.records)}", (x, high * strip), (0, -13), textcoords="offset points",
-                              ha="center", fontsize=7, color=line.colour)  # fmt: skip
-    axes.set_ylim(high * strip**2 if lost else high, low)
-    axes.set_yscale("log")
-    labels = [f"{1 - tick:g}" for tick in ticks]
+        lost = lost or any(lost_of(group) for _, group in points)
+        _draw_line(axes, line, points, axis)
+    axes.set_ylim(-STRIP if lost else 0, 1)
+    ticks, labels = [axis.share(tick) for tick, _ in axis.ticks], [label for _, label in axis.ticks]
     if lost:
-        axes.axhspan(high, high * strip**2, color="#eeeeee", zorder=0)
-        ticks, labels = [*ticks, high * strip], [*labels, "no result"]
+        axes.axhspan(-STRIP, 0, color="#eeeeee", zorder=0)
+        ticks, labels = [*ticks, -STRIP / 2], [*labels, "no result"]
     axes.set_yticks(ticks, labels)
-    axes.set_yticks([], minor=True)
     axes.set_xlim(-0.6, len(sizes) - 0.4)
     axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
     axes.set_xlabel("batch size")
-    axes.set_ylabel("accuracy (error on a log scale)")
+    scale = {"error": " (error on a log scale)", "log": " (log scale)", "linear": ""}[axis.kind]
+    less = ", less is better" if groups[0].lower else ""
+    axes.set_ylabel(f"{cut(axis.title, 40)}{scale}{less}")
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     _plain(axes)
+    _title(figure, f"Validation {cut(axis.title, 40)}{_at_best(groups, apart)}")
 
 
-def _draw_curves(axes: Axes, series: list[Series], size: int) -> None:
-    ticks = loss_ticks([group for line in series for group in line.groups])
-    for line in series:
-        group = line.best(size)
-        for record in group.records if group else ():
-            points = [(x, min(max(y, SMALLEST), LARGEST_LOSS)) for x, y in record.losses if is_number(y)]
-            if not points:
-                continue
-            axes.plot(*zip(*points, strict=True), color=line.colour, linestyle=line.dash, linewidth=1.1, alpha=0.8)
-            if record.status == "diverged":
-                axes.plot(*points[-1], marker="x", color=line.colour, markersize=7, markeredgewidth=2, clip_on=False)
-    axes.set_title(f"batch size {size}", fontsize=10)
-    axes.set_ylim(ticks[0], ticks[-1])
-    axes.set_yscale("log")
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.set_yticks([], minor=True)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlabel("step")
+def _draw_line(axes: Axes, line: Series, points: list[tuple[float, Group]], axis: Axis) -> None:
+    means = [axis.share(group.value.mean) if group.value else math.nan for _, group in points]
+    ends = [
+        [axis.share(end) for end in interval] if (interval := interval_of(group)) else [mean, mean]
+        for mean, (_, group) in zip(means, points, strict=True)
+    ]
+    bars = [[mean - low for mean, (low, _) in zip(means, ends, strict=True)],
+            [high - mean for mean, (_, high) in zip(means, ends, strict=True)]]  # fmt: skip
+    axes.errorbar(
+        [x for x, _ in points], means, yerr=bars, label=cut(line.label, 40), color=line.colour,
+        marker=line.marker, linestyle=line.dash, linewidth=1.5, capsize=3, elinewidth=1,
+    )  # fmt: skip
+    for x, group in points:
+        if lost_of(group):
+            axes.plot(x, -STRIP / 2, marker="x", color=line.colour, markersize=7, markeredgewidth=2)
+        if 0 < lost_of(group) < len(group.records):
+            axes.annotate(
+                f"{lost_of(group)}/{len(group.records)}", (x, -STRIP / 2), (0, -13), textcoords="offset points",
+                ha="center", fontsize=7, color=line.colour,
+            )  # fmt: skip
+
+
+def _curves_height(groups: list[Group], width: float) -> float:
+    return 0.4 + 2.3 * math.ceil(len(values_of(groups, "batch_size")) / _columns(groups, width))
+
+
+def _columns(groups: list[Group], width: float) -> int:
+    return min(len(values_of(groups, "batch_size")), round(width / 2.6))
+
+
+def _draw_curves(figure: Figure | SubFigure, groups: list[Group], apart: bool = True) -> None:
+    axis, series, sizes = loss_axis(groups), series_of(groups, apart), values_of(groups, "batch_size")
+    columns = _columns(groups, figure.get_figure(root=True).get_figwidth())
+    panels = figure.subplots(math.ceil(len(sizes) / columns), columns, sharey=True, squeeze=False)
+    for axes, size in itertools.zip_longest(panels.flat, sizes):
+        if not size:
+            axes.set_axis_off()
+            continue
+        for line in series:
+            group = line.best(size)
+            for record in group.records if group else ():
+                _draw_curve(axes, line, record, axis)
+        axes.set_title(f"batch size {size}", fontsize="medium")
+        _set_axis(axes, axis)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlabel("step")
+    _title(figure, f"Training loss{_at_best(groups, apart)} (×: diverged)")
+    if isinstance(figure, Figure):
+        _legend(figure, series)
+
+
+def _draw_curve(axes: Axes, line: Series, record: Record, axis: Axis) -> None:
+    points = [(x, axis.share(y)) for x, y in record.losses if is_number(y)]
+    if not points:
+        return
+    axes.plot(*zip(*points, strict=True), color=line.colour, linestyle=line.dash, linewidth=1.1, alpha=0.8)
+    if record.status == "diverged":
+        axes.plot(*points[-1], marker="x", color=line.colour, markersize=7, markeredgewidth=2, clip_on=False)
+
+
+def _rates_height(groups: list[Group]) -> float:
+    rows = math.ceil(len(series_of(groups)) / 2)
+    return 0.4 + rows * (0.55 + 0.34 * len(values_of(groups, "lr")))
+
+
+def _draw_rates(figure: Figure, groups: list[Group]) -> None:
+    series, sizes, rates = series_of(groups), values_of(groups, "batch_size"), values_of(groups, "lr")
+    warmth = warmth_of(groups)
+    panels = figure.subplots(math.ceil(len(series) / 2), min(len(series), 2), squeeze=False)
+    for axes, line in itertools.zip_longest(panels.flat, series):
+        if not line:
+            axes.set_axis_off()
+            continue
+        for group in line.groups:
+            x, y = sizes.index(group.settings["batch_size"]), rates.index(group.settings["lr"])
+            lost = "" if group.value else "///"
+            axes.add_patch(Rectangle(
+                (x - 0.5, y - 0.5), 1, 1, facecolor=("#0072B2", 0.6 * warmth(group)), edgecolor="#bbbbbb", hatch=lost,
+                linewidth=0.5,
+            ))  # fmt: skip
+            axes.text(x, y, _cell(group), ha="center", va="center", fontsize=6)
+        axes.set_xlim(-0.5, len(sizes) - 0.5)
+        axes.set_ylim(-0.5, len(rates) - 0.5)
+        axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+        axes.set_yticks(range(len(rates)), [show("lr", rate) for rate in rates])
+        axes.set_xlabel("batch size")
+        axes.set_ylabel("learning rate")
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_title(cut(line.label, 40), fontsize="medium")
+    _title(figure, f"Validation {cut(metric_axis(groups).title, 40)}: mean and deviation (×: diverged or failed)")
+
+
+def _cell(group: Group) -> str:
+    mean = f"{group.value.mean:#.3g}" if group.value else ""
+    lost = f" ×{lost_of(group)}" if lost_of(group) else ""
+    ends = "\n{:#.3g} to {:#.3g}".format(*interval) if (interval := interval_of(group)) else ""
+    return f"{mean}{lost}{ends}".strip()
+
+
+def _draw_layers(figure: Figure, groups: list[Group]) -> None:
+    axes_of, series, sizes = layer_axes(groups), series_of(groups), values_of(groups, "batch_size")
+    panels = figure.subplots(len(sizes), len(axes_of), sharex=True, squeeze=False)
+    for row, size in zip(panels, sizes, strict=True):
+        for axes, (figure_name, axis) in zip(row, axes_of.items(), strict=True):
+            for line in series:
+                group = line.best(size)
+                for record in group.records if group else ():
+                    values = list(layers_of(record).get(figure_name, {}).values())
+                    heights = [axis.share(value) if is_number(value) else math.nan for value in values]
+                    axes.plot(heights, color=line.colour, linestyle=line.dash, linewidth=1.1, alpha=0.8)
+            axes.set_title(f"batch size {size}: {axis.title}", fontsize="medium")
+            _set_axis(axes, axis)
+    names = max(
+        (list(one) for group in groups for record in group.records for one in layers_of(record).values()), key=len
+    )
+    for axes in panels[-1]:
+        axes.set_xticks(range(len(names)), [cut(name, 16) for name in names], rotation=45, ha="right")
+        axes.set_xlabel("layer")
+    _title(figure, f"Activations at the end of training{_at_best(groups, True)}")
+    _legend(figure, series)
+
+
+def _legend(figure: Figure, series: list[Series]) -> None:
+    lines = [Line2D([], [], color=line.colour, ls=line.dash) for line in series]  # pyright: ignore
+    figure.legend(lines, [cut(line.label, 40) for line in series], loc="outside right upper", frameon=False)
+
+
+def _at_best(groups: list[Group], apart: bool) -> str:
+    """Says that the best of several settings are shown, if there are several."""
+    chosen = {"lr"} if apart else set(varying(groups)) - {"norm", "batch_size"}
+    return f", at each norm's best {'learning rate' if apart else 'setting'}" if chosen & set(varying(groups)) else ""
+
+
+def _set_axis(axes: Axes, axis: Axis) -> None:
+    axes.set_ylim(0, 1)
+    axes.set_yticks([axis.share(tick) for tick, _ in axis.ticks], [label for _, label in axis.ticks])
     _plain(axes)
 
 
@@ -125,7 +310,3 @@ def _plain(axes: Axes) -> None:
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _error(accuracy: float) -> float:
-    return max(1 - accuracy, SMALLEST)

@@ -1,14 +1,30 @@
 """A study as one page that needs nothing but itself: tables, charts, every run, and how to repeat it."""
 
+import shlex
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args
 
 from jinja2 import Environment, FileSystemLoader
 
 from ..files import write_whole
-from .charts import DASHES, MARKERS, Series, error_ticks, loss_ticks, series_of
+from .charts import (
+    DASHES,
+    LARGEST,
+    MARKERS,
+    Axis,
+    Series,
+    interval_of,
+    layer_axes,
+    layers_of,
+    loss_axis,
+    metric_axis,
+    series_of,
+    warmth_of,
+)
+from .plan import Trial
 from .record import Record, Status
 from .summary import (
     Group,
@@ -23,6 +39,18 @@ from .summary import (
     varying,
 )
 
+ALWAYS = ("norm", "batch_size", "lr")  # settings that the page filters by, with those that vary
+ALWAYS_SAID = (*ALWAYS, "seed")  # in a command
+SCALES = {
+    "error": "The scale is logarithmic in the error, one minus the value: small differences near 1 can be seen.",
+    "log": "The scale is logarithmic.",
+    "linear": "",
+}
+
+Steps = dict[tuple[int, ...], int]
+Names = dict[tuple[str, ...], int]
+Layers = dict[str, dict[str, float | None]]
+
 
 def write_html(records: Iterable[Record], path: str | Path, title: str, command: str) -> None:
     """Write the whole study as one page that loads nothing: tables, charts, every run, and how to repeat it.
@@ -36,84 +64,184 @@ def write_html(records: Iterable[Record], path: str | Path, title: str, command:
     Raises:
         InputError: there are no records, or `path` cannot be written.
     """
+    write_whole(Path(path), make_html(records, title, command).encode(errors="replace"))
+
+
+def make_html(records: Iterable[Record], title: str, command: str, *, planned: int = 0, live: str = "") -> str:
+    """The page that `write_html` writes.
+
+    Args:
+        records: as a `RunStore` keeps them.
+        title: its heading.
+        command: the command line that makes these runs again.
+        planned: how many runs the study has, if some have not ended.
+        live: the state of the store, as its ETag, where the page asks the address it came from for news: see `watch`.
+
+    Raises:
+        InputError: there are no records.
+    """
     records = latest(records)
     groups = summarize(records)
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    axis = metric_axis(groups)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "page"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    statuses = Counter(record.status for record in records)
     names = varying(groups) or ["norm"]
-    page = environment.get_template("report.html.j2").render(
+    return environment.get_template("report.html.j2").render(
         title=title,
         command=command,
         conditions=conditions_of(groups),
-        counts=", ".join(f"{statuses[status]} {status}" for status in get_args(Status) if statuses[status]),
-        columns=[title_of(name) for name in names],
+        counts=_counts(records, planned),
+        live=bool(live),
+        metric=axis.title,
+        less=any(group.lower for group in groups),
+        scale=SCALES[axis.kind],
+        many_rates=len(values_of(groups, "lr")) > 1,
+        has_layers=bool(layer_axes(groups)),
+        columns=[*(title_of(name) for name in names), axis.title],
         rows=[[*(show(name, group.settings[name]) for name in names), group.outcome] for group in groups],
         seeds=seeds_of(groups),
         environments=sorted({_environment(record) for record in records}),
-        data=_page_data(groups),
+        data={**_page_data(groups, axis), "live": live},
     )
-    write_whole(Path(path), page.encode())
 
 
-def _page_data(groups: list[Group]) -> dict[str, Any]:
+def command_of(trial: Trial) -> str:
+    """The command line that makes one run again, with its activations and weights.
+
+    Args:
+        trial: the settings of the run.
+
+    Returns:
+        The command; empty for the run of a `task`, which its own study makes.
+
+    Example:
+        >>> command_of(Trial(norm="group", batch_size=1, lr=0.1, clip=1.0, seed=3))
+        'normlab train --norm group --batch-size 1 --lr 0.1 --clip 1.0 --seed 3'
+    """
+    if trial.task is not None:
+        return ""
+    words = ["normlab", "train"]
+    said = [name for name in ALWAYS_SAID if name != "seed"]
+    others = [
+        field.name for field in fields(Trial)
+        if field.name not in (*ALWAYS_SAID, "task") and getattr(trial, field.name) != field.default
+    ]  # fmt: skip
+    for name in (*said, *others, "seed"):
+        value = getattr(trial, name)
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(option if value else option.replace("--", "--no-", 1))
+        else:
+            words += [option, *(value if isinstance(value, tuple) else [str(value)])]
+    return shlex.join(words)
+
+
+def _counts(records: list[Record], planned: int) -> str:
+    statuses = Counter(record.status for record in records)
+    parts = [f"{statuses[status]} {status}" for status in get_args(Status) if statuses[status]]
+    if planned > len(records):
+        parts.append(f"{planned - len(records)} to come")
+    return ", ".join(parts)
+
+
+def _page_data(groups: list[Group], axis: Axis) -> dict[str, Any]:
     """What the page's script draws, kept small: each list of steps is there once, and numbers are rounded."""
-    steps: dict[tuple[int, ...], int] = {}
+    steps: Steps = {}
+    layers: Names = {}
+    axes, warmth = layer_axes(groups), warmth_of(groups)
+    others = list(dict.fromkeys(name for group in groups for name in _other_metrics(group)))
+    filters = {name: values_of(groups, name) for name in (*ALWAYS, *(n for n in varying(groups) if n not in ALWAYS))}
     rows, runs = [], []
     for line in series_of(groups):
         for group in line.groups:
-            runs += [_run(record, len(rows), steps) for record in group.records]
-            rows.append(_row(group, line))
-    filters = ["norm", "batch_size", "lr", *(n for n in varying(groups) if n not in ("norm", "batch_size", "lr"))]
+            for record in group.records:
+                kept = _page_layers(layers_of(record), axes, layers)
+                runs.append(_run(record, len(rows), others, steps) | {"layers": kept})
+            rows.append(_row(group, line, filters) | {"warmth": _digits(warmth(group), 3)})
     return {
-        "filters": [{"name": n, "title": title_of(n), "values": values_of(groups, n)} for n in filters],
+        "filters": [
+            {"name": name, "title": title_of(name), "values": [_value(name, value) for value in values]}
+            for name, values in filters.items()
+        ],
+        "axis": asdict(axis),
+        "lower": groups[0].lower,
+        "loss_axis": asdict(loss_axis(groups)),
+        "layer_axes": [asdict(one) for one in axes.values()],
+        "others": others,
         "groups": rows,
         "runs": runs,
         "steps": list(steps),
-        "error_ticks": error_ticks(groups),
-        "loss_ticks": loss_ticks(groups),
+        "layers": list(layers),
     }
 
 
-def _row(group: Group, line: Series) -> dict[str, Any]:
+def _value(name: str, value: Any) -> dict[str, Any]:
+    """A setting's value, and the same in words."""
+    plain = value if isinstance(value, str | int | float) else None
+    return {"value": plain if isinstance(plain, str) or is_number(plain) else None, "text": show(name, value)}
+
+
+def _row(group: Group, line: Series, filters: dict[str, list[Any]]) -> dict[str, Any]:
     return {
-        "settings": group.settings,
+        "places": {name: values.index(group.settings[name]) for name, values in filters.items()},
         "series": line.label,
         "colour": line.colour,
         "shape": MARKERS[line.marker],
         "dash": DASHES[line.dash],
         "seeds": [record.settings["seed"] for record in group.records],
-        "accuracy": _digits(group.value.mean) if group.value else None,
-        "deviation": _digits(group.value.std) if group.value else None,
+        "value": _digits(group.value.mean) if group.value else None,
+        "interval": [_digits(end) for end in interval] if (interval := interval_of(group)) else None,
         "loss": _digits(group.loss.mean) if group.loss else None,
         "milliseconds": _digits(1000 * group.seconds_per_step) if group.seconds_per_step else None,
         "diverged_at": group.diverged_at,
         "errors": group.errors,
         "trains": group.trains,
-        "score": group.score,
+        "score": _digits(max(group.score, -LARGEST), 12),
         "outcome": group.outcome,
     }
 
 
-def _run(record: Record, group: int, steps: dict[tuple[int, ...], int]) -> dict[str, Any]:
+def _run(record: Record, group: int, others: Sequence[str], steps: Steps) -> dict[str, Any]:
     points = record.losses
+    trial = Trial.from_dict(record.settings)
+    threads = record.machine.get("threads")
+    command = command_of(trial)
     return {
+        "key": record.key,
         "group": group,
         "seed": record.settings["seed"],
         "status": record.status,
         "diverged_at": record.diverged_at_step,
         "error": record.error,
-        "accuracy": _digits(record.final("accuracy")),
+        "value": _digits(record.result),
+        "others": [_digits(record.final(name)) for name in others],
         "loss": _digits(record.final("loss")),
-        "by_epoch": [_digits(accuracy) for accuracy in record.by_epoch("accuracy")],
+        "by_epoch": [_digits(value) for value in record.by_epoch(record.metric)],
         "parameters": record.parameters,
         "steps": record.steps,
         "seconds": _digits(record.seconds),
         "finished_at": record.finished_at,
         "versions": _versions(record),
+        "command": f"OMP_NUM_THREADS={threads} {command}" if command and isinstance(threads, int) else command,
         "curve_steps": steps.setdefault(tuple(x for x, _ in points), len(steps)),
         "curve": [_digits(y, 3) for _, y in points],
     }
+
+
+def _page_layers(found: Layers, axes: dict[str, Axis], layers: Names) -> dict[str, Any] | None:
+    if not found:
+        return None
+    names = tuple(next(iter(found.values())))
+    return {
+        "names": layers.setdefault(names, len(layers)),
+        "figures": [[_digits(found.get(figure, {}).get(name), 3) for name in names] for figure in axes],
+    }
+
+
+def _other_metrics(group: Group) -> list[str]:
+    return [name.rpartition(":")[2] for name in group.settings["metrics"][1:]]
 
 
 def _environment(record: Record) -> str:
