@@ -27,7 +27,7 @@ WITHOUT_CURVES = [
         FOLDER / "flagship" / f"{name}.jsonl"
         for name in ("bars", "constants", "contrast", "earlier-kernels", "perfect")
     ),
-    FOLDER / "finetune" / "results.jsonl",
+    *sorted(FOLDER.glob("finetune/*/runs.jsonl")),
     *sorted(FOLDER.glob("reproduce/**/runs.jsonl")),
 ]
 SAID_ONCE = ("versions", "machine", "finished_at", "parameters")
