@@ -31,10 +31,10 @@ def all_cases() -> list[Case]:
     cases = []
     for file, name in CONFIRMED.items():
         cases += make_cases(RunStore(FOLDER / "flagship" / file).read(), "studies/flagship", name, "classification")
-    runs = RunStore(FOLDER / "finetune" / "results.jsonl").read()
-    for data, name in FINE_TUNED.items():
-        own = chosen([run for run in runs if run.settings["data"] == data])
-        cases += make_cases(own, "studies/finetune", name, "classification", pretrained=True)
+    for case, name in FINE_TUNED.items():
+        folders = (FOLDER / "finetune" / f"{part}-{case}" for part in ("screen", "confirm"))
+        runs = [run for folder in folders for run in RunStore(folder / "runs.jsonl").read()]
+        cases += make_cases(chosen(runs), "studies/finetune", name, "classification", pretrained=True)
     return cases
 
 

@@ -80,9 +80,8 @@ def test_classification_at_batch_2(file, case):
 def test_fine_tuning_at_batch_2(rival, rate):
     advice = advise("classification", 2, pretrained=True)
     assert advice.norm == "running"
-    runs = [run for run in lines("finetune/results.jsonl") if run["settings"]["seed"] > 0]
-    place = {"data": "camera", "batch_size": 2}
-    one, other = by_seed(runs, norm="running", lr=0.01, **place), by_seed(runs, norm=rival, lr=rate, **place)
+    runs = lines("finetune/confirm-camera/runs.jsonl")
+    one, other = by_seed(runs, norm="running", lr=0.01, batch_size=2), by_seed(runs, norm=rival, lr=rate, batch_size=2)
     assert len(one) == len(other) == 5
     assert found(advice, rival, "camera") == pytest.approx(paired(one, other), abs=2e-6)
 
@@ -90,8 +89,7 @@ def test_fine_tuning_at_batch_2(rival, rate):
 def test_a_net_that_fails_is_no_rival_and_is_named():
     advice = advise("classification", 1, pretrained=True)
     as_is = next(one for one in advice.evidence if one.rival == "as is" and one.batch_size == 1)
-    runs = [run for run in lines("finetune/results.jsonl") if run["settings"]["seed"] > 0]
-    values = by_seed(runs, norm="as is", data="classes", batch_size=1)
+    values = by_seed(lines("finetune/confirm-classes/runs.jsonl"), norm="as is", batch_size=1)
     assert set(values.values()) == {None}
     assert (as_is.failed, as_is.difference, as_is.interval) == (len(values), None, None)
     assert "5 of its runs failed" in str(as_is)
