@@ -3,16 +3,19 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
+from datetime import datetime
 
 import pytest
+from study.hostile import GOOD
 
 from normlab.errors import InputError
-from normlab.study.record import Record
-from normlab.study.store import RunStore
+from normlab.study.record import Record, Start
+from normlab.study.store import LOCK_WAIT, RunStore, driver, lock_folder, seal
 
 
 def record(key: str, **fields) -> Record:
@@ -32,15 +35,16 @@ def test_a_file_that_is_not_there_is_empty(tmp_path):
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):
     store = RunStore(tmp_path / "runs.jsonl")
-    store.append(record("a", curve={"loss": [1.0, float("nan"), float("inf")]}, epochs=({"loss": float("-inf")},)))
+    losses = [1.0, float("nan"), float("inf"), 1e200]
+    store.append(record("a", curve={"step": [1, 2, 3, 4], "loss": losses}, epochs=[{"seconds": float("-inf")}]))
     line = store.path.read_text()
     assert "NaN" not in line
     assert "Infinity" not in line
-    assert store.read()[0].curve["loss"] == [1.0, None, None]
-    assert store.read()[0].epochs == [{"loss": None}]
+    assert store.read()[0].curve["loss"] == [1.0, None, None, None]
+    assert store.read()[0].epochs == [{"seconds": None}]
 
 
-@pytest.mark.parametrize("cut", [1, 5, 30])
+@pytest.mark.parametrize("cut", range(2, len(seal(record("b").to_json()))))
 def test_a_torn_last_line_is_dropped_and_the_next_record_is_whole(tmp_path, cut):
     store = RunStore(tmp_path / "runs.jsonl")
     store.append(record("a"))
@@ -51,6 +55,45 @@ def test_a_torn_last_line_is_dropped_and_the_next_record_is_whole(tmp_path, cut)
     store.append(record("c"))
     assert [r.key for r in store.read()] == ["a", "c"]
     assert all(json.loads(line) for line in store.path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("checksum", [True, False])
+def test_a_last_line_that_lacks_only_its_end_counts(tmp_path, checksum):
+    store = RunStore(tmp_path / "runs.jsonl")
+    line = seal(record("a").to_json()) if checksum else json.dumps(record("a").to_json()).encode() + b"\n"
+    store.path.write_bytes(line[:-1])
+    assert [r.key for r in store.read()] == ["a"]
+    store.append(record("b"))
+    assert [r.key for r in store.read()] == ["a", "b"]
+    assert store.path.read_bytes().startswith(line)
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_every_flipped_bit_is_seen(tmp_path, place):
+    """Of a record's line or a start's, its format, checksum and end among them."""
+    path = tmp_path / "runs.jsonl"
+    other = seal(record("other").to_json())
+    for values in (record("a", seconds=1.5).to_json(), {"key": "a", "host": "here", "process": 5, "started": "now"}):
+        line = seal(values)
+        around = (b"", other) if place == "first" else (other, b"")
+        assert len(read(path, line.join(around))) == 2
+        for bit in range(8 * len(line)):
+            flipped = bytearray(line)
+            flipped[bit // 8] ^= 1 << bit % 8
+            with pytest.raises(InputError, match=r"runs.jsonl, line \d,.* it was not changed"):
+                read(path, bytes(flipped).join(around))
+
+
+def read(path, content: bytes):
+    path.write_bytes(content)
+    return RunStore(path).heads()
+
+
+def test_lines_with_checksum_and_without_stand_together(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps(record("old").to_json()) + "\n")
+    RunStore(path).append(record("new"))
+    assert [r.key for r in RunStore(path).read()] == ["old", "new"]
 
 
 def test_a_damaged_line_is_reported_by_number_and_nothing_is_changed(tmp_path):
@@ -79,7 +122,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 APPEND = """
 import sys, time
 from normlab.study.record import Record
-from normlab.study.store import RunStore
+from normlab.study.store import LOCK_WAIT, RunStore, driver, lock_folder, seal
 who, number, path, start = sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
 time.sleep(max(0.0, start - time.time()))
 for i in range(number):
@@ -118,7 +161,7 @@ def test_killed_while_writing_keeps_every_record_that_was_reported(tmp_path):
         """
         import sys
         from normlab.study.record import Record
-        from normlab.study.store import RunStore
+        from normlab.study.store import LOCK_WAIT, RunStore, driver, lock_folder, seal
         store = RunStore(sys.argv[1])
         for i in range(100_000):
             store.append(Record(str(i), {}, "finished", more={"pad": "x" * 3000}))
@@ -138,3 +181,84 @@ def test_killed_while_writing_keeps_every_record_that_was_reported(tmp_path):
     assert keys == [str(i) for i in range(len(keys))]
     store.append(record("after"))
     assert store.read()[-1].key == "after"
+
+
+def test_heads_are_records_without_what_is_long(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    whole = Record.from_json(GOOD)
+    RunStore(path).append(whole)
+    (head,) = RunStore(path).heads()
+    assert isinstance(head, Record)
+    assert (head.key, head.settings, head.status, head.versions) == (
+        whole.key,
+        whole.settings,
+        whole.status,
+        whole.versions,
+    )
+    assert (head.epochs, head.more) == ([], {})
+    assert RunStore(path).read() == [whole]
+
+
+def test_starts_stand_beside_records(tmp_path):
+    store = RunStore(tmp_path / "runs.jsonl")
+    store.start("a")
+    store.append(record("a"))
+    start, ended = store.heads()
+    assert isinstance(start, Start)
+    assert (start.key, start.host, start.process) == ("a", socket.gethostname(), os.getpid())
+    assert datetime.fromisoformat(start.started).tzinfo is not None
+    assert ended == record("a")
+    assert store.read() == [record("a")]
+
+
+HOLD = """
+import sys, time
+from normlab.study.store import lock_folder
+with lock_folder(sys.argv[1]):
+    print(flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_study_in_a_folder_is_refused_until_the_first_is_gone(tmp_path):
+    folder = tmp_path / "new"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        who = driver(folder)
+        assert who is not None
+        assert (who.host, who.process) == (socket.gethostname(), process.pid)
+        words = rf"in use: process {process.pid} on {who.host} runs a study there since 20\d\d-.*Wait"
+        begun = time.monotonic()
+        with pytest.raises(InputError, match=words), lock_folder(folder):
+            pass
+        assert time.monotonic() - begun < LOCK_WAIT + 2
+        assert driver(folder) == who
+        process.kill()
+        process.wait()
+    assert driver(folder) is None
+    with lock_folder(folder):
+        me = driver(folder)
+        assert me is not None
+        assert me.process == os.getpid()
+        with pytest.raises(InputError, match="in use"), lock_folder(folder):
+            pass
+    assert driver(folder) is None
+
+
+def test_the_lock_of_a_folder_goes_with_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError), lock_folder(tmp_path):
+        raise ZeroDivisionError
+    with lock_folder(tmp_path):
+        pass
+
+
+def test_nobody_runs_a_study_in_a_folder_that_is_not_there(tmp_path):
+    assert driver(tmp_path / "none") is None
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_folder_that_is_a_file_cannot_be_locked(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"), lock_folder(tmp_path / "file"):
+        pass

@@ -83,7 +83,7 @@ class Trial(Shared, Varied):  # fields in the order norm … clip, epochs … lo
     """What else a study does, in its own words; None where norm, data and network say it all."""
 
     def __post_init__(self) -> None:
-        for name in ("norm", "data", "model"):
+        for name in ("norm", "data", "model", "optimizer", "schedule"):
             check(isinstance(getattr(self, name), str), name, getattr(self, name), "a name (normlab list)")
         check(is_whole(self.batch_size, 1), "batch_size", self.batch_size, "a whole number from 1")
         check(is_real(self.lr) and 0 < self.lr < float("inf"), "lr", self.lr, "a number above 0")
@@ -103,6 +103,7 @@ class Trial(Shared, Varied):  # fields in the order norm … clip, epochs … lo
         listed = isinstance(names, list | tuple) and bool(names) and all(isinstance(name, str) for name in names)
         check(listed, "metrics", names, "a list of names")
         object.__setattr__(self, "metrics", tuple(names))
+        check(isinstance(self.lower, bool), "lower", self.lower, "True or False")
         if self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)
 

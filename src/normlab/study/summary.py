@@ -76,7 +76,7 @@ class Group:
     @property
     def by_seed(self) -> dict[int, float | None]:
         """The metric of each run, by its seed; None where the run did not finish."""
-        return {record.settings["seed"]: record.result for record in self.records}
+        return {record.settings.get("seed", 0): record.result for record in self.records}
 
     @property
     def trains(self) -> bool:
@@ -177,7 +177,7 @@ def conditions_of(groups: list[Group]) -> str:
 
 def seeds_of(groups: Iterable[Group]) -> str:
     """The seeds of the runs in words: `seeds 0, 1`."""
-    seeds = sorted({record.settings["seed"] for group in groups for record in group.records})
+    seeds = sorted({record.settings.get("seed", 0) for group in groups for record in group.records})
     return ("seeds " if len(seeds) > 1 else "seed ") + ", ".join(map(str, seeds))
 
 
