@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from study.hostile import GOOD, READ, REFUSED, THINGS, line
 
 from normlab.errors import InputError
 from normlab.study.record import Record
 from normlab.study.store import RunStore, seal
 from normlab.study.summary import summarize
 from normlab.study.table import terminal_table
+from study.hostile import GOOD, READ, REFUSED, THINGS, line
 
 ADVICE = "Move the file away|Update normlab|nothing is yet"
 
@@ -53,7 +53,7 @@ def test_what_can_be_read_can_be_shown(tmp_path, name):
 def test_what_is_no_file_is_refused(tmp_path, name, use):
     path = tmp_path / "runs.jsonl"
     THINGS[name](path)
-    with pytest.raises(InputError, match="runs.jsonl"):
+    with pytest.raises(InputError, match=r"runs\.jsonl"):
         RunStore(path).read() if use == "read" else RunStore(path).append(Record("a", {}, "finished"))
 
 

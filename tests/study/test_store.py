@@ -11,11 +11,11 @@ import time
 from datetime import datetime
 
 import pytest
-from study.hostile import GOOD
 
 from normlab.errors import InputError
 from normlab.study.record import Record, Start
 from normlab.study.store import LOCK_WAIT, RunStore, driver, lock_folder, seal
+from study.hostile import GOOD
 
 
 def record(key: str, **fields) -> Record:
