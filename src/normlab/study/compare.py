@@ -16,7 +16,9 @@ from .picture import write_png
 from .plan import Plan, Trial
 from .record import Record
 from .report import write_html
+from .statistics import conclusions
 from .store import RunStore
+from .summary import summarize
 from .table import terminal_table
 from .tasks import check_tasks
 from .trial import environment, run_trial
@@ -96,8 +98,10 @@ def run_study(
 
 
 def report(records: Sequence[Record], folder: Path, console: Console, command: str = "") -> None:
-    """Show the table, and write picture and page beside the runs."""
+    """Show the table and what it says, and write picture and page beside the runs."""
     console.print(terminal_table(records))
+    for line in conclusions(summarize(records)):
+        console.print(line, highlight=False, markup=False)
     write_png(records, folder / "comparison.png")
     write_html(records, folder / "report.html", "Norms compared", command)
     console.print(f"runs     {folder / 'runs.jsonl'}", highlight=False, soft_wrap=True)
