@@ -68,11 +68,12 @@ class TestHtml:
         tags = page_of(study()).tags
         evil = [record(0.9, norm=EVIL), record(status="failed", error=EVIL, seed=1, norm=EVIL)]
         for run in evil:
-            run.versions["torch"] = run.machine["cpu"] = EVIL
+            run.versions["torch"] = run.machine["cpu"] = run.machine["threads"] = EVIL
         page = page_of(evil, EVIL, EVIL)
         assert page.tags.count("script") == tags.count("script") == 2
         assert page.data["filters"][0]["values"][0]["value"] == EVIL
         assert page.text.count(EVIL) >= 3
+        assert page.data["runs"][0]["threads"] is None, "it stands in a command"
 
     def test_states_hardware_versions_seeds_and_command(self, page_of):
         text = "\n".join(page_of(study(), command="normlab compare --seeds 0 1 2").text)
@@ -90,7 +91,7 @@ class TestHtml:
         assert (run["value"], run["loss"], run["diverged_at"], run["curve"][-1]) == (None, None, 41, None)
         norms = data["filters"][0]["values"]
         assert norms[data["groups"][run["group"]]["places"]["norm"]]["value"] == "running"
-        assert len(data["steps"][run["curve_steps"]]) == len(run["curve"]) == 100
+        assert len(data["steps"][run["steps_at"]]) == len(run["curve"]) == 100
 
     def test_results_can_be_read_without_script(self, page_of):
         text = page_of(study()).text
@@ -110,7 +111,12 @@ class TestHtml:
         norms = ["batch", "running", "group", "layer", "none"]
         trials = grid(norms, [1, 2, 8, 32, 512], [0.1, 0.2, 0.4, 1.0], list(range(20)), Trial())
         runs = [record(0.9 + 0.0004321 * trial.seed, **vars(trial)) for trial in trials]
-        assert len(page_of(runs).data["runs"]) == 2000
+        page = page_of(runs)
+        assert len(page.data["runs"]) == 2000
+        drawn = [run["group"] for run in page.data["runs"] if "curve" in run]
+        assert len(drawn) == 500, "20 seeds of the best rate of each norm and batch size"
+        assert len(set(drawn)) == 25
+        assert any("too many runs to draw" in text for text in page.text)
         assert (tmp_path / "study.html").stat().st_size < 3e6
 
 
@@ -133,7 +139,7 @@ def test_the_command_of_a_run_says_all_its_settings(trial):
 
 def test_a_run_that_only_its_own_study_makes_has_no_command(page_of):
     assert command_of(Trial(task="frozen")) == ""
-    assert page_of([record(0.9, task="frozen")]).data["runs"][0]["command"] == ""
+    assert page_of([record(0.9, task="frozen")]).data["groups"][0]["command"] == ""
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@
 
 import itertools
 import math
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from ..colours import PALETTE
@@ -136,12 +136,14 @@ def metric_axis(groups: list[Group]) -> Axis:
 
 def loss_axis(groups: list[Group]) -> Axis:
     """The axis of training losses, up to five times what they usually begin with: those that diverge go beyond."""
-    curves = [[loss for _, loss in one.losses if is_number(loss)] for group in groups for one in group.records]
-    first = statistics.median([curve[0] for curve in curves if curve] or [1.0])
-    losses = [loss for curve in curves for loss in curve] or [1.0]
-    most = max(5 * first, min(losses)) if first > 0 else max(losses)
-    least = most / 10**DECADES if min(losses) >= 0 and most > 0 else min(losses)
-    return _axis("training loss", [min(max(loss, least), most) for loss in losses], 2)
+    curves = [np.array(one.curve["loss"], dtype=float) for group in groups for one in group.records]
+    curves = [curve[np.isfinite(curve)] for curve in curves]
+    curves = [curve for curve in curves if len(curve)] or [np.ones(1)]
+    losses, first = np.concatenate(curves), float(np.median([curve[0] for curve in curves]))
+    most = max(5 * first, losses.min()) if first > 0 else losses.max()
+    least = most / 10**DECADES if losses.min() >= 0 and most > 0 else losses.min()
+    ends = np.clip([losses.min(), losses.max()], least, most).tolist()
+    return _axis("training loss", ends, 2)
 
 
 def layer_axes(groups: list[Group]) -> dict[str, Axis]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -42,6 +43,7 @@ SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "normlab",  # the same file each time
     "pdf.fonttype": 42,  # journals refuse the outlines of type 3
 }
+MOST = 50  # curves of a setting; more cannot be told apart
 WIDTH = 7.0  # inches, of a page's two columns
 
 
@@ -206,9 +208,10 @@ def _draw_curves(figure: Figure | SubFigure, groups: list[Group], apart: bool = 
             continue
         for line in series:
             group = line.best(size)
-            for record in group.records if group else ():
-                _draw_curve(axes, line, record, axis)
+            if group:
+                _draw_losses(axes, line, group, axis)
         axes.set_title(f"batch size {size}", fontsize="medium")
+        axes.autoscale_view()
         _set_axis(axes, axis)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel("step")
@@ -217,13 +220,16 @@ def _draw_curves(figure: Figure | SubFigure, groups: list[Group], apart: bool = 
         _legend(figure, series)
 
 
-def _draw_curve(axes: Axes, line: Series, record: Record, axis: Axis) -> None:
-    points = [(x, axis.share(y)) for x, y in record.losses if is_number(y)]
-    if not points:
-        return
-    axes.plot(*zip(*points, strict=True), color=line.colour, linestyle=line.dash, linewidth=1.1, alpha=0.8)
-    if record.status == "diverged":
-        axes.plot(*points[-1], marker="x", color=line.colour, markersize=7, markeredgewidth=2, clip_on=False)
+def _draw_losses(axes: Axes, line: Series, group: Group, axis: Axis) -> None:
+    curves = {
+        record.key: [(x, axis.share(y)) for x, y in record.losses if is_number(y)] for record in group.records[:MOST]
+    }
+    style: dict[str, Any] = {"color": line.colour, "linestyle": line.dash, "linewidth": 1.1, "alpha": 0.8}
+    axes.add_collection(LineCollection([curve for curve in curves.values() if curve], **style))
+    for record in group.records[:MOST]:
+        if record.status == "diverged" and curves[record.key]:
+            end = curves[record.key][-1]
+            axes.plot(*end, marker="x", color=line.colour, markersize=7, markeredgewidth=2, clip_on=False)
 
 
 def _rates_height(groups: list[Group]) -> float:
@@ -273,7 +279,7 @@ def _draw_layers(figure: Figure, groups: list[Group]) -> None:
         for axes, (figure_name, axis) in zip(row, axes_of.items(), strict=True):
             for line in series:
                 group = line.best(size)
-                for record in group.records if group else ():
+                for record in group.records[:MOST] if group else ():
                     values = list(layers_of(record).get(figure_name, {}).values())
                     heights = [axis.share(value) if is_number(value) else math.nan for value in values]
                     axes.plot(heights, color=line.colour, linestyle=line.dash, linewidth=1.1, alpha=0.8)

@@ -41,6 +41,7 @@ from .summary import (
 
 ALWAYS = ("norm", "batch_size", "lr")  # settings that the page filters by, with those that vary
 ALWAYS_SAID = (*ALWAYS, "seed")  # in a command
+MOST_LINES = 1000  # runs whose losses and layers are drawn; a browser takes seconds for more
 SCALES = {
     "error": "The scale is logarithmic in the error, one minus the value: small differences near 1 can be seen.",
     "log": "The scale is logarithmic.",
@@ -49,7 +50,6 @@ SCALES = {
 
 Steps = dict[tuple[int, ...], int]
 Names = dict[tuple[str, ...], int]
-Layers = dict[str, dict[str, float | None]]
 
 
 def write_html(records: Iterable[Record], path: str | Path, title: str, command: str) -> None:
@@ -88,6 +88,7 @@ def make_html(records: Iterable[Record], title: str, command: str, *, planned: i
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     names = varying(groups) or ["norm"]
+    data = _page_data(groups, axis)
     return environment.get_template("report.html.j2").render(
         title=title,
         command=command,
@@ -98,12 +99,13 @@ def make_html(records: Iterable[Record], title: str, command: str, *, planned: i
         less=any(group.lower for group in groups),
         scale=SCALES[axis.kind],
         many_rates=len(values_of(groups, "lr")) > 1,
-        has_layers=bool(layer_axes(groups)),
+        few_lines=len(records) > MOST_LINES,
+        has_layers=bool(data["layer_axes"]),
         columns=[*(title_of(name) for name in names), axis.title],
         rows=[[*(show(name, group.settings[name]) for name in names), group.outcome] for group in groups],
         seeds=seeds_of(groups),
         environments=sorted({_environment(record) for record in records}),
-        data={**_page_data(groups, axis), "live": live},
+        data={**data, "live": live},
     )
 
 
@@ -154,11 +156,15 @@ def _page_data(groups: list[Group], axis: Axis) -> dict[str, Any]:
     others = list(dict.fromkeys(name for group in groups for name in _other_metrics(group)))
     filters = {name: values_of(groups, name) for name in (*ALWAYS, *(n for n in varying(groups) if n not in ALWAYS))}
     rows, runs = [], []
-    for line in series_of(groups):
+    series = series_of(groups)
+    drawn = _drawn(series)
+    for line in series:
         for group in line.groups:
             for record in group.records:
-                kept = _page_layers(layers_of(record), axes, layers)
-                runs.append(_run(record, len(rows), others, steps) | {"layers": kept})
+                run = _run(record, len(rows), others)
+                if record.key in drawn:
+                    run |= _lines(record, steps, layers, list(axes))
+                runs.append(run)
             rows.append(_row(group, line, filters) | {"warmth": _digits(warmth(group), 3)})
     return {
         "filters": [
@@ -200,14 +206,12 @@ def _row(group: Group, line: Series, filters: dict[str, list[Any]]) -> dict[str,
         "trains": group.trains,
         "score": _digits(max(group.score, -LARGEST), 12),
         "outcome": group.outcome,
+        "command": command_of(Trial(**group.settings)).rpartition(" --seed ")[0],  # the page adds the seed of a run
     }
 
 
-def _run(record: Record, group: int, others: Sequence[str], steps: Steps) -> dict[str, Any]:
-    points = record.losses
-    trial = Trial.from_dict(record.settings)
+def _run(record: Record, group: int, others: Sequence[str]) -> dict[str, Any]:
     threads = record.machine.get("threads")
-    command = command_of(trial)
     return {
         "key": record.key,
         "group": group,
@@ -224,20 +228,33 @@ def _run(record: Record, group: int, others: Sequence[str], steps: Steps) -> dic
         "seconds": _digits(record.seconds),
         "finished_at": record.finished_at,
         "versions": _versions(record),
-        "command": f"OMP_NUM_THREADS={threads} {command}" if command and isinstance(threads, int) else command,
-        "curve_steps": steps.setdefault(tuple(x for x, _ in points), len(steps)),
+        "threads": threads if isinstance(threads, int) else None,
+    }
+
+
+def _drawn(series: list[Series]) -> set[str]:
+    """The keys of the runs that have lines: all, or those of the best settings where there are too many."""
+    groups = [group for line in series for group in line.groups]
+    each = MOST_LINES
+    if sum(len(group.records) for group in groups) > MOST_LINES:
+        sizes = values_of(groups, "batch_size")
+        groups = [group for line in series for size in sizes if (group := line.best(size))]
+        each = max(1, MOST_LINES // len(groups))
+    return {record.key for group in groups for record in group.records[:each]}
+
+
+def _lines(record: Record, steps: Steps, layers: Names, figures: list[str]) -> dict[str, Any]:
+    """What is drawn of a run alone: its losses, and its layers if it kept them."""
+    points, found = record.losses, layers_of(record)
+    lines: dict[str, Any] = {
+        "steps_at": steps.setdefault(tuple(x for x, _ in points), len(steps)),
         "curve": [_digits(y, 3) for _, y in points],
     }
-
-
-def _page_layers(found: Layers, axes: dict[str, Axis], layers: Names) -> dict[str, Any] | None:
-    if not found:
-        return None
-    names = tuple(next(iter(found.values())))
-    return {
-        "names": layers.setdefault(names, len(layers)),
-        "figures": [[_digits(found.get(figure, {}).get(name), 3) for name in names] for figure in axes],
-    }
+    if found:
+        names = tuple(next(iter(found.values())))
+        lines["layers_at"] = layers.setdefault(names, len(layers))
+        lines["layers"] = [[_digits(found.get(figure, {}).get(name), 3) for name in names] for figure in figures]
+    return lines
 
 
 def _other_metrics(group: Group) -> list[str]:

@@ -150,7 +150,7 @@
   const curves = (groups, runs) => byId("curves").replaceChildren(...sizesOf(groups).map((size) => panel(
     `batch size ${size}`, data.loss_axis,
     (run) => {
-      const xs = data.steps[run.curve_steps];
+      const xs = data.steps[run.steps_at] ?? [];
       return xs.length ? { run, xs, ys: run.curve, tell: (at) => `step ${xs[at]}: training loss ${run.curve[at]}` } : null;
     },
     runs.filter((run) => sizeOf(data.groups[run.group]) === size),
@@ -160,8 +160,8 @@
     return data.layer_axes.map((axis, which) => panel(
       `batch size ${size}: ${axis.title}`, axis,
       (run) => {
-        const names = data.layers[run.layers.names];
-        const ys = run.layers.figures[which];
+        const names = data.layers[run.layers_at];
+        const ys = run.layers[which];
         return { run, xs: [...names.keys()], ys, tell: (at) => `${names[at]}: ${axis.title} ${ys[at]}` };
       },
       own, () => ["first layer", "last"])).filter(() => own.length);

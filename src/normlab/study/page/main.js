@@ -33,11 +33,13 @@
     if (chosen) {
       const { group, run } = chosen;
       byId("about").textContent = run ? aboutRun(run) : aboutGroup(group);
-      byId("again").textContent = (run ? [run] : runsOf(group)).map(({ command }) => command).filter(Boolean).join("\n");
-      byId("again").hidden = !byId("again").textContent;
+      byId("again").textContent = (run ? [run] : runsOf(group)).map(commandOf).join("\n");
+      byId("again").hidden = !group.command;
     }
     highlight();
   };
+  const commandOf = (run) => // other threads give other numbers
+    `${run.threads === null ? "" : `OMP_NUM_THREADS=${run.threads} `}${data.groups[run.group].command} --seed ${run.seed}`;
   const runsOf = (group) => data.runs.filter((run) => data.groups[run.group] === group);
   const pick = (node) => {
     const { group, run } = marks.get(node);
