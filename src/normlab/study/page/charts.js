@@ -155,14 +155,15 @@
     },
     runs.filter((run) => sizeOf(data.groups[run.group]) === size),
     (first, last) => [`step ${first.toLocaleString("en")}`, last.toLocaleString("en")])));
-  const layers = (groups, runs) => byId("layers").replaceChildren(...sizesOf(groups).flatMap((size) => {
-    const own = runs.filter((run) => run.layers && sizeOf(data.groups[run.group]) === size);
-    return data.layer_axes.map((axis, which) => panel(
+  const layers = (runs) => {
+    const own = runs.filter((run) => run.layers);
+    const sizes = sizesOf(own.map((run) => data.groups[run.group]));
+    byId("layers").replaceChildren(...data.layer_axes.flatMap((axis, which) => sizes.map((size) => panel(
       `batch size ${size}: ${axis.title}`, axis,
       (run) => {
         const names = data.layers[run.layers_at];
         const ys = run.layers[which];
         return { run, xs: [...names.keys()], ys, tell: (at) => `${names[at]}: ${axis.title} ${ys[at]}` };
       },
-      own, () => ["first layer", "last"])).filter(() => own.length);
-  }));
+      own.filter((run) => sizeOf(data.groups[run.group]) === size), () => ["first layer", "last"]))));
+  };

@@ -98,7 +98,7 @@
     if (manyRates) rateMaps(results);
     metric(results);
     curves(results, runs);
-    layers(results, runs);
+    layers(runs);
     tables.results(results);
     tables.runs(runs);
     highlight();
