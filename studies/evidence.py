@@ -15,9 +15,9 @@ from normlab.study.summary import best, summarize
 
 FOLDER = Path(__file__).parent
 CONFIRMED = {  # of studies/flagship
-    "confirm-mnist.jsonl": "MNIST, the lesson's net",
-    "confirm-fashion_mnist.jsonl": "Fashion-MNIST, the lesson's net",
-    "confirm-cifar10.jsonl": "CIFAR-10, a residual net",
+    "confirm-mnist": "MNIST, the lesson's net",
+    "confirm-fashion_mnist": "Fashion-MNIST, the lesson's net",
+    "confirm-cifar10": "CIFAR-10, a residual net",
 }
 FINE_TUNED = {  # of studies/finetune
     "camera": "Fashion-MNIST by another camera, a residual net",
@@ -29,8 +29,9 @@ CHOOSING = 0  # the seed that chose the settings
 def all_cases() -> list[Case]:
     """The cases of all studies."""
     cases = []
-    for file, name in CONFIRMED.items():
-        cases += make_cases(RunStore(FOLDER / "flagship" / file).read(), "studies/flagship", name, "classification")
+    for folder, name in CONFIRMED.items():
+        runs = RunStore(FOLDER / "flagship" / folder / "runs.jsonl").read()
+        cases += make_cases(runs, "studies/flagship", name, "classification")
     for case, name in FINE_TUNED.items():
         folders = (FOLDER / "finetune" / f"{part}-{case}" for part in ("screen", "confirm"))
         runs = [run for folder in folders for run in RunStore(folder / "runs.jsonl").read()]

@@ -20,16 +20,10 @@ from normlab.study.store import RunStore
 from normlab.study.summary import best, is_number, summarize
 
 FOLDER = Path(__file__).parent
-DRAWN = [*sorted(FOLDER.glob("flagship/confirm-*.jsonl")), FOLDER / "flagship" / "finetune.jsonl"]
-SCREENED = sorted(FOLDER.glob("flagship/screen-*.jsonl"))
-WITHOUT_CURVES = [
-    *(
-        FOLDER / "flagship" / f"{name}.jsonl"
-        for name in ("bars", "constants", "contrast", "earlier-kernels", "perfect")
-    ),
-    *sorted(FOLDER.glob("finetune/*/runs.jsonl")),
-    *sorted(FOLDER.glob("reproduce/**/runs.jsonl")),
-]
+DRAWN = sorted(FOLDER.glob("flagship/confirm-*/runs.jsonl"))
+SCREENED = sorted(FOLDER.glob("flagship/screen-*/runs.jsonl"))
+OTHERS = [path for study in ("flagship", "finetune", "reproduce") for path in FOLDER.glob(f"{study}/**/runs.jsonl")]
+WITHOUT_CURVES = sorted(set(OTHERS) - {*DRAWN, *SCREENED})
 SAID_ONCE = ("versions", "machine", "finished_at", "parameters")
 
 

@@ -65,13 +65,11 @@ def test_the_evidence_is_what_the_studies_hold():
     assert len(read_cases()) >= 15
 
 
-@pytest.mark.parametrize(
-    ("file", "case"), [("confirm-mnist.jsonl", "MNIST, the"), ("confirm-cifar10.jsonl", "CIFAR-10")]
-)
-def test_classification_at_batch_2(file, case):
+@pytest.mark.parametrize(("folder", "case"), [("confirm-mnist", "MNIST, the"), ("confirm-cifar10", "CIFAR-10")])
+def test_classification_at_batch_2(folder, case):
     advice = advise("classification", 2)
     assert advice.norm == "running"
-    runs = [run for run in lines(f"flagship/{file}") if run["settings"]["batch_size"] == 2]
+    runs = [run for run in lines(f"flagship/{folder}/runs.jsonl") if run["settings"]["batch_size"] == 2]
     expected = paired(best_setting(runs, "running"), best_setting(runs, "group"))
     assert found(advice, "group", case) == pytest.approx(expected, abs=2e-6)
 
