@@ -68,11 +68,11 @@ def _where(error: BaseException) -> str:
     """`file.py, line 3: ` of the user's line that failed; empty if none is known."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}: "
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users(frame.filename)]
     return f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
 
 
-def _is_users(file: str) -> bool:
+def is_users(file: str) -> bool:
     """Whether it is no file of ours, of Python's library or of an installed package."""
     installed = [*site.getsitepackages(), site.getusersitepackages()]
     library = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]

@@ -122,12 +122,14 @@ class Start:
         host: name of the machine of the process that began it, and that writes its record.
         process: the number of that process.
         started: date and time, as ISO 8601 writes them.
+        where: the run is made, such as the name of another machine; empty if in that process.
     """
 
     key: str
     host: str
     process: int
     started: str
+    where: str = ""
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> "Start":
@@ -136,10 +138,11 @@ class Start:
         Raises:
             ValueError: a field is missing or not of its kind.
         """
-        values = [line.get(one.name) for one in fields(cls)]
-        if not (all(isinstance(value, str) for value in values[:2] + values[3:]) and is_whole(values[2])):
+        values = {one.name: line.get(one.name, "") for one in fields(cls)}
+        process = values.pop("process")
+        if not (all(map(_is_text, values.values())) and is_whole(process) and line.get("host")):
             raise ValueError("a start needs key, host, process and started")
-        return cls(*values)  # pyright: ignore[reportArgumentType]
+        return cls(**values, process=process)  # pyright: ignore[reportArgumentType]
 
 
 NAMES = tuple(one.name for one in fields(Record) if one.name != "more")

@@ -164,13 +164,17 @@ class RunStore:
         """
         self._lines.append(record.to_json(), _entry)
 
-    def start(self, key: str) -> None:
+    def start(self, key: str, where: str = "") -> None:
         """Write down that this process begins a run; when this returns it is on the disk.
+
+        Args:
+            key: of the run.
+            where: it is made, if not in this process.
 
         Raises:
             InputError: the file cannot be written.
         """
-        self._lines.append(vars(_here(key)), _entry)
+        self._lines.append(vars(_here(key, where)), _entry)
 
 
 @contextmanager
@@ -193,7 +197,7 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}. Choose another folder.") from error
     try:
-        write_whole(folder / DRIVER, json.dumps(vars(_here(""))).encode())
+        write_whole(folder / DRIVER, json.dumps(vars(_here())).encode())
         yield
     finally:
         (folder / DRIVER).unlink(missing_ok=True)
@@ -265,9 +269,9 @@ def _entry(values: Any) -> Record | Start:
     return Start.from_json(values) if begun else Record.from_json(values)
 
 
-def _here(key: str) -> Start:
+def _here(key: str = "", where: str = "") -> Start:
     """This process, now."""
-    return Start(key, socket.gethostname(), os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"))
+    return Start(key, socket.gethostname(), os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"), where)
 
 
 def _is_torn(line: bytes) -> bool:

@@ -36,7 +36,7 @@ def make_data(trial: Trial, data_dir: str | Path | None = None) -> tuple[Iterabl
     Raises:
         InputError: there are no such data, they are none, or the user's function fails.
     """
-    if not _is_own(trial.data):
+    if not is_own(trial.data):
         data = _load_normalized(trial.data, str(data_dir) if data_dir else None)
         images = trial.images or len(data.x_train)
         x, y = data.x_train[:images], data.y_train[:images]
@@ -66,11 +66,11 @@ def make_model(trial: Trial, data_dir: str | Path | None = None) -> nn.Module:
         InputError: there is no such network or norm, or the user's function fails; or nothing could be converted.
     """
     sizes = {"num_classes": 2, "in_channels": 1}
-    if not _is_own(trial.data):
+    if not is_own(trial.data):
         data = _load_normalized(trial.data, str(data_dir) if data_dir else None)
         sizes = {"num_classes": len(data.classes), "in_channels": data.x_train.shape[1]}
     seed_all(trial.seed)
-    if not _is_own(trial.model):
+    if not is_own(trial.model):
         return build_model(trial.model, trial.norm, **sizes)
     takes_norm = _takes(find_named("model", trial.model), "norm")
     model = _call("model", trial.model, norm=trial.norm, seed=trial.seed, **sizes)
@@ -91,7 +91,7 @@ def make_optimizer(trial: Trial, model: nn.Module) -> torch.optim.Optimizer:
         InputError: there is no such optimizer, or the user's function fails.
     """
     groups = parameter_groups(model, trial.weight_decay)
-    if not _is_own(trial.optimizer):
+    if not is_own(trial.optimizer):
         if trial.optimizer not in OPTIMIZERS:
             raise unknown("optimizer", trial.optimizer, OPTIMIZERS)
         return OPTIMIZERS[trial.optimizer](groups, trial.lr)
@@ -135,10 +135,10 @@ def check_tasks(trials: Iterable[Trial], data_dir: str | Path | None = None) -> 
 
 
 def _check_task(trial: Trial, data_dir: str | Path | None) -> None:
-    own_model = _is_own(trial.model)
+    own_model = is_own(trial.model)
     if trial.norm not in NORMS and not (own_model and _takes(find_named("model", trial.model), "norm")):
         raise unknown("norm", trial.norm, NORMS)
-    if _is_own(trial.data):
+    if is_own(trial.data):
         make_data(trial, data_dir)
     else:
         size = _size(trial.data, str(data_dir) if data_dir else None)
@@ -188,7 +188,8 @@ def _repeated(batches: Iterable[Any], steps: int | None) -> Iterable[Any]:
     return batches if steps is None else Repeated(batches, steps)
 
 
-def _is_own(name: str) -> bool:
+def is_own(name: str) -> bool:
+    """Whether a setting names something of the user's, `module:name`, and not what is built in."""
     return ":" in name
 
 
