@@ -16,7 +16,9 @@ from normlab.study.statistics import (
     improvement,
     interval,
     interval_of,
+    outcomes_of,
     paired_test,
+    seeds_to_tell,
 )
 from normlab.study.summary import summarize
 from records import record
@@ -25,7 +27,7 @@ from records import record
 def runs(norm, values, **settings):
     """A run a value, by seed; None is one that diverged."""
     return [
-        record(value, "finished" if value is not None else "diverged", norm=norm, seed=seed, **settings)
+        record(value, "finished" if value is not None else "diverged", points=1, norm=norm, seed=seed, **settings)
         for seed, value in enumerate(values)
     ]
 
@@ -59,6 +61,25 @@ def test_the_studentised_bootstrap_over_all_resamples_is_that_of_its_definition(
     assert interval(list(x)) == pytest.approx((x.mean() - high * error, x.mean() - low * error))
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.5, 0.5, 0.5, 0.9],
+        [0.9, 0.9, 0.9, 0.9, 0.8, 0.8],
+        [2.3, 0.1, 0.1, 0.1 + 1e-9, 0.1, 0.1 - 1e-9],
+        [0.97, 0.971, 0.969, 0.972, 0.968, 0.11],
+        [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+        [1e6, 1e6 + 1, 1e6 + 1, 1e6 + 1],
+    ],
+)
+def test_ends_stay_near_where_values_are_alike_but_for_one(values):
+    """Resamples of alike values have no error, which would send an end of the bootstrap to infinity."""
+    low, high = interval(values) or (0, 0)
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    for away in (np.mean(values) - low, high - np.mean(values)):
+        assert 0.499 * half <= away <= 2.001 * half
+
+
 def test_intervals_keep_their_shape():
     """Under shift and scale, and in any order; equal values have none; one value has no interval."""
     x = [0.91, 0.93, 0.92, 0.95, 0.92, 0.90]
@@ -66,6 +87,7 @@ def test_intervals_keep_their_shape():
     assert low < np.mean(x) < high
     assert interval(x[::-1]) == pytest.approx((low, high))
     assert interval([2 - 3 * v for v in x]) == pytest.approx((2 - 3 * high, 2 - 3 * low))
+    assert interval([v * 1e140 for v in x]) == pytest.approx((low * 1e140, high * 1e140))
     assert interval([0.5] * 6) == (0.5, 0.5)
     assert interval([0.5]) is interval([]) is None
     with pytest.raises(InputError, match="finite"):
@@ -78,11 +100,20 @@ def test_more_values_than_can_be_resampled_in_all_ways_draw_the_same_resamples_e
     assert interval(x) == pytest.approx(stats.t.interval(0.95, 39, np.mean(x), stats.sem(x)), abs=0.05)
 
 
-def test_six_values_cover_the_truth_in_95_of_100_studies():
+@pytest.mark.parametrize(
+    ("draw", "truth", "n"),
+    [
+        (lambda rng, n: rng.normal(size=n), 0.0, 3),
+        (lambda rng, n: rng.normal(size=n), 0.0, 6),
+        (lambda rng, n: rng.uniform(size=n), 0.5, 6),
+        (lambda rng, n: rng.beta(5, 2, size=n), 5 / 7, 6),
+    ],
+)
+def test_intervals_cover_the_truth_in_95_of_100_studies(draw, truth, n):
     """Within chance for 1,500 studies; benchmarks/intervals.py has more of them, and other distributions."""
-    numbers = np.random.default_rng(0)
-    found = [interval(list(numbers.normal(size=6))) for _ in range(1500)]
-    covered = np.mean([low <= 0 <= high for low, high in found])
+    rng = np.random.default_rng(0)
+    found = np.array([interval(list(draw(rng, n))) for _ in range(1500)])
+    covered = np.mean((found[:, 0] <= truth) & (truth <= found[:, 1]))
     assert 0.95 - 3 * 0.0056 < covered < 0.95 + 3 * 0.0056
 
 
@@ -112,7 +143,7 @@ def test_five_seeds_cannot_tell_and_six_can():
 
 def test_more_seeds_than_have_all_signs_taken_have_nearly_the_same_p():
     a = np.random.default_rng(0).normal(0.4, 1, size=20)
-    expected = stats.ttest_1samp(a, 0).pvalue
+    _, expected = stats.ttest_1samp(a, 0)
     assert paired_test(by_seed(a), by_seed(0 * a), 0.0) == pytest.approx(expected, abs=0.02)
 
 
@@ -126,6 +157,31 @@ def test_a_run_that_did_not_finish_counts_as_the_worst():
     finished, diverged = by_seed([0.6, 0.7, 0.65, 0.7, 0.6, 0.62]), by_seed([None] * 6)
     assert paired_test(finished, diverged, 0.0) == 2 / 64
     assert paired_test(diverged, diverged, 0.0) == 1.0
+
+
+def test_ties_and_rounding_do_not_change_p():
+    """0.1 + 0.2 − 0.3 is not 0 in binary; alike pairs change nothing."""
+    three = paired_test(by_seed([0.1, 0.2, -0.3]), by_seed([0.0] * 3), 0.0)
+    assert three == 1.0
+    tenths = by_seed([0.3, 0.1, 0.2, 0.4, 0.6, 0.7])
+    wholes = {seed: round(10 * value) for seed, value in tenths.items()}
+    zeros = by_seed([0.0] * 6)
+    assert paired_test(tenths, zeros, 0.0) == paired_test(wholes, zeros, 0.0) == 2 / 64
+    p = paired_test(by_seed([3, 1, 2, -1]), by_seed([0] * 4), 0.0)
+    assert paired_test(by_seed([3, 1, 2, -1, 5, 5]), by_seed([0, 0, 0, 0, 5, 5]), 0.0) == p
+
+
+def test_the_seeds_that_would_tell_do():
+    """In 80 of 100 studies, as a t-test by the book; fewer differences than three ask for none."""
+    apart = [0.1, 0.9, 0.5]  # mean 0.5, deviation 0.4
+    n = seeds_to_tell(apart)
+    assert n is not None
+    shift = 0.5 / 0.4 * math.sqrt(n)
+    bound = stats.t.ppf(0.975, n - 1)
+    assert 1 - stats.nct.cdf(bound, n - 1, shift) == pytest.approx(0.8, abs=0.06)
+    assert n < (seeds_to_tell(apart, tests=10) or 0)
+    assert seeds_to_tell([0.5] * 3) == fewest_seeds(1), "no noise: as few as can tell at all"
+    assert seeds_to_tell([0.1, 0.9]) is seeds_to_tell([-1.0, 0.0, 1.0]) is seeds_to_tell([1.0, -1.0, 1e-6]) is None
 
 
 def test_holms_correction():
@@ -161,7 +217,7 @@ def test_a_clear_difference_is_told_and_a_small_one_is_not():
     best, far = (mean + shared + numbers.normal(scale=0.002, size=8) for mean in (0.95, 0.90))
     near = best + np.array([-1, 1, -2, 2, -1, 1, 2, -3]) * 1e-3
     found = {one.group.settings["norm"]: one for one in compare_groups(study(running=best, group=near, batch=far))}
-    assert found["running"].words == "best"
+    assert found["running"].words == "best mean"
     assert not found["group"].worse
     assert found["group"].words.startswith("not told apart (p ")
     assert found["batch"].worse
@@ -174,7 +230,10 @@ def test_a_clear_difference_is_told_and_a_small_one_is_not():
 
 def test_too_few_seeds_say_how_many_could_tell():
     groups = study(running=[0.9, 0.91, 0.92], group=[0.8, 0.81, 0.82], batch=[0.1, 0.1, 0.1])
-    assert [one.words for one in compare_groups(groups)] == ["best", *["not told apart (3 of 7 seeds)"] * 2]
+    assert [one.words for one in compare_groups(groups)] == [
+        "best mean",
+        *["not told apart (needs 7 seeds or more)"] * 2,
+    ]
     assert conclusions(groups) == [
         "batch 2: running has the best accuracy, 0.9100 (0.8852 to 0.9348). Not told apart from it: group, batch. "
         "3 seeds; 7 or more could tell."
@@ -196,14 +255,88 @@ def test_a_norm_whose_runs_all_diverge_is_worse():
     assert other.improvement == 1.0
 
 
-def test_where_less_is_better():
-    values = {"batch": [0.3, 0.31, 0.32, 0.3, 0.33, 0.31], "group": [0.5, 0.51, 0.5, 0.52, 0.5, None]}
+def losses(norm, values):
+    """The losses of runs, of which less is better."""
+    return runs(norm, [None if v is None else 1 - v / 3 for v in values], metrics=["loss"], lower=True)
+
+
+@pytest.mark.parametrize("level", [0.01, 1.0, 100.0])
+def test_divergence_is_worse_than_any_loss(level):
+    """Also than the largest loss that was seen, and where all are alike."""
+    for finished in (np.linspace(1, 2, 6), np.ones(6)):
+        groups = summarize(losses("running", list(level * finished)) + losses("none", [None] * 6))
+        best, other = compare_groups(groups)
+        assert (best.group.settings["norm"], other.word) == ("running", "worse")
+        assert other.p == 2 / 64
+
+
+def test_two_norms_that_always_diverge_are_not_told_apart():
+    _, other = compare_groups(study(running=[None] * 6, none=[None] * 6))
+    assert other.word == "not told apart"
+    assert other.p == 1.0
+
+
+def test_a_failed_run_is_no_outcome_of_the_norm():
+    """An error on six seeds is not six divergences, and the words say how many seeds are left."""
+    good = runs("running", [0.9, 0.91, 0.92, 0.9, 0.91, 0.93, 0.92])
+    failed = [record(status="failed", error="no space left", norm="batch", seed=seed) for seed in range(6)]
+    groups = summarize(good + failed + [record(0.8, norm="batch", seed=6)])
+    batch = next(one for one in groups if one.settings["norm"] == "batch")
+    assert outcomes_of(batch) == {6: 0.8}
+    other = next(one for one in compare_groups(groups) if one.group is batch)
+    assert (other.seeds, other.p) == (1, 1.0)
+    assert other.words == "not told apart (needs 6 seeds or more, 1 in common)"
+
+
+def test_a_metric_that_is_no_number_is_the_worst_outcome():
+    (group,) = study(running=[0.9, math.nan, math.inf])
+    assert outcomes_of(group) == {0: 0.9, 1: None, 2: None}
+    assert interval_of(group) is None
+
+
+def test_no_seed_in_common_is_no_comparison():
+    other = runs("group", [0.8] * 6)
+    moved = [record(0.9, norm="running", seed=seed + 10) for seed in range(6)]
+    best, second = compare_groups(summarize(other + moved))
+    assert best.words == "best mean"
+    assert second.words == "not compared (no seed in common)"
+    assert second.p is second.p_corrected is second.difference is None
+
+
+def test_the_shared_seeds_may_be_against_the_best_mean():
+    """The best mean comes of seeds that the other norm did not have."""
+    shared = [0.8, 0.81, 0.8, 0.82, 0.8, 0.81]
+    first = runs("running", [*shared, *[0.99] * 30])
+    second = runs("group", [value + 0.01 for value in shared])
+    best, other = compare_groups(summarize(first + second))
+    assert best.group.settings["norm"] == "running"
+    assert other.words == "better (p 0.031, 6 in common)"
+    assert not other.worse
+    assert other.difference == pytest.approx(-0.01)
+    assert "Better on the seeds in common: group." in conclusions(summarize(first + second))[0]
+
+
+def test_norms_are_compared_on_the_same_data_only():
+    """And with the same network, metric and length of training; each has its best rate and optimizer."""
     groups = summarize(
-        [
-            one
-            for norm, losses in values.items()
-            for one in runs(norm, [None if v is None else 1 - v / 3 for v in losses], metrics=["loss"], lower=True)
-        ]
+        runs("batch", [0.9] * 6, data="mnist")
+        + runs("running", [0.5] * 6, data="cifar10")
+        + runs("batch", [0.4] * 6, data="cifar10")
+        + runs("batch", [0.45] * 6, data="cifar10", lr=0.1, optimizer="adamw")
+    )
+    found = [(one.group.settings["data"], one.group.settings["norm"], one.word) for one in compare_groups(groups)]
+    assert found == [
+        ("cifar10", "running", "best mean"),
+        ("cifar10", "batch", "worse"),
+        ("mnist", "batch", "best mean"),
+    ]
+    assert [line.partition(":")[0] for line in conclusions(groups)] == ["data cifar10, batch 2", "data mnist, batch 2"]
+    assert "batch by 0.0500" in conclusions(groups)[0]
+
+
+def test_where_less_is_better():
+    groups = summarize(
+        losses("batch", [0.3, 0.31, 0.32, 0.3, 0.33, 0.31]) + losses("group", [0.5, 0.51, 0.5, 0.52, 0.5, None])
     )
     best, other = compare_groups(groups)
     assert best.group.settings["norm"] == "batch"

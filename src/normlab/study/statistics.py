@@ -4,18 +4,25 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from ..errors import check
-from .summary import UP_TO_ONE, Group, best, values_of
+from .plan import Shared
+from .summary import UP_TO_ONE, Group, best, is_number, show, sort_key, title_of, values_of, varying
 
 LEVEL = 0.95
 EXACT_UP_TO = 8  # values whose resamples are all taken, and not drawn
 RESAMPLES = 9_999
 SIGNS = 16  # seeds whose choices of signs are all taken
 FEWEST = 4  # values for which a bootstrap says something
+WIDEST = 2  # its ends, at most so many times as far from the mean as Student's, and at least one part in as many
+POWER = 0.8
+MOST = 1_000  # seeds that are ever recommended
+
+# Settings that must be the same where norms are compared; in the others each norm has its best.
+CASE = (*(one.name for one in fields(Shared)), "task", "batch_size")
 
 BySeed = Mapping[int, float | None]
 
@@ -25,11 +32,12 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
     From four values on it is the studentised bootstrap: the mean of each resample, less the mean, over its own standard
     error, has the quantiles q and Q; the interval is (mean − Q·s/√n, mean − q·s/√n). Up to eight values all resamples
-    are taken, so that nothing is drawn. With two or three values it is Student's interval.
+    are taken, so that nothing is drawn. With two or three values it is Student's interval. Resamples of nearly equal
+    values have hardly an error. So no end is more than twice, or less than half, as far from the mean as Student's.
 
-    In simulations with six values it covers the true mean in 95 % of studies for normal values, and in 93 % for very
-    skewed ones. Student's interval covers 88 % of those, the usual percentile bootstrap 86 % and 80 %
-    (`python benchmarks/intervals.py`).
+    It covers the true mean about as often as it says: 94 to 96 % with six values or more, unless they are skewed. It is
+    closest of all that were tried, see `python benchmarks/intervals.py`. No interval knows of a rare bad run that did
+    not come up. Equal values have an interval without width, which says no more than that.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 12.
 
@@ -47,46 +55,58 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
         >>> print(f"{low:.3f} to {high:.3f}")
         0.907 to 0.944
     """
+    from scipy.special import stdtrit
+
     x = np.asarray(values, dtype=float)
     check(bool(np.isfinite(x).all()), "values", list(values), "finite numbers")
     n = len(x)
     if n < 2:
         return None
-    mean, error = x.mean(), x.std(ddof=1) / math.sqrt(n)
-    if error == 0:
+    mean, deviation = x.mean(), x.std(ddof=1)
+    if deviation == 0:
         return float(mean), float(mean)
-    if n < FEWEST:
-        from scipy import stats
-
-        low, high = stats.t.interval(LEVEL, n - 1, mean, error)
-        return float(low), float(high)
-    counts, weights = _resamples(n)
-    means = counts @ x / n
-    errors = np.sqrt(np.maximum(counts @ x**2 / n - means**2, 0) / (n - 1))
-    tiny = 1e-9 * error  # a resample of one value alone has no error
-    moved = (means - mean) / np.maximum(errors, tiny)
-    low, high = (_quantile(moved, weights, q) for q in ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    student = float(stdtrit(n - 1, (1 + LEVEL) / 2))
+    low, high = -student, student
+    if n >= FEWEST:
+        counts, weights = _resamples(n)
+        z = (x - mean) / deviation
+        means = counts @ z / n
+        errors = np.sqrt(np.maximum(counts @ z**2 / n - means**2, 0) / (n - 1))
+        moved = means / np.maximum(errors, 1e-9)  # a resample of one value alone has no error
+        low = min(max(_quantile(moved, weights, (1 - LEVEL) / 2), -WIDEST * student), -student / WIDEST)
+        high = max(min(_quantile(moved, weights, (1 + LEVEL) / 2), WIDEST * student), student / WIDEST)
+    error = deviation / math.sqrt(n)
     return float(mean - high * error), float(mean - low * error)
 
 
 def interval_of(group: Group) -> tuple[float, float] | None:
     """The interval of the metric of a group, over the runs that finished; within 0 and 1 for metrics that are."""
-    found = interval([value for value in group.by_seed.values() if value is not None])
+    found = interval([value for value in group.by_seed.values() if is_number(value)])
     if found is None or group.metric not in UP_TO_ONE:
         return found
     return max(found[0], 0.0), min(found[1], 1.0)
+
+
+def outcomes_of(group: Group) -> dict[int, float | None]:
+    """The metric of each run of a group, by its seed; None where the run diverged, or its metric is no finite number.
+
+    A run that failed is left out: an error, or a machine that went down, says nothing about a norm.
+    """
+    failed = {record.settings.get("seed", 0) for record in group.records if record.status == "failed"}
+    return {seed: value if is_number(value) else None for seed, value in group.by_seed.items() if seed not in failed}
 
 
 def paired_test(first: BySeed, second: BySeed, worst: float) -> float | None:
     """The exact p of two settings that were run with the same seeds, from both sides: the sign-flip test.
 
     If the settings were alike, each difference could as well have the other sign. p is the share of all 2ⁿ choices of
-    signs whose sum is as far from 0. So with n seeds it is 2/2ⁿ or more: five seeds cannot reach 0.05.
+    signs whose sum is as far from 0. So with n seeds it is 2/2ⁿ or more: five seeds cannot reach 0.05. From 17 seeds
+    on, 65,536 choices are drawn. Only seeds that both have count.
 
     Args:
-        first: the metric of each run of a setting, by seed; None where the run did not finish.
+        first: the metric of each run of a setting, by seed; None where the run diverged.
         second: the same of the other setting.
-        worst: what a run that did not finish counts as.
+        worst: what a run that diverged counts as.
 
     Returns:
         p; None if the settings have no seed in common.
@@ -98,11 +118,10 @@ def paired_test(first: BySeed, second: BySeed, worst: float) -> float | None:
         >>> paired_test(six, {seed: value - 0.02 for seed, value in six.items()}, worst=0.0)
         0.03125
     """
-    pairs = _pairs(first, second, worst)
-    if not pairs:
+    apart = _apart(first, second, worst)
+    if not len(apart):
         return None
-    apart = np.array([a - b for a, b in pairs])
-    sums = np.abs(_signs(len(pairs)) @ apart)
+    sums = np.abs(_signs(len(apart)) @ apart)
     return float((sums >= abs(apart.sum()) - 1e-12 * np.abs(apart).sum()).mean())
 
 
@@ -128,7 +147,7 @@ def holm(values: Sequence[float]) -> list[float]:
 def improvement(first: BySeed, second: BySeed, lower: bool = False) -> float:
     """The probability that a run of the first setting is better than one of the second, ties by half.
 
-    A run that did not finish is worse than any that did.
+    A run that diverged is worse than any that finished.
 
     Source: Agarwal et al., Deep Reinforcement Learning at the Edge of the Statistical Precipice, 2021.
     """
@@ -149,6 +168,35 @@ def fewest_seeds(tests: int) -> int:
     return math.ceil(math.log2(2 * max(1, tests) / (1 - LEVEL) * (1 - 1e-12)))
 
 
+def seeds_to_tell(differences: Sequence[float], tests: int = 1) -> int | None:
+    """About how many seeds would tell two settings apart in 80 of 100 studies, if they differ as the runs so far do.
+
+    It is (z₁ + z₂)² s²/d² + z₁²/2, with mean d and deviation s of the differences by seed, the normal quantiles z₁ of
+    the level over twice the tests, and z₂ of 0.8; never below `fewest_seeds`.
+
+    Source: Guenther, Sample size formulas for normal theory t tests, 1981.
+
+    Args:
+        differences: between two settings, one of each seed.
+        tests: how many there are in all, for Holm's correction.
+
+    Returns:
+        The number; None if there are fewer than three differences, if their mean is 0, and beyond 1,000.
+
+    Example:
+        >>> seeds_to_tell([0.01, -0.01, 0.02, 0.0, 0.02, 0.01])
+        18
+    """
+    from scipy.special import ndtri
+
+    mean = np.mean(differences) if len(differences) >= 3 else 0.0
+    if mean == 0:
+        return None
+    level, power = ndtri(1 - (1 - LEVEL) / 2 / tests), ndtri(POWER)
+    seeds = (level + power) ** 2 * (np.std(differences, ddof=1) / mean) ** 2 + level**2 / 2
+    return None if seeds > MOST else max(math.ceil(seeds), fewest_seeds(tests))
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A norm at its best setting beside the best norm of its batch size.
@@ -156,13 +204,15 @@ class Verdict:
     Attributes:
         group: the norm's best setting.
         against: the best of all at this batch size; the same group for the best norm itself.
-        seeds: how many both have in common.
-        difference: mean of `against` less that of `group` over these seeds, above 0 where `against` is better; None if
-            one of them has no run that finished.
+        seeds: how many both have in common, without those of failed runs.
+        difference: mean of `against` less that of `group` over the seeds with which both finished, above 0 where
+            `against` is better; None if there is no such seed.
         p: of the paired test; None for the best norm itself, and where there is no seed in common.
         p_corrected: by Holm, over all pairs of norms at this batch size.
-        improvement: probability that a run of `against` is better than one of `group`.
+        improvement: probability that a run of `against` is better than one of `group`; one half for the same group.
         needed: the fewest seeds with which so many norms can be told apart at all.
+        would_tell: about how many seeds would tell these two apart, see `seeds_to_tell`; None if it is not known.
+        behind: whether the test's differences are to the advantage of `against`.
     """
 
     group: Group
@@ -173,32 +223,57 @@ class Verdict:
     p_corrected: float | None
     improvement: float
     needed: int
+    would_tell: int | None
+    behind: bool
+
+    @property
+    def apart(self) -> bool:
+        """Whether the two differ beyond chance."""
+        return self.p_corrected is not None and self.p_corrected <= 1 - LEVEL + 1e-12
 
     @property
     def worse(self) -> bool:
         """Whether the norm is worse than the best, beyond chance."""
-        return self.p_corrected is not None and self.p_corrected < 1 - LEVEL + 1e-12
+        return self.apart and self.behind
+
+    @property
+    def word(self) -> str:
+        """`best mean`, `worse`, `not told apart` or `not compared`; `better` where only the shared seeds are for it."""
+        if self.group is self.against:
+            return "best mean" if len(self.group.by_seed) > 1 else "best of one seed"
+        if self.p_corrected is None:
+            return "not compared"
+        return ("worse" if self.behind else "better") if self.apart else "not told apart"
 
     @property
     def words(self) -> str:
-        """The verdict: `best`, `worse (p 0.03)`, `not told apart (p 0.3)`, or how many seeds could tell."""
+        """The verdict with its reason: `worse (p 0.03)`, `not told apart (needs 7 seeds or more)`."""
         if self.group is self.against:
-            return "best"
+            return self.word
         if self.p_corrected is None:
-            return "not compared: no seed in common"
-        if self.worse:
-            return f"worse (p {self.p_corrected:.2g})"
-        if self.seeds < self.needed:
-            return f"not told apart ({self.seeds} of {self.needed} seeds)"
-        return f"not told apart (p {self.p_corrected:.2g})"
+            return f"{self.word} (no seed in common)"
+        reasons = [f"p {self.p_corrected:.2g}"]
+        if not self.apart:
+            if self.seeds < self.needed:
+                reasons = [f"needs {self.needed} seeds or more"]
+            elif self.would_tell is not None and self.would_tell > self.seeds:
+                reasons.append(f"about {self.would_tell} seeds would tell")
+        if self.seeds < max(len(self.group.by_seed), len(self.against.by_seed)):
+            reasons.append(f"{self.seeds} in common")
+        return f"{self.word} ({', '.join(reasons)})"
 
 
 def compare_groups(groups: Sequence[Group]) -> list[Verdict]:
     """Each norm at its best setting against the best norm of its batch size, by paired tests with Holm's correction.
 
     The best norm is chosen by the same runs. So the correction is over all pairs of norms of the batch size, and one
-    wrong "worse" comes in at most 5 of 100 studies without a difference. That a norm's best setting is chosen by the
-    same runs too is not corrected for: `normlab study confirm` tries those settings with other seeds.
+    wrong "worse" comes in at most 5 of 100 studies of alike norms, at each batch size. That a norm's best setting is
+    chosen by the same runs too is not corrected for: `normlab study confirm` tries those settings with other seeds.
+
+    A run that diverged is an outcome, the worst there is: it counts as 0 where a metric reaches from 0 to 1. Elsewhere
+    it lies beyond the worst value, as far as that lies from the best. A run that failed is left out with its seed.
+
+    Runs on different data, networks, or by any other setting that a study shares, are compared apart.
 
     Args:
         groups: see `summary.summarize`.
@@ -207,8 +282,7 @@ def compare_groups(groups: Sequence[Group]) -> list[Verdict]:
         One for each norm at each batch size, by batch size and then the best first.
     """
     verdicts = []
-    for size in values_of(groups, "batch_size"):
-        here = [group for group in groups if group.settings["batch_size"] == size]
+    for here in _cases(groups):
         chosen = [best(g for g in here if g.settings["norm"] == norm) for norm in values_of(here, "norm")]
         leaders = sorted((one for one in chosen if one is not None), key=lambda group: -group.score)
         verdicts += _verdicts(leaders)
@@ -220,12 +294,25 @@ def conclusions(groups: Sequence[Group]) -> list[str]:
 
     With one seed there is nothing to conclude, and that is what it says.
     """
-    verdicts = compare_groups(groups)
+    apart = [name for name in varying(groups) if name in CASE and name != "batch_size"]
     lines = []
-    for size in values_of(groups, "batch_size"):
-        first, *others = [one for one in verdicts if one.group.settings["batch_size"] == size]
-        lines.append(f"batch {size}: {_conclusion(first, others)}")
+    for here in _cases(groups):
+        settings = here[0].settings
+        case = [
+            *(f"{title_of(name)} {show(name, settings[name])}" for name in apart),
+            f"batch {settings['batch_size']}",
+        ]
+        first, *others = compare_groups(here)
+        lines.append(f"{', '.join(case)}: {_conclusion(first, others)}")
     return lines
+
+
+def _cases(groups: Sequence[Group]) -> list[list[Group]]:
+    """The groups whose norms can be compared with each other, by batch size."""
+    cases: dict[tuple, list[Group]] = {}
+    for group in groups:
+        cases.setdefault(tuple(group.settings[name] for name in CASE), []).append(group)
+    return [cases[key] for key in sorted(cases, key=lambda key: [sort_key(value) for value in reversed(key)])]
 
 
 def _conclusion(first: Verdict, others: list[Verdict]) -> str:
@@ -235,57 +322,75 @@ def _conclusion(first: Verdict, others: list[Verdict]) -> str:
         return "no run has finished."
     if len(group.by_seed) == 1:
         return f"{name} has the best {group.metric} of one seed, {group.value.mean:.4f}. That ranks nothing."
-    low, high = interval_of(group) or (group.value.mean, group.value.mean)
-    parts = [f"{name} has the best {group.metric}, {group.value.mean:.4f} ({low:.4f} to {high:.4f})."]
-    worse = [f"{one.group.settings['norm']} by {one.difference or 0:.4f}" for one in others if one.worse]
-    alike = [one for one in others if not one.worse]
+    ends = interval_of(group)
+    sure = f" ({ends[0]:.4f} to {ends[1]:.4f})" if ends else ""
+    parts = [f"{name} has the best {group.metric}, {group.value.mean:.4f}{sure}."]
+    worse = [_by(one) for one in others if one.worse]
+    better = [one.group.settings["norm"] for one in others if one.apart and not one.behind]
+    alike = [one for one in others if not one.apart]
     if worse:
         parts.append(f"Worse: {', '.join(worse)}.")
+    if better:
+        parts.append(f"Better on the seeds in common: {', '.join(better)}.")
     if alike:
-        few = "" if first.seeds >= first.needed else f" {first.seeds} seeds; {first.needed} or more could tell."
-        parts.append(f"Not told apart from it: {', '.join(one.group.settings['norm'] for one in alike)}.{few}")
+        parts.append(f"Not told apart from it: {', '.join(one.group.settings['norm'] for one in alike)}.")
+        seeds = min(one.seeds for one in alike)
+        if seeds < first.needed:
+            parts.append(f"{seeds} seed{'s' * (seeds != 1)}; {first.needed} or more could tell.")
     return " ".join(parts)
+
+
+def _by(verdict: Verdict) -> str:
+    name = verdict.group.settings["norm"]
+    return name if verdict.difference is None else f"{name} by {verdict.difference:.4f}"
 
 
 def _verdicts(leaders: list[Group]) -> list[Verdict]:
     """Of groups that are the best of their norm, the best of all first."""
-    worst = _worst(leaders)
+    worst, runs = _worst(leaders), [outcomes_of(one) for one in leaders]
     pairs = list(itertools.combinations(range(len(leaders)), 2))
-    found = [paired_test(leaders[i].by_seed, leaders[j].by_seed, worst) for i, j in pairs]
-    known = [(pair, p) for pair, p in zip(pairs, found, strict=True) if p is not None]
-    corrected = dict(zip([pair for pair, _ in known], holm([p for _, p in known]), strict=True))
-    first = leaders[0]
-    return [
-        Verdict(
+    found = {(i, j): paired_test(runs[i], runs[j], worst) for i, j in pairs}
+    known = {pair: p for pair, p in found.items() if p is not None}
+    corrected = dict(zip(known, holm(list(known.values())), strict=True))
+    verdicts = []
+    for place, group in enumerate(leaders):
+        better = (-1 if group.lower else 1) * _apart(runs[0], runs[place], worst)
+        verdict = Verdict(
             group,
-            first,
-            len(group.by_seed.keys() & first.by_seed.keys()),
-            _difference(first, group),
-            dict(known).get((0, place)),
-            corrected.get((0, place)),
-            improvement(first.by_seed, group.by_seed, first.lower),
-            fewest_seeds(len(pairs)),
+            against=leaders[0],
+            seeds=len(better),
+            difference=_difference(leaders[0], group),
+            p=known.get((0, place)),
+            p_corrected=corrected.get((0, place)),
+            improvement=improvement(runs[0], runs[place], group.lower),
+            needed=fewest_seeds(len(pairs)),
+            would_tell=seeds_to_tell(list(better), len(pairs)),
+            behind=bool(better.sum() > 0),
         )
-        for place, group in enumerate(leaders)
-    ]
+        verdicts.append(verdict)
+    return verdicts
 
 
 def _worst(groups: Sequence[Group]) -> float:
-    """What a run that did not finish counts as: 0 where metrics reach from 0 to 1, else the worst that was seen."""
+    """What a run that diverged counts as, see `compare_groups`."""
     if groups[0].metric in UP_TO_ONE and not groups[0].lower:
         return 0.0
-    seen = [value for group in groups for value in group.by_seed.values() if value is not None]
-    return (max(seen) if groups[0].lower else min(seen)) if seen else 0.0
+    seen = [value for group in groups for value in group.by_seed.values() if is_number(value)]
+    if not seen:
+        return 0.0
+    low, high = min(seen), max(seen)
+    beyond = (high - low) or 1.0
+    return high + beyond if groups[0].lower else low - beyond
 
 
-def _pairs(first: BySeed, second: BySeed, worst: float) -> list[tuple[float, float]]:
-    seeds = sorted(first.keys() & second.keys())
-    values = [(first[seed], second[seed]) for seed in seeds]
-    return [(worst if a is None else a, worst if b is None else b) for a, b in values]
+def _apart(first: BySeed, second: BySeed, worst: float) -> np.ndarray:
+    """First less second, for each seed that both have."""
+    pairs = [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
+    return np.array([(worst if a is None else a) - (worst if b is None else b) for a, b in pairs])
 
 
 def _difference(first: Group, other: Group) -> float | None:
-    ours, theirs = first.by_seed, other.by_seed
+    ours, theirs = outcomes_of(first), outcomes_of(other)
     both = [(ours[seed], theirs[seed]) for seed in ours.keys() & theirs.keys()]
     apart = [a - b for a, b in both if a is not None and b is not None]
     if not apart:
