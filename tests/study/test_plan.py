@@ -151,7 +151,13 @@ def test_a_setting_may_have_seeds_of_its_own(tmp_path):
         ("x = " + "[" * 5000, "is no TOML"),
         ("[[settings]]\nlrs = 0.1", r"settings: key='lrs' is unknown. Did you mean 'lr'"),
         ("[[settings]]\nseed = 1", r"settings: key='seed' is unknown"),
-        ("[[settings]]\nseeds = 1", r"settings: seeds=1 is not usable. Accepted: a list"),
+        ("[[settings]]\nseeds = 1", r"seeds=1 is not usable. Accepted: a list. Write seeds=\[1\]"),
+        ("[[settings]]\nseeds = []", r"seeds=\[\] is not usable. Accepted: one value or more"),
+        ("[[settings]]\nseeds = ['a']", "seed='a'"),
+        ("settings = 5", "settings=5 is not usable. Accepted: a list"),
+        ("settings = [5]", "settings=5 is not usable. Accepted: a list of tables"),
+        ("settings = [['norm']]", "Accepted: a list of tables"),
+        ("[settings]\nnorm = 'batch'", "settings={'norm': 'batch'} is not usable. Accepted: a list"),
     ],
 )
 def test_a_file_that_is_no_plan_is_refused(tmp_path, text, said):

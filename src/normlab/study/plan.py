@@ -175,12 +175,14 @@ class Plan(Shared, Several):
         shared = {one.name: getattr(self, one.name) for one in fields(Shared)}
         names = [*(one.name for one in fields(Varied) if one.name != "seed"), "seeds"]
         trials = []
+        check_list("settings", self.settings)
         for setting in self.settings:
+            check(isinstance(setting, dict), "settings", setting, "a list of tables", 'Write [{norm = "batch"}].')
             for name in setting:
                 if name not in names:
                     raise unknown("settings: key", name, names)
             seeds = setting.get("seeds", self.seeds)
-            check(isinstance(seeds, list | tuple | range), "settings: seeds", seeds, "a list")
+            check_list("seeds", seeds)
             own = {name: value for name, value in setting.items() if name != "seeds"}
             trials += [Trial(**shared, **own, seed=seed) for seed in seeds]
         return list(dict.fromkeys(trials))
@@ -253,9 +255,14 @@ def grid(
         "seeds": seeds,
     }
     for name, values in lists.items():
-        several = isinstance(values, list | tuple | range)
-        check(several, name, values, "a list", "" if several else f"Write {name}=[{values!r}].")
-        check(len(values) > 0, name, values, "one value or more")
+        check_list(name, values)
     names = [name.removesuffix("s") for name in lists]
     combinations = itertools.product(*lists.values())
     return list(dict.fromkeys(replace(base, **dict(zip(names, one, strict=True))) for one in combinations))
+
+
+def check_list(name: str, values: Any) -> None:
+    """Raise an InputError unless `values` is a list with something in it."""
+    several = isinstance(values, list | tuple | range)
+    check(several, name, values, "a list", "" if several else f"Write {name}=[{values!r}].")
+    check(len(values) > 0, name, values, "one value or more")
