@@ -23,6 +23,11 @@ FINE_TUNED = {  # of studies/finetune
     "camera": "Fashion-MNIST by another camera, a residual net",
     "classes": "from MNIST to Fashion-MNIST, the lesson's net",
 }
+SEGMENTED = {  # of studies/segmentation: what it is, and whether the network was trained before
+    "standardised": ("made images, standardised, a small U-Net", False),
+    "raw": ("made images of differing contrast, a small U-Net", False),
+    "few_raw": ("from standardised images to those of differing contrast, a small U-Net", True),
+}
 CHOOSING = 0  # the seed that chose the settings
 
 
@@ -36,6 +41,9 @@ def all_cases() -> list[Case]:
         folders = (FOLDER / "finetune" / f"{part}-{case}" for part in ("screen", "confirm"))
         runs = [run for folder in folders for run in RunStore(folder / "runs.jsonl").read()]
         cases += make_cases(chosen(runs), "studies/finetune", name, "classification", pretrained=True)
+    for folder, (name, pretrained) in SEGMENTED.items():
+        own = RunStore(FOLDER / "segmentation" / f"confirm-{folder}" / "runs.jsonl").read()
+        cases += make_cases(own, "studies/segmentation", name, "segmentation", pretrained)
     return cases
 
 

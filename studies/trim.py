@@ -3,8 +3,8 @@
     python studies/trim.py
 
 A run's record carries a training curve of 100 points. A picture draws the curves of each norm's best setting. Its
-axis reaches to the lowest and the highest loss of all curves. This script takes the other curves away, and fields
-that are null. Numbers keep nine digits, more than float32 has.
+axis reaches to the lowest and the highest loss of all curves. This script takes the other curves away, activations,
+and fields that are null. Numbers keep nine digits, more than float32 has.
 
 The screening has 2,900 runs, which only choose settings. Their numbers keep six digits. They lose versions, machine,
 date and count of parameters too; `studies/README.md` has the first three. A file that was cut before does not change.
@@ -22,7 +22,8 @@ from normlab.study.summary import best, is_number, summarize
 FOLDER = Path(__file__).parent
 DRAWN = sorted(FOLDER.glob("flagship/confirm-*/runs.jsonl"))
 SCREENED = sorted(FOLDER.glob("flagship/screen-*/runs.jsonl"))
-OTHERS = [path for study in ("flagship", "finetune", "reproduce") for path in FOLDER.glob(f"{study}/**/runs.jsonl")]
+STUDIES = ("flagship", "finetune", "reproduce", "segmentation")
+OTHERS = [path for study in STUDIES for path in FOLDER.glob(f"{study}/**/runs.jsonl")]
 WITHOUT_CURVES = sorted(set(OTHERS) - {*DRAWN, *SCREENED})
 SAID_ONCE = ("versions", "machine", "finished_at", "parameters")
 
@@ -63,7 +64,7 @@ def main() -> None:
     for path in SCREENED:
         write(path, [cut(r, "curve", *SAID_ONCE, digits=6) for r in RunStore(path).read()])
     for path in WITHOUT_CURVES:
-        write(path, [cut(r, "curve") for r in RunStore(path).read()])
+        write(path, [cut(r, "curve", "activations") for r in RunStore(path).read()])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The norms in other people's factories. A library that is not installed has a stand-in, made by its documentation."""
 
+import doctest
 import importlib.util
 import os
 import subprocess
@@ -298,3 +299,7 @@ def test_syncing_as_nnunet_does_leaves_running_alone():
     net = nn.Sequential(nn.Conv2d(1, 8, 3), RunningBatchNorm2d(8))
     assert not isinstance(net[1], _BatchNorm)  # what torch would make a SyncBatchNorm of
     assert type(nn.SyncBatchNorm.convert_sync_batchnorm(net)[1]) is RunningBatchNorm2d
+
+
+def test_its_example_runs(factory):
+    assert doctest.testmod(integrations) == (0, 3)

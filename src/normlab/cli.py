@@ -5,7 +5,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 from rich.console import Console
@@ -13,7 +13,6 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from .errors import InputError, check
-from .study.advise import Advise
 from .study.commands import GOES_ON, Study
 from .study.optimizers import OPTIMIZERS
 from .study.plan import Names, Plan, Shared, Trial, Varied, WholeNumbers
@@ -140,6 +139,27 @@ class Compare(Plan):
         command = shlex.join(["normlab", *sys.argv[1:]])
         compare(self.trials(), self.out, data_dir=self.data_dir, workers=self.workers, console=console, command=command)
         return 0
+
+
+@dataclass(frozen=True)
+class Advise:
+    """Name a norm for a task, with its evidence and caveats. The exit status is 1 if it is not known."""
+
+    task: Literal["classification", "segmentation", "detection"] = "classification"
+    """What the network does."""
+    batch_size: int = 2
+    """Images that a norm sees at a time."""
+    pretrained: bool = False
+    """Whether the network was trained before, with batch norm at a large batch."""
+    study: Annotated[Path | None, arg(name="from")] = None
+    """Folder of a study of your own, in place of the committed ones; then the task is the study's."""
+
+    def run(self, console: Console) -> int:
+        from .study.advise import advise
+
+        advice = advise(self.task, self.batch_size, pretrained=self.pretrained, study=self.study)
+        console.print(str(advice), highlight=False, markup=False, soft_wrap=True)
+        return 0 if advice.norm is not None else 1
 
 
 @dataclass(frozen=True)

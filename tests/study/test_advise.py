@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import tyro
 from rich.console import Console
-from scipy.stats import ttest_rel
 
+from normlab.cli import Advise
 from normlab.errors import InputError
 from normlab.nn import NORMS
-from normlab.study.advise import HOW, PRACTICE, Advise, advise
+from normlab.study.advise import HOW, PRACTICE, advise
 from normlab.study.evidence import COMMITTED, LEAST_SEEDS, make_cases, read_cases, to_json
+from normlab.study.statistics import interval
 from normlab.study.store import RunStore
 from records import record
 
@@ -45,8 +46,7 @@ def best_setting(runs, norm):
 def paired(one, other):
     seeds = [seed for seed in one if one[seed] is not None and other.get(seed) is not None]
     a, b = (np.array([values[seed] for seed in seeds]) for values in (one, other))
-    low, high = ttest_rel(a, b).confidence_interval(0.95)
-    return a.mean() - b.mean(), low, high, len(seeds)
+    return a.mean() - b.mean(), *interval(a - b), len(seeds)
 
 
 def found(advice, rival, case):
@@ -82,6 +82,20 @@ def test_fine_tuning_at_batch_2(rival, rate):
     one, other = by_seed(runs, norm="running", lr=0.01, batch_size=2), by_seed(runs, norm=rival, lr=rate, batch_size=2)
     assert len(one) == len(other) == 5
     assert found(advice, rival, "camera") == pytest.approx(paired(one, other), abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("folder", "pretrained", "rival"),
+    [("standardised", False, "batch"), ("raw", False, "running"), ("few_raw", True, "group")],
+)
+def test_segmentation_at_batch_2(folder, pretrained, rival):
+    advice = advise("segmentation", 2, pretrained=pretrained)
+    assert advice.norm == "instance"
+    runs = lines(f"segmentation/confirm-{folder}/runs.jsonl")
+    one, other = (by_seed(runs, norm=norm, batch_size=2) for norm in ("instance", rival))
+    assert len(one) == len(other) == 6
+    named = {"standardised": "made images, standardised", "raw": "made images of differing", "few_raw": "from standard"}
+    assert found(advice, rival, named[folder]) == pytest.approx(paired(one, other), abs=2e-6)
 
 
 def test_a_net_that_fails_is_no_rival_and_is_named():

@@ -3,20 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from tyro.conf import arg
 
 from ..errors import check, is_whole, unknown
 from .evidence import Case, make_cases, read_cases
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from .statistics import fewest_seeds, interval
 
 TASKS = ("classification", "segmentation", "detection")
 FURTHEST = 2.0  # a batch size this many times as large or small still counts
-CERTAINTY = 0.95
-ENOUGH_SEEDS = 6  # with fewer an exact test cannot reach 5 %
+ENOUGH_SEEDS = fewest_seeds(tests=1)
 OWN_STUDY = "Compare norms on your own model and data, six seeds or more: normlab study run."
 PRACTICE = {
     "classification": "Published practice is batch norm at large batches, and group norm at small ones (Wu and He "
@@ -57,7 +51,7 @@ class Evidence:
         metric: what was compared.
         rival: the other norm.
         difference: the mean over the seeds that both finished, above 0 where the norm is better; None without seeds.
-        interval: of 95 %, by Student's t on the differences by seed; None where the rival finished fewer than two.
+        interval: of 95 %, of the differences by seed, see `statistics.interval`; None for fewer than two.
         seeds: how many both finished.
         failed: runs of the rival that diverged or failed.
     """
@@ -159,7 +153,7 @@ def advise(
     norm = _least_shortfall(near)
     if norm is None:
         return _not_known(asked, task, cases, batch_size, own=study is not None)
-    default = "as is" if pretrained and study is None else "batch"
+    default = "as is" if any("as is" in case.norms for case in near) else "batch"
     chosen = default if _is_level(near, norm, default) else norm
     evidence = [one for case in near for one in _evidence(case, chosen, default)]
     return Advice(
@@ -220,29 +214,15 @@ def _compare(case: Case, norm: str, rival: str) -> Evidence:
     differences = case.difference(norm, rival)
     failed = sum(value is None for value in case.norms[rival].by_seed.values())
     mean = sum(differences) / len(differences) if differences else None
-    interval = _interval(differences)
-    return Evidence(
-        case.study, case.name, case.batch_size, case.metric, rival, mean, interval, len(differences), failed
-    )
-
-
-def _interval(differences: Sequence[float]) -> tuple[float, float] | None:
-    """Of the mean, by Student's t."""
-    if len(differences) < 2:
-        return None
-    from scipy.stats import ttest_1samp
-
-    if len(set(differences)) == 1:
-        return differences[0], differences[0]
-    low, high = ttest_1samp(differences, 0.0).confidence_interval(CERTAINTY)
-    return float(low), float(high)
+    place = case.study, case.name, case.batch_size, case.metric
+    return Evidence(*place, rival, mean, interval(differences), len(differences), failed)
 
 
 def _evidence(case: Case, norm: str, default: str) -> list[Evidence]:
-    """Beside the best other norm, the default and group norm."""
+    """Beside the best other norm, the default, group norm and this package's own."""
     others = [one for one in case.norms if one != norm]
     best = min((one for one in others if case.norms[one].whole), key=lambda one: _shortfall(case, one), default=None)
-    rivals = dict.fromkeys(one for one in (best, default, "group") if one in others)
+    rivals = dict.fromkeys(one for one in (best, default, "group", "running") if one in others)
     return [_compare(case, norm, rival) for rival in rivals]
 
 
@@ -293,22 +273,3 @@ def _not_known(asked: str, task: str, cases: Sequence[Case], batch_size: int, ow
     else:
         why = "No norm has runs in all comparisons without a failure."
     return Advice(asked, None, None, [why, *([] if own else [PRACTICE[task]]), OWN_STUDY])
-
-
-@dataclass(frozen=True)
-class Advise:
-    """Name a norm for a task, with its evidence and caveats. The exit status is 1 if it is not known."""
-
-    task: Literal["classification", "segmentation", "detection"] = "classification"
-    """What the network does."""
-    batch_size: int = 2
-    """Images that a norm sees at a time."""
-    pretrained: bool = False
-    """Whether the network was trained before, with batch norm at a large batch."""
-    study: Annotated[Path | None, arg(name="from")] = None
-    """Folder of a study of your own, in place of the committed ones; then the task is the study's."""
-
-    def run(self, console: "Console") -> int:
-        advice = advise(self.task, self.batch_size, pretrained=self.pretrained, study=self.study)
-        console.print(str(advice), highlight=False, markup=False, soft_wrap=True)
-        return 0 if advice.norm is not None else 1
