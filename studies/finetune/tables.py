@@ -13,17 +13,14 @@ BEGIN, END = "<!-- from here on made by `tables.py` -->", "<!-- up to here -->"
 def tables() -> str:
     parts, rates = [], []
     for case in ("camera", "classes"):
-        screened, tested = groups(f"screen-{case}"), groups(f"confirm-{case}")
+        stores = [RunStore(FOLDER / f"{part}-{case}" / "runs.jsonl") for part in ("screen", "confirm")]
+        screened, tested = (summarize(store.read()) for store in stores)
         for size in values_of(tested, "batch_size"):
             parts.append(f"### `{case}`, batch {size}\n\n{at_best_rates(of(screened, size), of(tested, size))}")
             rates += [f"`{case}`, batch {size}, screening\n\n{by_rate(of(screened, size))}"]
             rates += [f"`{case}`, batch {size}, test\n\n{by_rate(of(tested, size))}"]
     head = "<details><summary>Every rate: validation accuracy in screening, test accuracy</summary>\n"
     return "\n".join([*parts, head, *rates, "</details>\n"])
-
-
-def groups(folder: str) -> list[Group]:
-    return summarize(RunStore(FOLDER / folder / "runs.jsonl").read())
 
 
 def of(found: list[Group], size: int) -> list[Group]:

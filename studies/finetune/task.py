@@ -32,15 +32,9 @@ VALID_BATCH = 250
 
 
 WAYS = (
-    "as is",
-    "frozen",
-    "frozen, γ and β learn",
-    "frozen, recalibrated",
-    "group",
-    "group, fitted",
-    "running",
-    "running, recalibrated",
-)
+    "as is", "frozen", "frozen, γ and β learn", "frozen, recalibrated",
+    "group", "group, fitted", "running", "running, recalibrated",
+)  # fmt: skip
 
 
 def change(model: nn.Module, way: str, images: Tensor) -> None:
