@@ -13,6 +13,7 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from .errors import InputError, check
+from .files import check_writable
 from .study.commands import GOES_ON, Study
 from .study.optimizers import OPTIMIZERS
 from .study.plan import Names, Plan, Shared, Trial, Varied, WholeNumbers
@@ -40,7 +41,6 @@ class Train(Shared, Varied):
     def run(self, console: Console) -> int:
         from .observe import ActivationStats, blocks, plot_activations, plot_histograms, plot_training
         from .observe.plots import save
-        from .study.compare import check_writable
         from .study.store import RunStore
         from .study.subject import WEIGHTS
         from .study.tasks import check_tasks
@@ -56,11 +56,11 @@ class Train(Shared, Varied):
         every = max(1, batches // 200)  # a picture shows no more
         with ActivationStats(blocks(learner.model), every=every) as stats:
             record, recorder = run_learner(trial, learner)
+        save_weights(learner.model, self.out / WEIGHTS, trial.key)  # before the record: the last one has its weights
         RunStore(self.out / "runs.jsonl").append(record)
         save(plot_training(recorder.losses, recorder.lrs[-1]), self.out / "training.png")
         save(plot_activations(stats), self.out / "activations.png")
         save(plot_histograms(stats), self.out / "histograms.png")
-        save_weights(learner.model, self.out / WEIGHTS, trial.key)
         if record.status == "diverged":
             console.print(f"diverged at step {record.diverged_at_step}", style="bold yellow")
         names = "runs.jsonl", "training.png", "activations.png", "histograms.png", "model.safetensors"
@@ -91,7 +91,6 @@ class Diagnose:
 
     def run(self, console: Console) -> int:
         from .health import diagnose
-        from .study.compare import check_writable
         from .study.named import explain_failure
 
         subject = self._subject()

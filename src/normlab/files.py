@@ -1,6 +1,9 @@
 """Files that are there whole or not at all."""
 
 import contextlib
+import os
+import secrets
+import tempfile
 from pathlib import Path
 
 from .errors import InputError
@@ -12,12 +15,27 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # nobody else's
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
+        with open(part, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise InputError(f"{path} cannot be written: {error.strerror}. Choose another folder.") from error
+        if isinstance(error, OSError):
+            raise InputError(f"{path} cannot be written: {error.strerror}. Choose another folder.") from error
+        raise
+
+
+def check_writable(folder: Path) -> None:
+    """Raise an InputError unless files can be made in `folder`, which is made if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"out={str(folder)!r} cannot be written: {error.strerror}. Choose another folder.") from error

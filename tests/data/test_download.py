@@ -17,12 +17,38 @@ from pathlib import Path
 import pooch
 import pytest
 
+from normlab.data import download
 from normlab.data.download import CHUNK, cache_folder, fetch
 from normlab.errors import InputError
 
 NAME = "images.gz"
 CONTENT = gzip.compress(random.Random(0).randbytes(1_000_000))
 SUM = hashlib.sha256(CONTENT).hexdigest()
+
+
+# What a server gives as the address of the file, or as its length.
+LOCATIONS = {
+    "nowhere": "http://127.0.0.1:1/",
+    "itself": "images.gz",
+    "no-port": "http://127.0.0.1:port/",
+    "no-host": "http://[bad/",
+    "no-label": "http://.example..invalid/",
+    "a-long-label": f"http://{'a' * 80}.invalid/",
+    "another-scheme": "file:///etc/hosts",
+    "nothing": "",
+    "no-address": "//",
+    "other-bytes": "http://\xff\xfe/",
+}
+LENGTHS = {
+    "words": "many",
+    "minus": "-5",
+    "a-part": "1.5",
+    "huge": "9" * 30,
+    "too-many": str(2 * len(CONTENT)),
+    "too-few": "10",
+    "two": "5, 7",
+    "digits": "\xb2\xb3",
+}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -38,8 +64,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_error(404)
         if start >= len(content):
             return self.send_error(416)
+        if way in LOCATIONS:
+            self.send_response(302)
+            self.send_header("Location", LOCATIONS[way])
+            return self.end_headers()
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("Content-Length", LENGTHS.get(way) or str(len(content) - start))
         if way == "labelled":
             self.send_header("Content-Encoding", "gzip")
         self.end_headers()
@@ -176,6 +206,32 @@ def test_all_mirrors_failing_names_each_and_the_way_out(mirror, tmp_path):
         assert line in text
     assert "kept" not in text
     assert left_in(tmp_path / "cifar10") == set()
+
+
+@pytest.mark.parametrize("way", [*LOCATIONS, *LENGTHS])
+def test_a_bad_address_or_length_leads_to_the_next_mirror(mirror, tmp_path, way):
+    assert fetch(NAME, SUM, [mirror(way), mirror("good")], tmp_path).read_bytes() == CONTENT
+    assert left_in(tmp_path) == {NAME}
+
+
+@pytest.mark.parametrize("way", LOCATIONS)
+def test_a_bad_address_alone_is_named(mirror, tmp_path, way):
+    with pytest.raises(InputError, match=f"{way}/{NAME}: "):
+        fetch(NAME, SUM, [mirror(way)], tmp_path)
+    assert not (tmp_path / NAME).exists()
+
+
+def test_a_file_without_end_is_given_up(mirror, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "LARGEST", len(CONTENT) // 2)
+    with pytest.raises(InputError, match=rf"good/{NAME}: more than {len(CONTENT) // 2:,} bytes came"):
+        fetch(NAME, SUM, [mirror("good")], tmp_path)
+    assert left_in(tmp_path) == set()
+
+
+def test_a_damaged_part_does_not_spoil_the_only_good_mirror(server, mirror, tmp_path):
+    (tmp_path / f"{NAME}.part").write_bytes(b"x" * 1000)
+    assert fetch(NAME, SUM, [mirror("good")], tmp_path).read_bytes() == CONTENT
+    assert server.log == [("good", "bytes=1000-"), ("good", None)]
 
 
 def test_an_altered_file_is_replaced_only_by_the_right_one(mirror, tmp_path):

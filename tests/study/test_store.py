@@ -262,3 +262,30 @@ def test_a_folder_that_is_a_file_cannot_be_locked(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be written"), lock_folder(tmp_path / "file"):
         pass
+
+
+FULL = """
+import resource, sys
+from normlab.errors import InputError
+from normlab.study.record import Record
+from normlab.study.store import RunStore
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+try:
+    RunStore(sys.argv[1]).append(Record("c", {}, "finished", more={"pad": "x" * 100_000}))
+except InputError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_told_and_loses_nothing(tmp_path):
+    """A limit on the size of files, in the middle of a line, stands for the disk."""
+    store = RunStore(tmp_path / "runs.jsonl")
+    store.append(record("a"))
+    store.append(record("b"))
+    limit = store.path.stat().st_size + 50_000
+    run = [sys.executable, "-c", FULL, str(store.path), str(limit)]
+    told = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    assert "runs.jsonl cannot be written: File too large. Choose another folder." in told
+    assert [r.key for r in store.read()] == ["a", "b"]
+    store.append(record("d"))
+    assert [r.key for r in store.read()] == ["a", "b", "d"]

@@ -16,6 +16,7 @@ from ..errors import InputError
 
 TIMEOUT = (10, 30)  # seconds to connect, and without a byte
 CHUNK = 1 << 16
+LARGEST = 1 << 30  # bytes of a file; the data sets are much smaller
 
 
 def cache_folder() -> Path:
@@ -65,8 +66,10 @@ def _from_first_good(mirrors: Iterable[str], path: Path, sha256: str, progress: 
     failures = []
     for url in (mirror + path.name for mirror in mirrors):
         try:
-            _continue(url, part, progress)
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            if _continue(url, part, progress) and pooch.file_hash(str(part)) != sha256:
+                part.unlink()  # perhaps what was there before is to blame
+                _continue(url, part, progress)
+        except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
             failures.append(f"\n  {url}: {error}")
             continue
         found = pooch.file_hash(str(part))
@@ -83,27 +86,43 @@ def _from_first_good(mirrors: Iterable[str], path: Path, sha256: str, progress: 
     )
 
 
-def _continue(url: str, part: Path, progress: bool) -> None:
-    """Add to `part` what it lacks, or all of it where the server cannot continue."""
+def _continue(url: str, part: Path, progress: bool) -> bool:
+    """Add to `part` what it lacks, or all of it where the server cannot continue. Returns whether there was a part.
+
+    Raises:
+        ValueError: the file is larger than any of ours; or an address is none, to which the server leads.
+    """
     have = part.stat().st_size if part.exists() else 0
     # Without "identity" some servers compress, or unpack, what should arrive byte for byte.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code == requests.codes.requested_range_not_satisfiable:
-            return  # nothing is left to send; the sum tells whether that is right
+            return True  # nothing is left to send; the sum tells whether that is right
         response.raise_for_status()
         continued = response.status_code == requests.codes.partial_content
         with open(part, "ab" if continued else "wb") as file:
-            _save(response, file, progress)
+            try:
+                _save(response, file, progress)
+            except _TooLarge:
+                part.unlink()
+                raise
+    return continued
+
+
+class _TooLarge(ValueError):
+    pass
 
 
 def _save(response: requests.Response, file: BinaryIO, progress: bool) -> None:
     """Write the body of an answer as it comes, and show how far it is."""
-    have, left = file.tell(), response.headers.get("Content-Length")
+    have, told = file.tell(), response.headers.get("Content-Length", "")
+    total = have + int(told) if told.isascii() and told.isdecimal() and len(told) < 20 else None
     console = Console(stderr=True)
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
-        task = bar.add_task(Path(file.name).stem, total=have + int(left) if left else None, completed=have)
+        task = bar.add_task(Path(file.name).stem, total=total, completed=have)
         for chunk in response.raw.stream(CHUNK, decode_content=False):
             file.write(chunk)
+            if file.tell() > LARGEST:
+                raise _TooLarge(f"more than {LARGEST:,} bytes came")
             bar.advance(task, len(chunk))

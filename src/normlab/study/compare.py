@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..errors import InputError, check, is_whole
-from ..files import write_whole
+from ..errors import check, is_whole
+from ..files import check_writable, write_whole
 from ..nn import NORMS
 from ..training import Callback
 from .executors import Job, run_jobs
@@ -120,17 +120,6 @@ def make_job(trial: Trial, data_dir: str | Path | None) -> Job:
 
 def _run(trial: Trial, data_dir: str | Path | None, tell: Callback) -> Record:
     return run_trial(trial, data_dir, (tell,))
-
-
-def check_writable(folder: Path) -> None:
-    """Raise an InputError unless files can be made in `folder`, which is made if it is not there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"out={str(folder)!r} cannot be written: {error.strerror}. Choose another folder.") from error
 
 
 def _usable(store: RunStore) -> list[Record]:

@@ -16,9 +16,8 @@ from rich.table import Table
 
 from .. import lesson
 from ..errors import check, is_whole, unknown
-from ..files import write_whole
+from ..files import check_writable, write_whole
 from ..training import Callback, StopWhenDiverged, schedules
-from .compare import check_writable
 from .executors import Job, run_jobs
 from .record import Record
 from .store import RunStore
