@@ -86,6 +86,27 @@ class Confirm:
         return 0
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Show the page of a study that runs, in the browser of this machine, until Ctrl-C."""
+
+    folder: Positional[Path] = FOLDER
+    """Of the study."""
+    port: int = 8017
+    """At 127.0.0.1; 0 for any that is free."""
+
+    def run(self, console: "Console") -> int:
+        from .watch import make_server
+
+        with make_server(self.folder, self.port) as server:
+            console.print(f"{server.address}  (Ctrl-C ends it)", highlight=False, markup=False)
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                return 0
+        return 0
+
+
 @configure(OmitSubcommandPrefixes, OmitArgPrefixes)
 @dataclass(frozen=True)
 class Study:
@@ -93,6 +114,7 @@ class Study:
 
     command: (
         Annotated[Run, arg(name="run")]
+        | Annotated[Watch, arg(name="watch")]
         | Annotated[Report, arg(name="report")]
         | Annotated[Confirm, arg(name="confirm")]
     )
