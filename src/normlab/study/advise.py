@@ -68,7 +68,7 @@ class Evidence:
 
     @property
     def level(self) -> bool:
-        """Whether the two are not told apart."""
+        """Whether no run of the rival failed, and the interval has 0 in it."""
         if self.failed:
             return False
         return self.interval is None or self.interval[0] <= 0 <= self.interval[1]
@@ -125,7 +125,8 @@ def advise(
     """The norm whose worst shortfall, over the comparisons at about this batch size, is the least.
 
     Its shortfall in a comparison is how far its mean lies behind the best. Only norms without a failed run count.
-    Where batch norm is not told apart from that norm, it is batch norm, which needs no change.
+    Where batch norm is level with that norm, the answer is batch norm, which needs no change. Level means that in every
+    comparison the interval of the difference has 0 in it.
 
     Args:
         task: `classification`, `segmentation` or `detection`.
@@ -236,11 +237,11 @@ def _why(cases: Sequence[Case], chosen: str, least: str) -> list[str]:
         behind = f"at most {fall:.4f} {worst.metric} behind the best ({worst.name})"
         said = [f"'{least}' falls short least in {many}: {behind}."]
     if chosen != least:
-        said.append(f"'{chosen}' is not told apart from it, and needs no change of the model.")
+        said.append(f"'{chosen}' is level with it, and needs no change of the model.")
     shared = [norm for norm in cases[0].norms if norm != chosen and _in_all(cases, norm)]
     level = [norm for norm in shared if _is_level(cases, chosen, norm)]
     among = "Of the norms with runs in all of them" if len(cases) > 1 else "Of the others"
-    return [*said, f"{among}, not told apart from '{chosen}': {'; '.join(level) or 'none'}."]
+    return [*said, f"{among}, level with '{chosen}' (the interval has 0 in it): {'; '.join(level) or 'none'}."]
 
 
 def _caveats(cases: Sequence[Case], chosen: str, default: str, batch_size: int, own: bool) -> list[str]:
@@ -260,7 +261,7 @@ def _caveats(cases: Sequence[Case], chosen: str, default: str, batch_size: int, 
         said.append(f"Some norms have {fewest} seeds. Fewer than {ENOUGH_SEEDS} tell only large differences apart.")
     if any(outcome.tried > 1 for case in cases for outcome in case.norms.values()):
         said.append("Each norm has its best of several settings, chosen on the same seeds: a little too good.")
-    said.append("Intervals are of one pair at a time, not corrected for the number of norms.")
+    said.append("Intervals are of one pair at a time. A report's tests, corrected for all pairs, are stricter.")
     return [*said, *KNOWN_OF.get(chosen, [])]
 
 
