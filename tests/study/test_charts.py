@@ -123,9 +123,10 @@ def test_losses_that_run_away_do_not_flatten_the_others():
 def test_less_is_warmer_where_less_is_better():
     for lower, warm in ((False, [0.0, 0.5, 1.0]), (True, [1.0, 0.5, 0.0])):
         groups = summarize([own(value, lr=value, lower=lower) for value in (1.0, 2.0, 3.0)])
-        assert [warmth_of(groups)(group) for group in groups] == pytest.approx(warm)
+        warmth = warmth_of(groups, metric_axis(groups))
+        assert [warmth(group) for group in groups] == pytest.approx(warm)
     groups = summarize([record(0.2), record(status="failed", norm="batch")])
-    assert [warmth_of(groups)(group) for group in groups] == [0, 0]
+    assert [warmth_of(groups, metric_axis(groups))(group) for group in groups] == [0, 0]
 
 
 def test_layers_are_the_last_finite_figures_that_a_run_kept():

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from ..colours import PALETTE
 from ..nn import NORMS
 from .record import Record
+from .statistics import interval_of
 from .summary import UP_TO_ONE, Group, best, is_number, show, title_of, values_of, varying
 
 COLOURS = {  # a norm's record says which is its own
@@ -172,9 +173,8 @@ def layers_of(record: Record) -> dict[str, dict[str, float | None]]:
     return found
 
 
-def warmth_of(groups: list[Group]) -> Callable[[Group], float]:
+def warmth_of(groups: list[Group], axis: Axis) -> Callable[[Group], float]:
     """How a map shades a group: from 0, the worst of those that train, to 1, the best; 0 without a result."""
-    axis = metric_axis(groups)
     places = [axis.share(group.value.mean) for group in groups if group.value and group.trains]
     ends = min(places, default=0.0), max(places, default=0.0)
     worst, top = reversed(ends) if groups[0].lower else ends
@@ -185,12 +185,6 @@ def warmth_of(groups: list[Group]) -> Callable[[Group], float]:
         return 1.0 if worst == top else (axis.share(group.value.mean) - worst) / (top - worst)
 
     return warmth
-
-
-def interval_of(group: Group) -> tuple[float, float] | None:
-    """The mean and one sample standard deviation to either side; None for a single run."""
-    spread = group.value
-    return None if spread is None or spread.std is None else (spread.mean - spread.std, spread.mean + spread.std)
 
 
 def lost_of(group: Group) -> int:

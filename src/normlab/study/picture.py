@@ -24,7 +24,6 @@ from .charts import (
     Axis,
     Series,
     cut,
-    interval_of,
     layer_axes,
     layers_of,
     loss_axis,
@@ -34,6 +33,7 @@ from .charts import (
     warmth_of,
 )
 from .record import Record
+from .statistics import interval_of
 from .summary import Group, conditions_of, is_number, show, summarize, values_of, varying
 
 FORMATS = ("png", "svg", "pdf")
@@ -51,7 +51,7 @@ def write_png(records: Iterable[Record], path: str | Path, *, apart: bool = True
     """Draw the metric against batch size, at each norm's best learning rate, and the training loss of those runs.
 
     A metric near one is drawn by its error on a logarithmic scale: 0.95 and 0.98 lie apart, and 0.1 is still there.
-    Bars are one standard deviation. Runs that diverged are crosses.
+    Bars are 95 % intervals of the mean. Runs that diverged are crosses.
 
     Args:
         records: of a study.
@@ -239,7 +239,8 @@ def _rates_height(groups: list[Group]) -> float:
 
 def _draw_rates(figure: Figure, groups: list[Group]) -> None:
     series, sizes, rates = series_of(groups), values_of(groups, "batch_size"), values_of(groups, "lr")
-    warmth = warmth_of(groups)
+    axis = metric_axis(groups)
+    warmth = warmth_of(groups, axis)
     panels = figure.subplots(math.ceil(len(series) / 2), min(len(series), 2), squeeze=False)
     for axes, line in itertools.zip_longest(panels.flat, series):
         if not line:
@@ -262,7 +263,7 @@ def _draw_rates(figure: Figure, groups: list[Group]) -> None:
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_title(cut(line.label, 40), fontsize="medium")
-    _title(figure, f"Validation {cut(metric_axis(groups).title, 40)}: mean and deviation (×: diverged or failed)")
+    _title(figure, f"Validation {cut(axis.title, 40)}: mean and 95 % interval (×: diverged or failed)")
 
 
 def _cell(group: Group) -> str:

@@ -16,7 +16,6 @@ from .charts import (
     MARKERS,
     Axis,
     Series,
-    interval_of,
     layer_axes,
     layers_of,
     loss_axis,
@@ -26,6 +25,7 @@ from .charts import (
 )
 from .plan import Trial
 from .record import Record, Status
+from .statistics import Verdict, compare_groups, conclusions, interval_of
 from .summary import (
     Group,
     conditions_of,
@@ -41,6 +41,7 @@ from .summary import (
 
 ALWAYS = ("norm", "batch_size", "lr")  # settings that the page filters by, with those that vary
 ALWAYS_SAID = (*ALWAYS, "seed")  # in a command
+AGAINST = "against the best"
 MOST_LINES = 1000  # runs whose losses and layers are drawn; a browser takes seconds for more
 SCALES = {
     "error": "The scale is logarithmic in the error, one minus the value: small differences near 1 can be seen.",
@@ -88,7 +89,8 @@ def make_html(records: Iterable[Record], title: str, command: str, *, planned: i
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     names = varying(groups) or ["norm"]
-    data = _page_data(groups, axis)
+    verdicts = {id(verdict.group): verdict for verdict in compare_groups(groups)}
+    data = _page_data(groups, axis, verdicts)
     return environment.get_template("report.html.j2").render(
         title=title,
         command=command,
@@ -101,8 +103,12 @@ def make_html(records: Iterable[Record], title: str, command: str, *, planned: i
         many_rates=len(values_of(groups, "lr")) > 1,
         few_lines=len(records) > MOST_LINES,
         has_layers=bool(data["layer_axes"]),
-        columns=[*(title_of(name) for name in names), axis.title],
-        rows=[[*(show(name, group.settings[name]) for name in names), group.outcome] for group in groups],
+        columns=[*(title_of(name) for name in names), axis.title, AGAINST],
+        rows=[
+            [*(show(name, group.settings[name]) for name in names), group.outcome, _words(verdicts.get(id(group)))]
+            for group in groups
+        ],
+        conclusions=conclusions(groups),
         seeds=seeds_of(groups),
         environments=sorted({_environment(record) for record in records}),
         data={**data, "live": live},
@@ -148,16 +154,16 @@ def _counts(records: list[Record], planned: int) -> str:
     return ", ".join(parts)
 
 
-def _page_data(groups: list[Group], axis: Axis) -> dict[str, Any]:
+def _page_data(groups: list[Group], axis: Axis, verdicts: dict[int, Verdict]) -> dict[str, Any]:
     """What the page's script draws, kept small: each list of steps is there once, and numbers are rounded."""
     steps: Steps = {}
     layers: Names = {}
-    axes, warmth = layer_axes(groups), warmth_of(groups)
+    axes, warmth = layer_axes(groups), warmth_of(groups, axis)
     others = list(dict.fromkeys(name for group in groups for name in _other_metrics(group)))
     filters = {name: values_of(groups, name) for name in (*ALWAYS, *(n for n in varying(groups) if n not in ALWAYS))}
     rows, runs = [], []
     series = series_of(groups)
-    drawn = _drawn(series)
+    drawn, frames = _drawn(series), _frames(list(verdicts.values()))
     for line in series:
         for group in line.groups:
             for record in group.records:
@@ -165,7 +171,10 @@ def _page_data(groups: list[Group], axis: Axis) -> dict[str, Any]:
                 if record.key in drawn:
                     run |= _lines(record, steps, layers, list(axes))
                 runs.append(run)
-            rows.append(_row(group, line, filters) | {"warmth": _digits(warmth(group), 3)})
+            row = _row(group, line, filters) | {"warmth": _digits(warmth(group), 3)}
+            if id(group) in verdicts:
+                row |= {"verdict": verdicts[id(group)].words, "frame": frames.get(id(group), "")}
+            rows.append(row)
     return {
         "filters": [
             {"name": name, "title": title_of(name), "values": [_value(name, value) for value in values]}
@@ -181,6 +190,21 @@ def _page_data(groups: list[Group], axis: Axis) -> dict[str, Any]:
         "steps": list(steps),
         "layers": list(layers),
     }
+
+
+def _words(verdict: Verdict | None) -> str:
+    return verdict.words if verdict else "–"
+
+
+def _frames(verdicts: list[Verdict]) -> dict[int, str]:
+    """Frames of the map, by group: `told` if it alone is the best beyond chance, `alike` for those that may be it."""
+    frames = {}
+    for first in (verdict for verdict in verdicts if verdict.group is verdict.against):
+        rivals = [verdict for verdict in verdicts if verdict.against is first.group]
+        alike = [verdict for verdict in rivals if not verdict.worse]
+        if len(rivals) > 1:
+            frames |= {id(verdict.group): "told" if len(alike) == 1 else "alike" for verdict in alike}
+    return frames
 
 
 def _value(name: str, value: Any) -> dict[str, Any]:

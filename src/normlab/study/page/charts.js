@@ -28,6 +28,7 @@
     const node = html("td", {}, ...remarks(group));
     if (group.value === null) node.classList.add("lost");
     node.style.setProperty("--heat", 0.05 + 0.55 * group.warmth);
+    if (group.frame) node.classList.add(group.frame);
     return mark(node, group, null, () => aboutGroup(group));
   };
   const mapTable = (node, corner, sizes, rows, remarks) => {
@@ -44,7 +45,8 @@
     [...bestOf(groups)].map(([series, row]) => [[swatch([...row.values()][0]), cut(series, 60)], (size) => row.get(size)]),
     (group) => [
       ...group.outcome.split(", ").map((part, place) => (place ? small(part) : part)),
-      ...(manyRates ? [small(`learning rate ${group.settings.lr.text}`)] : [])]);
+      ...(manyRates ? [small(`learning rate ${group.settings.lr.text}`)] : []),
+      ...(group.verdict ? [small(group.verdict)] : [])]);
   const rateMaps = (groups) => {
     const rates = data.filters.find(({ name }) => name === "lr").values.toReversed();
     byId("rates").replaceChildren(...[...bestOf(groups).keys()].map((series) => {
@@ -56,7 +58,7 @@
         sizesOf(own), rows.map((rate) => [[rate.text], find(rate)]),
         (group) => [
           group.value === null ? "×" : round(group.value, 3),
-          ...(group.interval ? [small(group.interval.map((end) => round(end, 3)).join(" to "))] : []),
+          ...(group.interval ? [small(between(group, 3))] : []),
           ...(lost(group) && group.value !== null ? [small(`${lost(group)} of ${group.seeds.length} ×`)] : [])]);
       return html("figure", {}, html("figcaption", {}, swatch(own[0]), cut(series, 60)), html("div", { class: "wide" }, table));
     }));

@@ -26,9 +26,12 @@
     if (run.status === "diverged" && run.diverged_at !== null) return `diverged at step ${run.diverged_at}`;
     return run.status === "failed" && run.error ? `failed: ${run.error}` : run.status;
   };
+  const between = ({ interval }, digits = 4) => (interval ? interval.map((end) => round(end, digits)).join(" to ") : "–");
   const aboutGroup = (group) => lines(
     describe(group),
     group.outcome,
+    group.interval && `95 % interval ${between(group)}`,
+    group.verdict,
     group.loss !== null && `validation loss ${round(group.loss)}`,
     group.diverged_at.length && `diverged at step ${group.diverged_at.map((step) => step ?? "unknown").join(", ")}`,
     ...group.errors.map((error) => `failed: ${error}`),

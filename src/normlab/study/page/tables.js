@@ -67,13 +67,15 @@
   const steps = (group) => group.diverged_at.filter((step) => step !== null);
   const firstStep = (group) => (steps(group).length ? Math.min(...steps(group)) : null);
   const lastStep = (group) => (steps(group).length ? Math.max(...steps(group)) : null);
-  const between = (low, high) => (low === null ? "–" : low === high ? String(low) : `${low} to ${high}`);
+  const stepsOf = (low, high) => (low === null ? "–" : low === high ? String(low) : `${low} to ${high}`);
   const makeTables = () => ({
     results: table("results", [
       ...settingColumns((group) => group),
       said(data.axis.title, (group) => group.value, (group) => !group.trains, (group) => group.outcome),
+      number("95 % interval", (group) => group.interval?.[0] ?? null, between),
+      word("against the best", (group) => group.verdict ?? null),
       number("validation loss", (group) => group.loss, (group) => round(group.loss)),
-      number("diverged at step", firstStep, (group) => between(firstStep(group), lastStep(group))),
+      number("diverged at step", firstStep, (group) => stepsOf(firstStep(group), lastStep(group))),
       number("runs", (group) => group.seeds.length),
       number("ms a step", (group) => group.milliseconds, (group) => round(group.milliseconds, 2)),
     ], (group) => group, () => null),
