@@ -98,6 +98,25 @@ class TestHtml:
         assert text.count("3 of 3 diverged") == 1
         assert text.count("0.9710 ±0.0010") == 2
 
+    @pytest.mark.parametrize(
+        ("seeds", "frames", "said"),
+        [
+            (6, {"batch": "", "running": "told"}, "worse (p 0.031)"),
+            (3, {"batch": "alike", "running": "alike"}, "not told apart (needs 6 seeds or more)"),
+            (1, {"batch": "alike", "running": "alike"}, "not told apart (needs 6 seeds or more)"),
+        ],
+    )
+    def test_there_is_no_ranking_without_its_uncertainty(self, page_of, seeds, frames, said):
+        means = {"batch": 0.9, "running": 0.95}
+        page = page_of([record(means[n] + 0.001 * seed, norm=n, seed=seed) for n in means for seed in range(seeds)])
+        norms = page.data["filters"][0]["values"]
+        groups = {norms[group["places"]["norm"]]["value"]: group for group in page.data["groups"]}
+        assert {norm: group["frame"] for norm, group in groups.items()} == frames
+        assert groups["batch"]["verdict"] == said
+        assert (groups["batch"]["interval"] is None) == (seeds == 1)
+        assert said in page.text, "without script too"
+        assert [text for text in page.text if text.startswith("batch 2: running has the best accuracy")]
+
     def test_numbers_that_are_not_finite_are_null(self, page_of):
         run = replace(record(0.9), seconds=float("nan"))
         run.curve["loss"][3] = float("nan")
@@ -191,7 +210,7 @@ class TestBrowser:
         assert [row.split()[0] for row in heat] == ["batch", "running"]
         assert (
             page.locator("#heat tr", has_text="running").locator("td").all_inner_texts()
-            == ["0.9710 ±0.0010\nlearning rate 0.1"] * 2
+            == ["0.9710 ±0.0010\nlearning rate 0.1\nbest mean"] * 2
         )
         assert "does not train" in heat[0]
         assert page.locator("#runs tbody tr").count() == 24
@@ -288,7 +307,7 @@ class TestBrowser:
 
     def test_choosing_marks_it_everywhere_and_says_the_command(self, visit):
         page = visit(study())
-        page.locator("#rates td", has_text="0.950").last.click()
+        page.locator("#rates figure", has_text="running").locator("tbody tr").first.locator("td").last.click()
         assert page.locator("#about").inner_text().splitlines()[0] == "running · batch size 32 · learning rate 1"
         commands = page.locator("#again").inner_text().splitlines()
         assert commands[2] == ("OMP_NUM_THREADS=2 normlab train --norm running --batch-size 32 --lr 1.0 --seed 2")

@@ -201,7 +201,7 @@ def _frames(verdicts: list[Verdict]) -> dict[int, str]:
     frames = {}
     for first in (verdict for verdict in verdicts if verdict.group is verdict.against):
         rivals = [verdict for verdict in verdicts if verdict.against is first.group]
-        alike = [verdict for verdict in rivals if not verdict.worse]
+        alike = [verdict for verdict in rivals if not verdict.apart]
         if len(rivals) > 1:
             frames |= {id(verdict.group): "told" if len(alike) == 1 else "alike" for verdict in alike}
     return frames

@@ -81,10 +81,13 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 def interval_of(group: Group) -> tuple[float, float] | None:
     """The interval of the metric of a group, over the runs that finished; within 0 and 1 for metrics that are."""
-    found = interval([value for value in group.by_seed.values() if is_number(value)])
+    found = _known_interval(tuple(value for value in group.by_seed.values() if is_number(value)))
     if found is None or group.metric not in UP_TO_ONE:
         return found
     return max(found[0], 0.0), min(found[1], 1.0)
+
+
+_known_interval = functools.lru_cache(maxsize=10_000)(interval)  # table, pictures and page ask for the same
 
 
 def outcomes_of(group: Group) -> dict[int, float | None]:
