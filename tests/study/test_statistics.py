@@ -16,6 +16,7 @@ from normlab.study.statistics import (
     improvement,
     interval,
     interval_of,
+    method_of,
     outcomes_of,
     paired_test,
     seeds_to_tell,
@@ -246,6 +247,18 @@ def test_one_seed_ranks_nothing():
     ]
 
 
+def test_a_norm_alone_has_no_rank():
+    (one,) = compare_groups(study(running=[0.9, 0.92, 0.91]))
+    assert one.rivals == 0
+    assert conclusions(study(running=[0.9, 0.92, 0.91])) == [
+        "batch 2: running alone, accuracy 0.9100 (0.8852 to 0.9348) at its best setting."
+    ]
+    assert method_of(study(running=[0.9, 0.92])) == (
+        "Interval of the mean in 95 of 100 studies: studentised bootstrap over seeds."
+    )
+    assert method_of(study(running=[0.9], batch=[0.8])) == ""
+
+
 def test_a_norm_whose_runs_all_diverge_is_worse():
     groups = study(running=[0.9, 0.91, 0.92, 0.9, 0.91, 0.93], none=[None] * 6)
     best, other = compare_groups(groups)
@@ -271,7 +284,8 @@ def test_divergence_is_worse_than_any_loss(level):
 
 
 def test_two_norms_that_always_diverge_are_not_told_apart():
-    _, other = compare_groups(study(running=[None] * 6, none=[None] * 6))
+    first, other = compare_groups(study(running=[None] * 6, none=[None] * 6))
+    assert first.word == "not compared"
     assert other.word == "not told apart"
     assert other.p == 1.0
 

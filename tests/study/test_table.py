@@ -22,19 +22,57 @@ def plain(text):
 def test_rows_are_norms_and_rates_and_columns_batch_sizes():
     table = terminal_table(study())
     assert [str(column.header) for column in table.columns] == ["norm", "learning rate", "batch 2", "batch 32"]
-    rows = [line.split("│")[1:-1] for line in plain(text_of(table)).splitlines() if line.startswith("│")]
-    assert [[cell.strip() for cell in row] for row in rows] == [
-        ["batch", "0.1", "0.1110 ±0.0010, does not train", "0.9610 ±0.0010"],
-        ["batch", "1", "0.1110 ±0.0010, does not train", "0.9410 ±0.0010"],
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in plain(text_of(table)).splitlines() if "│" in line
+    ]
+    assert rows == [
+        ["batch", "0.1", "0.1110 ±0.0010", "0.9610 ±0.0010"],
+        ["", "", "0.1085 to 0.1135", "0.9585 to 0.9635"],
+        ["", "", "does not train", "not told apart"],
+        ["", "", "not told apart", ""],
+        ["batch", "1", "0.1110 ±0.0010", "0.9410 ±0.0010"],
+        ["", "", "0.1085 to 0.1135", "0.9385 to 0.9435"],
+        ["", "", "does not train", ""],
         ["running", "0.1", "0.9710 ±0.0010", "0.9710 ±0.0010"],
+        ["", "", "0.9685 to 0.9735", "0.9685 to 0.9735"],
+        ["", "", "best mean", "best mean"],
         ["running", "1", "3 of 3 diverged", "0.9510 ±0.0010"],
+        ["", "", "", "0.9485 to 0.9535"],
     ]
 
 
 def test_the_best_of_each_batch_size_stands_out():
     text = text_of(terminal_table(study()))
     bold_green = re.findall(r"\x1b\[1;32m([^\x1b]*)", text)
-    assert [cell.strip() for cell in bold_green] == ["0.9710 ±0.0010"] * 2
+    assert [cell.strip() for cell in bold_green] == ["0.9710 ±0.0010"] * 2 + ["0.9685 to 0.9735"] * 2 + [
+        "best mean"
+    ] * 2
+
+
+def test_a_norm_that_is_worse_says_so_in_red():
+    runs = [record(0.9 + 0.01 * (norm == "group"), norm=norm, seed=s) for norm in ("group", "batch") for s in range(6)]
+    text = text_of(terminal_table(runs))
+    assert "worse" in [cell.strip() for cell in re.findall(r"\x1b\[31m([^\x1b]*)", text)]
+
+
+def test_one_norm_has_no_verdict():
+    text = plain(text_of(terminal_table([record(0.9, lr=lr, seed=seed) for lr in (0.1, 0.4) for seed in range(3)])))
+    assert "best" not in text
+    assert "sign-flip" not in text
+
+
+def test_the_caption_says_what_interval_and_verdict_are():
+    def caption(records):
+        return " ".join(plain(text_of(terminal_table(records))).split())
+
+    assert "Mean ± sample standard deviation. Interval of the mean in 95 of 100 studies: studentised" in caption(
+        study()
+    )
+    assert "Each norm is judged at its best setting. These runs chose it" in caption(study())
+    one_rate = [run for run in study() if run.settings["lr"] == 0.1]
+    assert "sign-flip test paired by seed, corrected after Holm" in caption(one_rate)
+    assert "chose" not in caption(one_rate), "there was one setting"
+    assert caption([record(0.9)]).endswith("seed 0.")
 
 
 def test_nothing_stands_out_where_nothing_trains():
@@ -63,6 +101,26 @@ def test_names_are_not_read_as_markup():
 def test_terminal_has_nothing_to_report():
     with pytest.raises(InputError, match="nothing to report"):
         terminal_table([])
+
+
+def test_six_norms_at_three_batch_sizes_fit_80_columns():
+    """Each figure, interval and verdict is in one piece."""
+    norms = "none", "batch", "group", "layer", "running_lesson", "evonorm_s0"
+    runs = [
+        record(0.9 + 0.01 * place + 0.001 * (seed * (place + 3) % 7), norm=norm, batch_size=size, seed=seed)
+        for place, norm in enumerate(norms)
+        for size in (2, 32, 512)
+        for seed in range(10)
+    ]
+    runs += [record(None, "diverged", step=9, norm="none", batch_size=2, seed=seed) for seed in range(2)]
+    lines = plain(text_of(terminal_table(runs), width=80)).splitlines()
+    assert max(map(len, lines)) <= 80
+    cells = [cell.strip() for line in lines if "│" in line for cell in line.split("│")[1:-1]]
+    assert sum(bool(re.fullmatch(r"0\.\d{4} ±0\.\d{4}", cell)) for cell in cells) == 18
+    assert sum(bool(re.fullmatch(r"0\.\d{4} to 0\.\d{4}", cell)) for cell in cells) == 18
+    assert cells.count("best mean") == 3
+    assert cells.count("worse") + cells.count("not told apart") == 15
+    assert cells.count("2 of 10 diverged") == 1
 
 
 def test_names_are_whole_in_80_columns():

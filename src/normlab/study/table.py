@@ -6,38 +6,46 @@ from rich.table import Table
 from rich.text import Text
 
 from .record import Record
-from .summary import Group, best, conditions_of, show, sort_key, summarize, title_of, values_of, varying
+from .statistics import Verdict, compare_groups, interval_of, method_of
+from .summary import Group, conditions_of, show, sort_key, summarize, title_of, values_of, varying
+
+STYLES = {"best mean": "bold green", "best of one seed": "bold green", "worse": "red"}
 
 
 def terminal_table(records: Iterable[Record]) -> Table:
-    """Validation accuracy, norms and learning rates down, batch sizes across; the best of each column stands out.
+    """The metric, norms and learning rates down, batch sizes across, with its interval and what tests say of it.
+
+    A norm's best setting at a batch size has a verdict beside the best norm there, see `statistics.compare_groups`.
 
     Raises:
         InputError: there are no records.
     """
     groups = summarize(records)
     names = ["norm", *(name for name in varying(groups) if name not in ("norm", "batch_size"))]
-    leaders = {
-        size: best(group for group in groups if group.settings["batch_size"] == size)
-        for size in values_of(groups, "batch_size")
-    }
-    table = Table(caption=conditions_of(groups), caption_justify="left")
+    verdicts = {id(one.group): one for one in compare_groups(groups)}
+    sizes = values_of(groups, "batch_size")
+    table = Table(caption=f"{conditions_of(groups)} {method_of(groups)}".rstrip(), caption_justify="left")
     for name in names:
         table.add_column(title_of(name), overflow="fold")  # cut off, many names would read alike
-    for size in leaders:
+    for size in sizes:
         table.add_column(f"batch {size}", justify="right", overflow="fold")
     rows: dict[tuple, dict[int, Group]] = {}
     for group in groups:
         rows.setdefault(tuple(group.settings[name] for name in names), {})[group.settings["batch_size"]] = group
     for values in sorted(rows, key=lambda values: [sort_key(value) for value in values]):
         titles = [Text(show(name, value)) for name, value in zip(names, values, strict=True)]
-        table.add_row(*titles, *(_cell(rows[values].get(size), leader) for size, leader in leaders.items()))
+        found = [rows[values].get(size) for size in sizes]
+        table.add_row(*titles, *(_cell(group, verdicts.get(id(group))) for group in found))
     return table
 
 
-def _cell(group: Group | None, leader: Group | None) -> Text:
+def _cell(group: Group | None, verdict: Verdict | None) -> Text:
     if group is None:
         return Text("–", style="dim")
-    if group is leader and group.trains:
-        return Text(group.outcome, style="bold green")
-    return Text(group.outcome, style="" if group.trains else "red")
+    lines = group.outcome.split(", ")
+    if ends := interval_of(group):
+        lines.insert(1, f"{ends[0]:.4f} to {ends[1]:.4f}")
+    if verdict and verdict.rivals:
+        lines.append(verdict.word)
+    style = STYLES.get(verdict.word, "") if verdict else ""
+    return Text("\n".join(lines), style=style if group.trains else "red")
