@@ -6,7 +6,7 @@ import pytest
 
 from normlab.errors import InputError
 from normlab.study.plan import Plan
-from normlab.study.store import RunStore
+from normlab.study.store import RunStore, lock_folder
 from normlab.study.watch import make_server
 from records import record, study
 
@@ -54,12 +54,24 @@ class TestServer:
             assert again.headers["ETag"] != answer.headers["ETag"]
             assert "Runs: 6 finished." in text
 
-    def test_tells_how_many_runs_of_the_plan_are_to_come(self, store, tmp_path):
+    def test_tells_how_many_runs_of_the_plan_wait(self, store, tmp_path):
         plan = Plan(norms=["batch", "running"], batch_sizes=[2, 32], lrs=[0.1, 1.0], seeds=[0, 1, 2])
         (tmp_path / "plan.toml").write_text(plan.to_toml())
         store.append(record(0.9, norm="group"))  # of an earlier plan
         with serving(tmp_path) as server:
-            assert "Runs: 5 finished, 19 to come." in ask(server)[1]
+            assert "Runs: 5 finished, 19 waiting." in ask(server)[1]
+
+    def test_says_what_runs_and_notices_that_nothing_does(self, store, tmp_path):
+        plan = Plan(norms=["batch", "running"], batch_sizes=[2, 32], lrs=[0.1, 1.0], seeds=[0, 1, 2])
+        (tmp_path / "plan.toml").write_text(plan.to_toml())
+        with serving(tmp_path) as server:
+            with lock_folder(tmp_path):
+                store.start(plan.trials()[-1].key)
+                going, text = ask(server)
+                assert "Runs: 5 finished, 1 running, 18 waiting." in text
+            rests, text = ask(server)
+            assert "Runs: 5 finished, 1 interrupted, 18 waiting." in text
+            assert going.headers["ETag"] != rests.headers["ETag"]
 
     def test_before_the_first_run_the_page_waits(self, tmp_path):
         with serving(tmp_path) as server:

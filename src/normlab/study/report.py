@@ -2,7 +2,7 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -68,14 +68,16 @@ def write_html(records: Iterable[Record], path: str | Path, title: str, command:
     write_whole(Path(path), make_html(records, title, command).encode(errors="replace"))
 
 
-def make_html(records: Iterable[Record], title: str, command: str, *, planned: int = 0, live: str = "") -> str:
+def make_html(
+    records: Iterable[Record], title: str, command: str, *, counts: Mapping[Any, int] | None = None, live: str = ""
+) -> str:
     """The page that `write_html` writes.
 
     Args:
         records: as a `RunStore` keeps them.
         title: its heading.
         command: the command line that makes these runs again.
-        planned: how many runs the study has, if some have not ended.
+        counts: how many runs are in each state, where some have not ended; by default those of `records`.
         live: the state of the store, as its ETag, where the page asks the address it came from for news: see `watch`.
 
     Raises:
@@ -95,7 +97,7 @@ def make_html(records: Iterable[Record], title: str, command: str, *, planned: i
         title=title,
         command=command,
         conditions=conditions_of(groups),
-        counts=_counts(records, planned),
+        counts=", ".join(f"{count} {state}" for state, count in (counts or _counts(records)).items()),
         live=bool(live),
         metric=axis.title,
         less=any(group.lower for group in groups),
@@ -146,12 +148,9 @@ def command_of(trial: Trial) -> str:
     return shlex.join(words)
 
 
-def _counts(records: list[Record], planned: int) -> str:
-    statuses = Counter(record.status for record in records)
-    parts = [f"{statuses[status]} {status}" for status in get_args(Status) if statuses[status]]
-    if planned > len(records):
-        parts.append(f"{planned - len(records)} to come")
-    return ", ".join(parts)
+def _counts(records: list[Record]) -> dict[str, int]:
+    found = Counter(record.status for record in records)
+    return {status: found[status] for status in get_args(Status) if found[status]}
 
 
 def _page_data(groups: list[Group], axis: Axis, verdicts: dict[int, Verdict]) -> dict[str, Any]:

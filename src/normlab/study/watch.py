@@ -12,7 +12,8 @@ from ..errors import InputError, check, is_whole
 from .compare import PLAN
 from .plan import Plan
 from .report import make_html
-from .store import RunStore
+from .status import status
+from .store import RunStore, driver
 
 HOST = "127.0.0.1"
 PORT = 8017
@@ -57,6 +58,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, folder: Path, port: int):
+        self._folder = folder
         self._store, self._plan = RunStore(folder / "runs.jsonl"), folder / PLAN
         self._command = f"normlab study run {shlex.quote(str(self._plan))} --out {shlex.quote(str(folder))}"
         self._state, self._page, self._lock = "", b"", Lock()
@@ -74,20 +76,22 @@ class Server(ThreadingHTTPServer):
             InputError: store or plan cannot be read.
         """
         with self._lock:
-            state = f'"{_stamp(self._store.path)}-{_stamp(self._plan)}"'
+            going = "runs" if driver(self._folder) else "rests"
+            state = f'"{_stamp(self._store.path)}-{_stamp(self._plan)}-{going}"'
             if state != self._state:
                 self._page = self._make(state)
                 self._state = state
             return state, self._page
 
     def _make(self, state: str) -> bytes:
-        records, planned = self._store.read(), 0
+        records, counts = self._store.read(), None
         if self._plan.exists():
-            keys = {trial.key for trial in Plan.read(self._plan).trials()}
-            records, planned = [one for one in records if one.key in keys], len(keys)
+            trials = Plan.read(self._plan).trials()
+            keys = {trial.key for trial in trials}
+            records, counts = [one for one in records if one.key in keys], status(self._folder, trials).counts
         if not records:
             return WAITING.encode()
-        return make_html(records, "Norms compared", self._command, planned=planned, live=state).encode(errors="replace")
+        return make_html(records, "Norms compared", self._command, counts=counts, live=state).encode(errors="replace")
 
 
 class Handler(BaseHTTPRequestHandler):
