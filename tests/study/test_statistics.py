@@ -250,6 +250,7 @@ def test_one_seed_ranks_nothing():
 def test_a_norm_alone_has_no_rank():
     (one,) = compare_groups(study(running=[0.9, 0.92, 0.91]))
     assert one.rivals == 0
+    assert one.words == "no rival"
     assert conclusions(study(running=[0.9, 0.92, 0.91])) == [
         "batch 2: running alone, accuracy 0.9100 (0.8852 to 0.9348) at its best setting."
     ]
@@ -342,7 +343,7 @@ def test_norms_are_compared_on_the_same_data_only():
     assert found == [
         ("cifar10", "running", "best mean"),
         ("cifar10", "batch", "worse"),
-        ("mnist", "batch", "best mean"),
+        ("mnist", "batch", "no rival"),
     ]
     assert [line.partition(":")[0] for line in conclusions(groups)] == ["data cifar10, batch 2", "data mnist, batch 2"]
     assert "batch by 0.0500" in conclusions(groups)[0]

@@ -5,6 +5,8 @@ import pytest
 from rich.console import Console
 
 from normlab.errors import InputError
+from normlab.study.statistics import conclusions
+from normlab.study.summary import summarize
 from normlab.study.table import terminal_table
 from records import record, study
 
@@ -96,6 +98,18 @@ def test_other_settings_that_vary_have_a_column():
 
 def test_names_are_not_read_as_markup():
     assert "[bold]x[/bold]" in plain(text_of(terminal_table([record(0.9, norm="[bold]x[/bold]")])))
+
+
+def test_names_do_not_command_the_terminal():
+    """Neither in the table nor in what is said of it."""
+    evil = "\x1b[2Jx\r\n\x07"
+    runs = [record(0.9 + 0.01 * seed, norm=norm, seed=seed) for norm in (evil, "batch") for seed in range(3)]
+    text = plain(text_of(terminal_table(runs)))
+    assert "�[2Jx���" in text
+    lines = conclusions(summarize(runs))
+    assert "�[2Jx���" in lines[0]
+    for said in (text, *lines):
+        assert not {"\x1b", "\r", "\x07"} & set(said)
 
 
 def test_terminal_has_nothing_to_report():

@@ -13,7 +13,7 @@ from ..colours import PALETTE
 from ..nn import NORMS
 from .record import Record
 from .statistics import interval_of
-from .summary import UP_TO_ONE, Group, best, is_number, show, title_of, values_of, varying
+from .summary import UP_TO_ONE, Group, best, is_number, printable, show, title_of, values_of, varying
 
 COLOURS = {  # a norm's record says which is its own
     name: PALETTE[place]
@@ -194,7 +194,7 @@ def lost_of(group: Group) -> int:
 
 def cut(text: str, length: int) -> str:
     """The text with what cannot be printed replaced, and not longer than `length`."""
-    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    text = printable(text)
     return text if len(text) <= length else text[: length - 1] + "…"
 
 

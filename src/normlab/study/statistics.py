@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import check
 from .plan import Shared
-from .summary import UP_TO_ONE, Group, best, is_number, show, sort_key, title_of, values_of, varying
+from .summary import UP_TO_ONE, Group, best, is_number, printable, show, sort_key, title_of, values_of, varying
 
 LEVEL = 0.95
 EXACT_UP_TO = 8  # values whose resamples are all taken, and not drawn
@@ -255,11 +255,13 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """`best mean` (or `best of one seed`), `worse`, `better`, `not told apart` or `not compared`.
+        """`best mean` (or `best of one seed`, `no rival`), `worse`, `better`, `not told apart` or `not compared`.
 
         Better is a norm without the best mean that wins on the seeds that both have.
         """
         if self.group is self.against and self.group.value is not None:
+            if not self.rivals:
+                return "no rival"
             return "best mean" if len(self.group.by_seed) > 1 else "best of one seed"
         if self.p_corrected is None:
             return "not compared"
@@ -351,25 +353,25 @@ def _cases(groups: Sequence[Group]) -> list[list[Group]]:
 
 def _conclusion(first: Verdict, others: list[Verdict]) -> str:
     group = first.group
-    name = group.settings["norm"]
+    name = _name(group)
     if group.value is None:
         return "no run has finished."
     if others and len(group.by_seed) == 1:
-        return f"{name} has the best {group.metric} of one seed, {group.value.mean:.4f}. That ranks nothing."
+        return f"{name} has the best {printable(group.metric)} of one seed, {group.value.mean:.4f}. That ranks nothing."
     ends = interval_of(group)
     sure = f" ({ends[0]:.4f} to {ends[1]:.4f})" if ends else ""
     if not others:
-        return f"{name} alone, {group.metric} {group.value.mean:.4f}{sure} at its best setting."
-    parts = [f"{name} has the best {group.metric}, {group.value.mean:.4f}{sure}."]
+        return f"{name} alone, {printable(group.metric)} {group.value.mean:.4f}{sure} at its best setting."
+    parts = [f"{name} has the best {printable(group.metric)}, {group.value.mean:.4f}{sure}."]
     worse = [_by(one) for one in others if one.worse]
-    better = [one.group.settings["norm"] for one in others if one.apart and not one.behind]
+    better = [_name(one.group) for one in others if one.apart and not one.behind]
     alike = [one for one in others if not one.apart]
     if worse:
         parts.append(f"Worse: {', '.join(worse)}.")
     if better:
         parts.append(f"Better on the seeds in common: {', '.join(better)}.")
     if alike:
-        parts.append(f"Not told apart from it: {', '.join(one.group.settings['norm'] for one in alike)}.")
+        parts.append(f"Not told apart from it: {', '.join(_name(one.group) for one in alike)}.")
         seeds = min(one.seeds for one in alike)
         if seeds < first.needed:
             parts.append(f"{seeds} seed{'s' * (seeds != 1)}; {first.needed} or more could tell.")
@@ -377,8 +379,12 @@ def _conclusion(first: Verdict, others: list[Verdict]) -> str:
 
 
 def _by(verdict: Verdict) -> str:
-    name = verdict.group.settings["norm"]
+    name = _name(verdict.group)
     return name if verdict.difference is None else f"{name} by {verdict.difference:.4f}"
+
+
+def _name(group: Group) -> str:
+    return show("norm", group.settings["norm"])
 
 
 def _verdicts(leaders: list[Group]) -> list[Verdict]:

@@ -102,7 +102,7 @@ class Group:
         for count, word in ((len(self.diverged_at), "diverged"), (len(self.errors), "failed")):
             if count:
                 parts.append(word if len(self.records) == 1 else f"{count} of {len(self.records)} {word}")
-        return ", ".join(parts) or f"no {self.metric}"
+        return ", ".join(parts) or f"no {printable(self.metric)}"
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
@@ -157,12 +157,17 @@ def title_of(name: str) -> str:
 
 
 def show(name: str, value: Any) -> str:
-    """A setting's value in words."""
+    """A setting's value in words, without what would move a terminal's cursor."""
     if value is None:
         return "all" if name == "images" else "none"
     if isinstance(value, tuple):
-        return ", ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return ", ".join(printable(str(one)) for one in value)
+    return f"{value:g}" if isinstance(value, float) else printable(str(value))
+
+
+def printable(text: str) -> str:
+    """The text with a sign for each character that cannot be printed, such as the escape of terminals."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def conditions_of(groups: list[Group]) -> str:
