@@ -71,6 +71,20 @@ def test_outcome_in_words(runs, outcome):
     assert group.outcome == outcome
 
 
+@pytest.mark.parametrize(
+    ("spread", "text"),
+    [
+        (Spread(0.9612, 0.00004), "0.9612 ±0.0000"),
+        (Spread(0.0, 0.0), "0.0000 ±0.0000"),
+        (Spread(3.24e-6, 1.5e-7), "3.24e-06 ±1.5e-07"),
+        (Spread(-2.5e140, 1e139), "-2.5e+140 ±1e+139"),
+        (Spread(51234.5678, None), "51234.5678"),
+    ],
+)
+def test_tiny_and_huge_values_can_be_read(spread, text):
+    assert str(spread) == text
+
+
 def test_less_than_half_right_is_marked_as_not_training():
     little, learnt, nothing = summarize(
         [record(0.499, batch_size=1), record(0.5, batch_size=2), record(None, "diverged", batch_size=3)]

@@ -57,6 +57,21 @@ def test_a_norm_that_is_worse_says_so_in_red():
     assert "worse" in [cell.strip() for cell in re.findall(r"\x1b\[31m([^\x1b]*)", text)]
 
 
+def test_tiny_losses_can_be_told_apart():
+    """Their intervals and differences too."""
+    runs = [
+        record(1 - loss / 3, norm=norm, seed=seed, metrics=["loss"], lower=True)
+        for norm, losses in (("group", 1e-6), ("batch", 4e-6))
+        for seed, loss in enumerate(losses * (1 + 0.1 * place) for place in range(6))
+    ]
+    text = plain(text_of(terminal_table(runs)))
+    assert "1.25e-06 ±1.871e-07" in text
+    assert "0.0000" not in text
+    (line,) = conclusions(summarize(runs))
+    assert line.startswith("batch 2: group has the best loss, 1.25e-06 (")
+    assert "Worse: batch by 3.75e-06." in line
+
+
 def test_one_norm_has_no_verdict():
     text = plain(text_of(terminal_table([record(0.9, lr=lr, seed=seed) for lr in (0.1, 0.4) for seed in range(3)])))
     assert "best" not in text

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import check
 from .plan import Shared
-from .summary import UP_TO_ONE, Group, best, is_number, printable, show, sort_key, title_of, values_of, varying
+from .summary import UP_TO_ONE, Group, best, digits, is_number, printable, show, sort_key, title_of, values_of, varying
 
 LEVEL = 0.95
 EXACT_UP_TO = 8  # values whose resamples are all taken, and not drawn
@@ -356,14 +356,15 @@ def _conclusion(first: Verdict, others: list[Verdict]) -> str:
     name = _name(group)
     if group.value is None:
         return "no run has finished."
+    metric = printable(group.metric)
+    mean, *ends = digits(group.value.mean, *(interval_of(group) or ()))
     if others and len(group.by_seed) == 1:
-        return f"{name} has the best {printable(group.metric)} of one seed, {group.value.mean:.4f}. That ranks nothing."
-    ends = interval_of(group)
-    sure = f" ({ends[0]:.4f} to {ends[1]:.4f})" if ends else ""
+        return f"{name} has the best {metric} of one seed, {mean}. That ranks nothing."
+    sure = f" ({' to '.join(ends)})" if ends else ""
     if not others:
-        return f"{name} alone, {printable(group.metric)} {group.value.mean:.4f}{sure} at its best setting."
-    parts = [f"{name} has the best {printable(group.metric)}, {group.value.mean:.4f}{sure}."]
-    worse = [_by(one) for one in others if one.worse]
+        return f"{name} alone, {metric} {mean}{sure} at its best setting."
+    parts = [f"{name} has the best {metric}, {mean}{sure}."]
+    worse = [_by(one, group.value.mean) for one in others if one.worse]
     better = [_name(one.group) for one in others if one.apart and not one.behind]
     alike = [one for one in others if not one.apart]
     if worse:
@@ -378,9 +379,9 @@ def _conclusion(first: Verdict, others: list[Verdict]) -> str:
     return " ".join(parts)
 
 
-def _by(verdict: Verdict) -> str:
+def _by(verdict: Verdict, best: float) -> str:
     name = _name(verdict.group)
-    return name if verdict.difference is None else f"{name} by {verdict.difference:.4f}"
+    return name if verdict.difference is None else f"{name} by {digits(best, verdict.difference)[1]}"
 
 
 def _name(group: Group) -> str:

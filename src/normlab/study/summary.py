@@ -32,7 +32,7 @@ class Spread:
         return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
 
     def __str__(self) -> str:
-        return f"{self.mean:.4f}" + ("" if self.std is None else f" ±{self.std:.4f}")
+        return " ±".join(digits(self.mean, *([] if self.std is None else [self.std])))
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,12 @@ def show(name: str, value: Any) -> str:
     if isinstance(value, tuple):
         return ", ".join(printable(str(one)) for one in value)
     return f"{value:g}" if isinstance(value, float) else printable(str(value))
+
+
+def digits(first: float, *others: float) -> list[str]:
+    """Numbers to be read beside each other: with four places, or with four digits if the first is tiny or huge."""
+    places = first == 0 or 1e-3 <= abs(first) < 1e5
+    return [f"{value:.4f}" if places else f"{value:.4g}" for value in (first, *others)]
 
 
 def printable(text: str) -> str:

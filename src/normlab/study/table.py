@@ -7,7 +7,7 @@ from rich.text import Text
 
 from .record import Record
 from .statistics import Verdict, compare_groups, interval_of, method_of
-from .summary import Group, conditions_of, show, sort_key, summarize, title_of, values_of, varying
+from .summary import Group, conditions_of, digits, show, sort_key, summarize, title_of, values_of, varying
 
 STYLES = {"best mean": "bold green", "best of one seed": "bold green", "worse": "red"}
 
@@ -43,8 +43,8 @@ def _cell(group: Group | None, verdict: Verdict | None) -> Text:
     if group is None:
         return Text("–", style="dim")
     lines = group.outcome.split(", ")
-    if ends := interval_of(group):
-        lines.insert(1, f"{ends[0]:.4f} to {ends[1]:.4f}")
+    if group.value and (ends := interval_of(group)):
+        lines.insert(1, " to ".join(digits(group.value.mean, *ends)[1:]))
     if verdict and verdict.rivals:
         lines.append(verdict.word)
     style = STYLES.get(verdict.word, "") if verdict else ""
