@@ -110,6 +110,30 @@ def test_best_prefers_what_trains_on_every_seed():
     assert best([]) is None
 
 
+@pytest.mark.parametrize("lower", [False, True])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_divergence_ranks_lower_whatever_the_sign_of_the_metric(lower, sign):
+    """A log-likelihood may be below 0, and so may a loss."""
+
+    def run(value, status="finished", **settings):
+        one = record(value, status, metrics=["mine:score"], lower=lower, **settings)
+        one.epochs[-1]["valid"]["score"] = value
+        return one
+
+    steady = [run(sign * 5.0, seed=seed, lr=0.1) for seed in range(3)]
+    shaky = [run(sign * 5.0, lr=0.2), *(run(None, "diverged", seed=seed, lr=0.2) for seed in (1, 2))]
+    lost = [run(None, "diverged", seed=seed, lr=0.3) for seed in range(3)]
+    ranked = sorted(summarize(shaky + lost + steady), key=lambda group: -group.score)
+    assert [group.settings["lr"] for group in ranked] == [0.1, 0.2, 0.3]
+
+
+def test_a_run_that_failed_does_not_make_its_setting_worse():
+    groups = summarize([record(0.9), record(None, "failed", error="killed", seed=1), record(0.89, lr=0.1)])
+    winner = best(groups)
+    assert winner is not None
+    assert winner.settings["lr"] == 0.4
+
+
 def test_varying_names_the_settings_that_differ():
     groups = summarize([record(0.9), record(0.9, clip=1.0), record(0.9, batch_size=4, seed=5)])
     assert varying(groups) == ["batch_size", "clip"]

@@ -85,11 +85,13 @@ class Group:
 
     @property
     def score(self) -> float:
-        """For ranking only, more is better: the mean, made worse by the share of runs that did not finish."""
-        share = 1 - (len(self.diverged_at) + len(self.errors)) / len(self.records)
+        """For ranking only, more is better: the mean, and worse for a share that diverged. Failed runs do not count."""
         if self.value is None:
-            return -math.inf if self.lower else 0.0
-        return -self.value.mean / share if self.lower else self.value.mean * share
+            return 0.0 if self.metric in UP_TO_ONE and not self.lower else -math.inf
+        ended = [record for record in self.records if record.status != "failed"]
+        share = sum(is_number(record.result) for record in ended) / len(ended)
+        mean = -self.value.mean if self.lower else self.value.mean
+        return mean * share if mean > 0 else mean / share
 
     @property
     def outcome(self) -> str:
