@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import check
 from .plan import Shared
-from .summary import UP_TO_ONE, Group, best, digits, is_number, printable, show, sort_key, title_of, values_of, varying
+from .summary import UP_TO_ONE, Group, digits, is_number, printable, show, sort_key, title_of, values_of, varying
 
 LEVEL = 0.95
 EXACT_UP_TO = 8  # values whose resamples are all taken, and not drawn
@@ -228,6 +228,8 @@ class Verdict:
         improvement: probability that a run of `against` is better than one of `group`; one half for the same group.
         needed: the fewest seeds with which so many norms can be told apart at all.
         would_tell: about how many seeds would tell these two apart, see `seeds_to_tell`; None if it is not known.
+        tried: how many settings of the norm there are at this batch size.
+        training: how many of them train, see `Group.trains`.
         behind: whether the test's differences are to the advantage of `against`.
     """
 
@@ -241,6 +243,8 @@ class Verdict:
     improvement: float
     needed: int
     would_tell: int | None
+    tried: int
+    training: int
     behind: bool
 
     @property
@@ -306,9 +310,10 @@ def compare_groups(groups: Sequence[Group]) -> list[Verdict]:
     """
     verdicts = []
     for here in _cases(groups):
-        chosen = [best(g for g in here if g.settings["norm"] == norm) for norm in values_of(here, "norm")]
-        leaders = sorted((one for one in chosen if one is not None), key=lambda group: -group.score)
-        verdicts += _verdicts(leaders)
+        norms: dict[str, list[Group]] = {}
+        for group in here:
+            norms.setdefault(group.settings["norm"], []).append(group)
+        verdicts += _verdicts(sorted(norms.values(), key=lambda settings: -max(one.score for one in settings)))
     return verdicts
 
 
@@ -366,16 +371,23 @@ def _conclusion(first: Verdict, others: list[Verdict]) -> str:
     parts = [f"{name} has the best {metric}, {mean}{sure}."]
     worse = [_by(one, group.value.mean) for one in others if one.worse]
     better = [_name(one.group) for one in others if one.apart and not one.behind]
-    alike = [one for one in others if not one.apart]
+    alike = [one for one in others if one.p is not None and not one.apart]
+    strange = [_name(one.group) for one in others if one.p is None]
     if worse:
         parts.append(f"Worse: {', '.join(worse)}.")
     if better:
         parts.append(f"Better on the seeds in common: {', '.join(better)}.")
     if alike:
-        parts.append(f"Not told apart from it: {', '.join(_name(one.group) for one in alike)}.")
+        shares = [f"{_name(one.group)} {100 * one.improvement:.0f} %" for one in alike]
+        parts.append(f"Not told apart from it, with the share of pairs of runs that it wins: {', '.join(shares)}.")
         seeds = min(one.seeds for one in alike)
         if seeds < first.needed:
             parts.append(f"{seeds} seed{'s' * (seeds != 1)}; {first.needed} or more could tell.")
+    if strange:
+        parts.append(f"No seed in common with it: {', '.join(strange)}.")
+    if max(one.tried for one in (first, *others)) > 1:
+        shares = [f"{_name(one.group)} {one.training} of {one.tried}" for one in (first, *others)]
+        parts.append(f"Settings that train: {', '.join(shares)}.")
     return " ".join(parts)
 
 
@@ -388,8 +400,9 @@ def _name(group: Group) -> str:
     return show("norm", group.settings["norm"])
 
 
-def _verdicts(leaders: list[Group]) -> list[Verdict]:
-    """Of groups that are the best of their norm, the best of all first."""
+def _verdicts(norms: list[list[Group]]) -> list[Verdict]:
+    """Of norms with all their settings, the best norm first."""
+    leaders = [max(settings, key=lambda group: group.score) for settings in norms]
     worst, runs = _worst(leaders), [outcomes_of(one) for one in leaders]
     pairs = list(itertools.combinations(range(len(leaders)), 2))
     found = {(i, j): paired_test(runs[i], runs[j], worst) for i, j in pairs}
@@ -409,6 +422,8 @@ def _verdicts(leaders: list[Group]) -> list[Verdict]:
             improvement=improvement(runs[0], runs[place], group.lower),
             needed=fewest_seeds(len(pairs)),
             would_tell=seeds_to_tell(list(better), len(pairs)),
+            tried=len(norms[place]),
+            training=sum(one.trains for one in norms[place]),
             behind=bool(better.sum() > 0),
         )
         verdicts.append(verdict)
