@@ -77,8 +77,9 @@ class TestFigures:
         [record(status="diverged", step=0, points=1)],
         [record(status="failed", error="no", points=1)],
         [record(0.9, norm=r"$\frac"), record(float("nan"), norm="_x")],
+        [record(0.9, seed=seed) for seed in range(7)],
     ],
-    ids=["perfect", "all wrong", "diverged at once", "failed", "odd names"],
+    ids=["perfect", "all wrong", "diverged at once", "failed", "odd names", "all equal"],
 )
 def test_extreme_results_can_be_drawn(runs, tmp_path):
     write_png(runs, tmp_path / "a.png")

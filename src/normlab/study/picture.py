@@ -174,8 +174,9 @@ def _draw_line(axes: Axes, line: Series, points: list[tuple[float, Group]], axis
         [axis.share(end) for end in interval] if (interval := interval_of(group)) else [mean, mean]
         for mean, (_, group) in zip(means, points, strict=True)
     ]
-    bars = [[mean - low for mean, (low, _) in zip(means, ends, strict=True)],
-            [high - mean for mean, (_, high) in zip(means, ends, strict=True)]]  # fmt: skip
+    # Of equal values, the ends and the mean may differ by a rounding error, either way.
+    bars = [[max(mean - low, 0.0) for mean, (low, _) in zip(means, ends, strict=True)],
+            [max(high - mean, 0.0) for mean, (_, high) in zip(means, ends, strict=True)]]  # fmt: skip
     axes.errorbar(
         [x for x, _ in points], means, yerr=bars, label=cut(line.label, 40), color=line.colour,
         marker=line.marker, linestyle=line.dash, linewidth=1.5, capsize=3, elinewidth=1,
