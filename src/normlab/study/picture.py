@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from .charts import (
     warmth_of,
 )
 from .record import Record
-from .statistics import interval_of
+from .statistics import conclusions, interval_of, method_of
 from .summary import Group, conditions_of, is_number, show, summarize, values_of, varying
 
 FORMATS = ("png", "svg", "pdf")
@@ -44,6 +45,7 @@ SETTINGS: dict[Any, Any] = {
     "pdf.fonttype": 42,  # journals refuse the outlines of type 3
 }
 MOST = 50  # curves of a setting; more cannot be told apart
+MOST_SAID = 8  # batch sizes of which the caption says what is told apart
 WIDTH = 7.0  # inches, of a page's two columns
 
 
@@ -51,7 +53,7 @@ def write_png(records: Iterable[Record], path: str | Path, *, apart: bool = True
     """Draw the metric against batch size, at each norm's best learning rate, and the training loss of those runs.
 
     A metric near one is drawn by its error on a logarithmic scale: 0.95 and 0.98 lie apart, and 0.1 is still there.
-    Bars are 95 % intervals of the mean. Runs that diverged are crosses.
+    Bars are 95 % intervals of the mean. Runs that diverged are crosses. The caption says what is told apart.
 
     Args:
         records: of a study.
@@ -63,11 +65,14 @@ def write_png(records: Iterable[Record], path: str | Path, *, apart: bool = True
     """
     groups = summarize(records)
     with _settings():
-        figure = Figure(figsize=(11, 5.2 + _curves_height(groups, 11)), layout="constrained")
-        above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[5.2, _curves_height(groups, 11)]).flat
+        said = [conditions_of(groups), *conclusions(groups)[:MOST_SAID], method_of(groups)]
+        caption = [line for text in said for line in textwrap.wrap(cut(text, 400), 190)]
+        heights = [5.2, _curves_height(groups, 11)]
+        figure = Figure(figsize=(11, sum(heights) + 0.15 * len(caption)), layout="constrained")
+        above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=heights).flat
         _draw_metric(above, groups, apart)
         _draw_curves(below, groups, apart)
-        figure.supxlabel(cut(conditions_of(groups), 240), fontsize=8, color="#555555", wrap=True)
+        figure.supxlabel("\n".join(caption), fontsize=8, color="#555555", x=0.01, ha="left")
         save_figure(figure, Path(path))
 
 

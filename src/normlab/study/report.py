@@ -25,7 +25,7 @@ from .charts import (
 )
 from .plan import Trial
 from .record import Record, Status
-from .statistics import Verdict, compare_groups, conclusions, interval_of
+from .statistics import Verdict, compare_groups, conclusions, interval_of, method_of
 from .summary import (
     Group,
     conditions_of,
@@ -91,7 +91,7 @@ def make_html(
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     names = varying(groups) or ["norm"]
-    verdicts = {id(verdict.group): verdict for verdict in compare_groups(groups)}
+    verdicts = {id(verdict.group): verdict for verdict in compare_groups(groups) if verdict.rivals}
     data = _page_data(groups, axis, verdicts)
     return environment.get_template("report.html.j2").render(
         title=title,
@@ -111,6 +111,7 @@ def make_html(
             for group in groups
         ],
         conclusions=conclusions(groups),
+        method=method_of(groups),
         seeds=seeds_of(groups),
         environments=sorted({_environment(record) for record in records}),
         data={**data, "live": live},
@@ -201,8 +202,7 @@ def _frames(verdicts: list[Verdict]) -> dict[int, str]:
     for first in (verdict for verdict in verdicts if verdict.group is verdict.against):
         rivals = [verdict for verdict in verdicts if verdict.against is first.group]
         alike = [verdict for verdict in rivals if not verdict.apart]
-        if len(rivals) > 1:
-            frames |= {id(verdict.group): "told" if len(alike) == 1 else "alike" for verdict in alike}
+        frames |= {id(verdict.group): "told" if len(alike) == 1 else "alike" for verdict in alike}
     return frames
 
 
