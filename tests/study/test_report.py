@@ -76,7 +76,9 @@ class TestHtml:
         assert page.data["runs"][0]["threads"] is None, "it stands in a command"
 
     def test_half_a_character_ends_no_report(self, page_of):
-        assert "a\N{REPLACEMENT CHARACTER}b" in page_of([record(0.9, norm="a\ud800b")]).text
+        text = page_of([record(0.9, norm="a\ud800b")], title="c\ud800d").text
+        assert "a\N{REPLACEMENT CHARACTER}b" in text
+        assert "c?d" in text
 
     def test_states_hardware_versions_seeds_and_command(self, page_of):
         text = "\n".join(page_of(study(), command="normlab compare --seeds 0 1 2").text)
