@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -378,6 +379,15 @@ def test_where_less_is_better():
     assert other.difference == pytest.approx(
         np.mean([0.5, 0.51, 0.5, 0.52, 0.5]) - np.mean([0.3, 0.31, 0.32, 0.3, 0.33])
     )
+
+
+def test_the_interval_is_of_the_runs_that_the_mean_is_of():
+    """Also where a store has two runs of one setting and seed, under keys of its own."""
+    twice = [replace(record(value, seed=seed), key=f"{seed}{value}") for seed in (0, 1) for value in (0.1, 0.9)]
+    (group,) = summarize(twice)
+    low, high = interval_of(group) or (0, 0)
+    assert group.value is not None
+    assert low < group.value.mean < high
 
 
 def test_intervals_of_shares_stay_within_them():

@@ -90,7 +90,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 def interval_of(group: Group) -> tuple[float, float] | None:
     """The interval of the metric of a group, over the runs that finished; within 0 and 1 for metrics that are."""
-    found = _known_interval(tuple(value for value in group.by_seed.values() if is_number(value)))
+    found = _known_interval(tuple(record.result for record in group.records if is_number(record.result)))
     if found is None or group.metric not in UP_TO_ONE:
         return found
     return max(found[0], 0.0), min(found[1], 1.0)
