@@ -15,6 +15,7 @@ from tyro.conf import Positional, arg
 from .errors import InputError, check
 from .files import check_writable
 from .study.commands import GOES_ON, Study
+from .study.interrupts import impatient_ctrl_c
 from .study.optimizers import OPTIMIZERS
 from .study.plan import Names, Plan, Shared, Trial, Varied, WholeNumbers
 from .study.schedules import SCHEDULES
@@ -243,20 +244,25 @@ Command = (
 
 
 def main() -> None:
-    """Run the command of `sys.argv`; exits 2 on bad input, 130 on Ctrl-C."""
-    command = tyro.cli(
-        Command, prog="normlab", description="Norms that hold at any batch size, and the lab that proves it."
-    )  # pyright: ignore[reportArgumentType, reportCallIssue]
-    console = Console()
-    try:
-        sys.exit(command.run(console))  # pyright: ignore[reportAttributeAccessIssue]
-    except InputError as error:
-        Console(stderr=True).print(f"normlab: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        kept = getattr(command, "kept", "nothing was written")
-        Console(stderr=True).print(f"normlab: interrupted; {kept}.", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(130)
+    """Run the command of `sys.argv`; exits 2 on bad input, 130 on Ctrl-C. A second Ctrl-C ends it at once."""
+    kept = "nothing was written"
+    with impatient_ctrl_c():
+        try:
+            command = tyro.cli(
+                Command, prog="normlab", description="Norms that hold at any batch size, and the lab that proves it."
+            )  # pyright: ignore[reportArgumentType, reportCallIssue]
+            kept = getattr(command, "kept", kept)
+            sys.exit(command.run(Console(markup=False)))  # pyright: ignore[reportAttributeAccessIssue]
+        except InputError as error:
+            _complain(f"normlab: {error}", style="bold red")
+            sys.exit(2)
+        except KeyboardInterrupt:
+            _complain(f"normlab: interrupted; {kept}.")
+            sys.exit(130)
+
+
+def _complain(message: str, style: str = "") -> None:
+    Console(stderr=True).print(message, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def _say_where(console: Console, folder: Path, *names: str) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from normlab.errors import InputError
-from normlab.study import executors, trial
-from normlab.study.executors import Job
+from normlab.study import jobs, trial
 from normlab.study.plan import Trial
 from normlab.study.record import Record
 from normlab.study.store import LineStore, RunStore
@@ -73,8 +72,8 @@ def test_the_line_of_a_run_that_failed(monkeypatch, tmp_path):
     def fail(tell):
         raise ValueError("no")
 
-    monkeypatch.setattr(executors, "_traceback", lambda error: "where it was")
-    record = executors._work(Job("k", "a job", 1.0, fail, {"norm": "batch"}))
+    monkeypatch.setattr(jobs, "_traceback", lambda error: "where it was")
+    record = jobs.attempt("k", {"norm": "batch"}, lambda: fail(None))
     assert line_of(record, tmp_path) == FAILED
 
 

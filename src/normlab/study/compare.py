@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -24,6 +25,7 @@ from .tasks import check_tasks
 from .trial import environment, run_trial
 
 PLAN = "plan.toml"
+PLAIN: Any = {"markup": False, "highlight": False, "soft_wrap": True}  # a path is printed as it is
 
 
 def compare(
@@ -37,7 +39,7 @@ def compare(
 ) -> list[Record]:
     """Run the trials that `folder` does not hold yet, and write `runs.jsonl`, `comparison.png` and `report.html` there.
 
-    Ctrl-C ends it: it writes and shows what there is, and raises KeyboardInterrupt.
+    Ctrl-C ends it: it shows the table of what there is, and raises KeyboardInterrupt.
 
     Args:
         trials: see `plan.grid`.
@@ -62,14 +64,18 @@ def compare(
     kept = {record.key for record in _usable(store)}
     wanted = {trial.key for trial in trials}
     if kept & wanted:
-        console.print(f"{len(kept)} runs are in {store.path} already; delete it to run them again.", highlight=False)
+        console.print(f"{len(kept)} runs are in {store.path} already; delete it to run them again.", **PLAIN)
     todo = [trial for trial in trials if trial.key not in kept]
     try:
         run_jobs([make_job(trial, data_dir) for trial in todo], store, workers, console)
-    finally:
+    except KeyboardInterrupt:
         records = [record for record in _usable(store) if record.key in wanted]
         if records:
-            report(records, folder, console, command)
+            console.print(terminal_table(records))
+        raise
+    records = [record for record in _usable(store) if record.key in wanted]
+    if records:
+        report(records, folder, console, command)
     return records
 
 
@@ -104,9 +110,9 @@ def report(records: Sequence[Record], folder: Path, console: Console, command: s
         console.print(line, highlight=False, markup=False)
     write_png(records, folder / "comparison.png")
     write_html(records, folder / "report.html", "Norms compared", command)
-    console.print(f"runs     {folder / 'runs.jsonl'}", highlight=False, soft_wrap=True)
-    console.print(f"picture  {folder / 'comparison.png'}", highlight=False, soft_wrap=True)
-    console.print(f"page     {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"runs     {folder / 'runs.jsonl'}", **PLAIN)
+    console.print(f"picture  {folder / 'comparison.png'}", **PLAIN)
+    console.print(f"page     {folder / 'report.html'}", **PLAIN)
 
 
 def make_job(trial: Trial, data_dir: str | Path | None) -> Job:

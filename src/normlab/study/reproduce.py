@@ -18,6 +18,7 @@ from .. import lesson
 from ..errors import check, is_whole, unknown
 from ..files import check_writable, write_whole
 from ..training import Callback, StopWhenDiverged, schedules
+from .compare import PLAIN
 from .executors import Job, run_jobs
 from .record import Record
 from .store import RunStore
@@ -130,7 +131,7 @@ def reproduce(
         verdicts = [verdict(row, runs, len(seeds)) for row, runs in zip(chosen, found, strict=True)]
         console.print(_table(chosen, found, verdicts))
         write_whole(folder / "table.md", _markdown(chosen, found, verdicts).encode())
-        console.print(f"runs   {store.path}\ntable  {folder / 'table.md'}", highlight=False, soft_wrap=True)
+        console.print(f"runs   {store.path}\ntable  {folder / 'table.md'}", **PLAIN)
     return all(text == AS_RECORDED for text in verdicts)
 
 

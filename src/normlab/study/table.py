@@ -24,7 +24,8 @@ def terminal_table(records: Iterable[Record]) -> Table:
     names = ["norm", *(name for name in varying(groups) if name not in ("norm", "batch_size"))]
     verdicts = {id(one.group): one for one in compare_groups(groups)}
     sizes = values_of(groups, "batch_size")
-    table = Table(caption=f"{conditions_of(groups)} {method_of(groups)}".rstrip(), caption_justify="left")
+    caption = Text(f"{conditions_of(groups)} {method_of(groups)}".rstrip(), style="table.caption")
+    table = Table(caption=caption, caption_justify="left")
     for name in names:
         table.add_column(title_of(name), overflow="fold")  # cut off, many names would read alike
     for size in sizes:
