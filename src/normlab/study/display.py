@@ -104,11 +104,8 @@ class View(Display):
         self._running: dict[str, TaskID] = {}
 
     def begin(self, job: "Job", where: str) -> None:
-        """A line for the job, or another place in its line."""
-        if job.key in self._running:
-            self._bars.update(self._running[job.key], where=plain(where))
-        else:
-            self._running[job.key] = self._bars.add_task(plain(job.label), total=1.0, where=plain(where))
+        """A line for the job."""
+        self._running[job.key] = self._bars.add_task(plain(job.label), total=1.0, where=plain(where))
 
     def tell(self, job: "Job", share: float) -> None:
         """The bar of the job."""
@@ -117,13 +114,17 @@ class View(Display):
 
     def lose(self, job: "Job", why: str) -> None:
         """The line of the job goes."""
-        self._bars.remove_task(self._running.pop(job.key))
+        self._remove(job)
         super().lose(job, why)
 
     def end(self, job: "Job", record: Record) -> None:
         """The line of the job goes."""
-        self._bars.remove_task(self._running.pop(job.key))
+        self._remove(job)
         super().end(job, record)
+
+    def _remove(self, job: "Job") -> None:
+        if job.key in self._running:  # a job that is lost before it began has no line
+            self._bars.remove_task(self._running.pop(job.key))
 
     def __rich__(self) -> Group:
         """What is seen now."""

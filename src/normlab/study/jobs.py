@@ -59,7 +59,12 @@ class JobQueue:
         return self._waiting.popleft() if self._waiting else None
 
     def begin(self, job: Job, where: str) -> None:
-        """The job has begun: `process 1234`, say, or the name of a machine."""
+        """The job has begun, here: `process 1234`, say, or the name of a machine.
+
+        Raises:
+            InputError: that cannot be written.
+        """
+        self.store.start(job.key, where)
         self.display.begin(job, where)
 
     def tell(self, job: Job, share: float) -> None:
