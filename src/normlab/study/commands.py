@@ -36,15 +36,19 @@ class Run(Plan):
     """Folder with local copies of the data sets; the variable NORMLAB_DATA names one too."""
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     """Runs at a time."""
+    executor: str = "processes"
+    """What makes the runs: processes on this machine, or here, in this process, for a debugger."""
 
     def run(self, console: "Console") -> int:
         from .compare import run_study
+        from .executors import make_executor
 
         plan = Plan(**{one.name: getattr(self, one.name) for one in fields(Plan)})
         if self.file is not None:
             check(plan == Plan(), "plan", "a file and options", "one of them", f"Write the options into {self.file}.")
             plan = Plan.read(self.file)
-        run_study(plan, self.out, data_dir=self.data_dir, workers=self.workers, console=console)
+        executor = make_executor(self.executor, None if self.executor == "here" else self.workers)
+        run_study(plan, self.out, data_dir=self.data_dir, workers=executor, console=console)
         return 0
 
 
@@ -60,6 +64,56 @@ class Report:
 
         _, records = _study(self.folder)
         report(records, self.folder, console, shlex.join(["normlab", *sys.argv[1:]]))
+        return 0
+
+
+@dataclass(frozen=True)
+class Status:
+    """Say how far a study is: which runs wait, run, ended or failed. The exit status is 1 if some are left."""
+
+    folder: Positional[Path] = FOLDER
+    """Of the study."""
+
+    def run(self, console: "Console") -> int:
+        from .compare import PLAN
+        from .status import status
+
+        found = status(self.folder, Plan.read(self.folder / PLAN).trials())
+        console.print(found)
+        return 0 if found.done else 1
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the runs of a study to a file: .csv or .parquet with a line a run, .tex with a table for a paper."""
+
+    folder: Positional[Path]
+    """Of the study."""
+    file: Positional[Path]
+    """Its suffix says how: .csv, .parquet or .tex; .png, .svg or .pdf are its figures, in a folder of that name."""
+
+    def run(self, console: "Console") -> int:
+        _, records = _study(self.folder)
+        for path in _exported(records, self.file):
+            console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+        return 0
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Put the runs of several folders together, such as those of the machines that shared a study."""
+
+    folders: Positional[list[Path]]
+    """Of studies. They stay as they are."""
+    out: Path = Path("runs/merged")
+    """Folder of the merged study; what it holds already stays."""
+
+    def run(self, console: "Console") -> int:
+        from .export import merge
+
+        check(bool(self.folders), "folders", "none", "one folder or more")
+        records = merge(self.folders, self.out)
+        console.print(f"{len(records)} runs: {self.out}", highlight=False, markup=False, soft_wrap=True)
         return 0
 
 
@@ -114,8 +168,11 @@ class Study:
 
     command: (
         Annotated[Run, arg(name="run")]
+        | Annotated[Status, arg(name="status")]
         | Annotated[Watch, arg(name="watch")]
         | Annotated[Report, arg(name="report")]
+        | Annotated[Export, arg(name="export")]
+        | Annotated[Merge, arg(name="merge")]
         | Annotated[Confirm, arg(name="confirm")]
     )
 
@@ -136,3 +193,11 @@ def _study(folder: Path) -> "tuple[Plan, list[Record]]":
     plan = Plan.read(folder / PLAN)
     keys = {trial.key for trial in plan.trials()}
     return plan, [record for record in RunStore(folder / "runs.jsonl").read() if record.key in keys]
+
+
+def _exported(records: "list[Record]", file: Path) -> list[Path]:
+    from .export import export
+    from .picture import FORMATS, write_figures
+
+    kind = file.suffix.removeprefix(".")
+    return write_figures(records, file.with_suffix(""), [kind]) if kind in FORMATS else [export(records, file)]

@@ -1,28 +1,31 @@
 """A comparison: a plan's trials, run and kept in a folder, with the table, the picture and the page made of them."""
 
+import itertools
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ..errors import check, is_whole
 from ..files import check_writable, write_whole
 from ..nn import NORMS
 from ..training import Callback
-from .executors import Job, run_jobs
+from .executors import Executor, Job, run_jobs
+from .fingerprint import differences, fingerprint
 from .picture import write_png
 from .plan import Plan, Trial
+from .processes import ProcessExecutor
 from .record import Record
 from .report import write_html
 from .statistics import conclusions
-from .store import RunStore
+from .store import RunStore, lock_folder
 from .summary import summarize
 from .table import terminal_table
 from .tasks import check_tasks
-from .trial import environment, run_trial
+from .trial import run_trial
 
 PLAN = "plan.toml"
 PLAIN: Any = {"markup": False, "highlight": False, "soft_wrap": True}  # a path is printed as it is
@@ -33,7 +36,7 @@ def compare(
     folder: str | Path,
     *,
     data_dir: str | Path | None = None,
-    workers: int = 2,
+    workers: int | Executor = 2,
     console: Console | None = None,
     command: str = "",
 ) -> list[Record]:
@@ -43,9 +46,9 @@ def compare(
 
     Args:
         trials: see `plan.grid`.
-        folder: of the results. Runs found there are not run again, if the same versions made them.
+        folder: of the results. Runs found there are not run again, if the same code, data and threads made them.
         data_dir: of local copies of the data.
-        workers: processes.
+        workers: processes on this machine, or what else makes the runs, see `executors.make_executor`.
         console: for progress and table.
         command: the command line, for the page.
 
@@ -53,30 +56,75 @@ def compare(
         The records of the trials that ended.
 
     Raises:
-        InputError: a trial asks for what is not there, or the folder cannot be written.
+        InputError: a trial asks for what is not there; another process runs a study in the folder, or it cannot be
+            written.
     """
     console = console or Console()
     folder = Path(folder)
-    store = RunStore(folder / "runs.jsonl")
-    check(is_whole(workers, 1), "workers", workers, "a whole number from 1")
+    executor = ProcessExecutor(workers) if isinstance(workers, int) else workers
     check_tasks(trials, data_dir)
     check_writable(folder)
-    kept = {record.key for record in _usable(store)}
-    wanted = {trial.key for trial in trials}
-    if kept & wanted:
-        console.print(f"{len(kept)} runs are in {store.path} already; delete it to run them again.", **PLAIN)
-    todo = [trial for trial in trials if trial.key not in kept]
-    try:
-        run_jobs([make_job(trial, data_dir) for trial in todo], store, workers, console)
-    except KeyboardInterrupt:
-        records = [record for record in _usable(store) if record.key in wanted]
+    with lock_folder(folder):
+        study = _Study(trials, folder, data_dir, executor.threads)
+        kept = study.kept()
+        if kept:
+            console.print(f"{len(kept)} runs are in {study.store.path} already; delete it to run them again.", **PLAIN)
+        if study.others:
+            said = f"{study.others} more were made by {study.why}; these runs are made again."
+            console.print(said, **PLAIN)
+        try:
+            run_jobs(study.jobs(kept), study.store, executor, console)
+        except KeyboardInterrupt:
+            if records := study.records():
+                console.print(terminal_table(records))
+            raise
+        records = study.records()
         if records:
-            console.print(terminal_table(records))
-        raise
-    records = [record for record in _usable(store) if record.key in wanted]
-    if records:
-        report(records, folder, console, command)
+            report(records, folder, console, command)
     return records
+
+
+class _Study:
+    """The trials of a study and what its folder holds of them, by the code, data and threads of here and now.
+
+    Attributes:
+        others: how many trials have records that other code, data or threads made, and none of here and now.
+        why: in what these differ.
+    """
+
+    def __init__(self, trials: Sequence[Trial], folder: Path, data_dir: str | Path | None, threads: int):
+        self.trials, self.data_dir, self.store = trials, data_dir, RunStore(folder / "runs.jsonl")
+        self.made_by = {trial.key: fingerprint(trial, data_dir, threads) for trial in trials}
+
+    def kept(self) -> set[str]:
+        """The keys of the trials that need no run any more; their curves are not read."""
+        found, others = self._sorted(self.store.heads())
+        only_others = {key: apart for key, apart in others.items() if key not in found}
+        self.others = len(only_others)
+        self.why = ", ".join(f"other {name}" for name in dict.fromkeys(itertools.chain(*only_others.values())))
+        return set(found)
+
+    def records(self) -> list[Record]:
+        """Of each trial the last run that did not fail."""
+        found, _ = self._sorted(self.store.read())
+        return [found[trial.key] for trial in self.trials if trial.key in found]
+
+    def _sorted(self, entries: Iterable[Any]) -> tuple[dict[str, Record], dict[str, list[str]]]:
+        """By key, the records of here and now; and of others in what they differ."""
+        found, others = {}, {}
+        for entry in entries:
+            if isinstance(entry, Record) and entry.key in self.made_by and entry.status != "failed":
+                apart = differences(entry, self.made_by[entry.key])
+                if apart:
+                    others[entry.key] = apart
+                else:
+                    found[entry.key] = entry
+        return found, others
+
+    def jobs(self, kept: set[str]) -> list[Job]:
+        """Those that are left to be made."""
+        left = [trial for trial in self.trials if trial.key not in kept]
+        return [make_job(trial, self.data_dir, self.made_by[trial.key]) for trial in left]
 
 
 def run_study(
@@ -84,7 +132,7 @@ def run_study(
     folder: str | Path,
     *,
     data_dir: str | Path | None = None,
-    workers: int = 2,
+    workers: int | Executor = 2,
     console: Console | None = None,
 ) -> list[Record]:
     """Run what `folder` does not hold yet of a plan, and make its report; the plan is kept there as `plan.toml`.
@@ -98,7 +146,8 @@ def run_study(
     trials, folder = plan.trials(), Path(folder)
     check_tasks(trials, data_dir)
     check_writable(folder)
-    write_whole(folder / PLAN, plan.to_toml().encode())
+    with lock_folder(folder):
+        write_whole(folder / PLAN, plan.to_toml().encode())
     command = f"normlab study run {shlex.quote(str(folder / PLAN))} --out {shlex.quote(str(folder))}"
     return compare(trials, folder, data_dir=data_dir, workers=workers, console=console, command=command)
 
@@ -115,20 +164,14 @@ def report(records: Sequence[Record], folder: Path, console: Console, command: s
     console.print(f"page     {folder / 'report.html'}", **PLAIN)
 
 
-def make_job(trial: Trial, data_dir: str | Path | None) -> Job:
-    """The trial as a job; its cost is about the seconds it takes on one core."""
+def make_job(trial: Trial, data_dir: str | Path | None, made_by: dict[str, str] | None = None) -> Job:
+    """The trial as a job; its cost is about the seconds it takes on one core. `made_by` is for the record."""
     steps = trial.epochs * (trial.images or 50_000) / trial.batch_size
     per_step = 1e-3 * (NORMS[trial.norm].cost if trial.norm in NORMS else 1.0)  # others are the user's own
     label = f"{trial.norm:<9} batch {trial.batch_size:<4} lr {trial.lr:<5g} seed {trial.seed}"
-    run = partial(_run, trial, data_dir)
+    run = partial(_run, trial, data_dir, made_by or {})
     return Job(trial.key, label, steps * (per_step + 1e-4 * trial.batch_size), run, trial.to_dict())
 
 
-def _run(trial: Trial, data_dir: str | Path | None, tell: Callback) -> Record:
-    return run_trial(trial, data_dir, (tell,))
-
-
-def _usable(store: RunStore) -> list[Record]:
-    """The store's runs that did not fail and were made by the versions at hand."""
-    versions = environment()["versions"]
-    return [record for record in store.read() if record.status != "failed" and record.versions == versions]
+def _run(trial: Trial, data_dir: str | Path | None, made_by: dict[str, str], tell: Callback) -> Record:
+    return replace(run_trial(trial, data_dir, (tell,)), made_by=made_by)
