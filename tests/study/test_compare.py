@@ -14,7 +14,7 @@ from rich.console import Console
 from normlab.errors import InputError
 from normlab.study.compare import compare
 from normlab.study.plan import Trial, grid
-from normlab.study.store import RunStore
+from normlab.study.store import RunStore, lock_folder
 
 BASE = Trial(images=600)
 
@@ -47,9 +47,20 @@ def test_runs_of_other_versions_are_made_again(tmp_path):
     records, _ = run(trials, tmp_path)
     store = RunStore(tmp_path / "runs.jsonl")
     store.path.unlink()
-    store.append(replace(records[0], versions={**records[0].versions, "torch": "1.0"}))
+    store.append(replace(records[0], made_by={**records[0].made_by, "torch": "1.0"}))
+    _, shown = run(trials, tmp_path)
+    assert "1 more were made by other torch; these runs are made again." in shown
+    assert len(store.read()) == 2
+    store.path.unlink()
+    store.append(replace(records[0], made_by={}, versions={**records[0].versions, "torch": "1.0"}))
     run(trials, tmp_path)
     assert len(store.read()) == 2
+
+
+def test_a_folder_where_a_study_runs_is_in_use(tmp_path):
+    trials = grid(["batch"], [50], [0.1], [0], BASE)
+    with lock_folder(tmp_path), pytest.raises(InputError, match="is in use: process .* Wait for its end"):
+        run(trials, tmp_path)
 
 
 @pytest.mark.parametrize(
