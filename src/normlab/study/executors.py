@@ -6,6 +6,7 @@ import torch
 from rich.console import Console
 
 from ..errors import check, unknown
+from .clusters import RayExecutor, SlurmExecutor
 from .display import show
 from .interrupts import HeldCtrlC
 from .jobs import Executor, Job, JobQueue, Tell, attempt
@@ -66,23 +67,28 @@ def run_jobs(jobs: Sequence[Job], store: RunStore, executor: Executor | int, con
             executor.run(JobQueue(jobs, store, display, ctrl_c))
 
 
-EXECUTORS = ("here", "processes")
+EXECUTORS = ("here", "processes", "ray", "slurm")
 
 
 def make_executor(name: str, workers: int | None = None, threads: int | None = None) -> Executor:
     """The executor of a name.
 
     Args:
-        name: one of `EXECUTORS`.
-        workers: runs at a time; None for as many as there are cores.
-        threads: of each run; None for a share of the cores.
+        name: one of `EXECUTORS`. Behind a colon, `ray` may have the address of the cluster: `ray:10.0.0.1:6379`.
+        workers: runs at a time; None for as many as there is room for.
+        threads: of each run; None for a share of the cores on this machine, and for one elsewhere.
 
     Raises:
-        InputError: there is no such executor.
+        InputError: there is no such executor, its library is not installed, or a number is below 1.
     """
-    if name == "processes":
-        return ProcessExecutor(workers, threads)
-    if name == "here":
+    kind, _, address = name.partition(":")
+    if kind not in EXECUTORS or (address and kind != "ray"):
+        raise unknown("executor", name, EXECUTORS)
+    if kind == "here":
         check(workers in (None, 1), "workers", workers, "1 in this process")
         return HereExecutor(threads)
-    raise unknown("executor", name, EXECUTORS)
+    if kind == "processes":
+        return ProcessExecutor(workers, threads)
+    if kind == "ray":
+        return RayExecutor(address or None, workers, threads or 1)
+    return SlurmExecutor(workers=workers, threads=threads or 1)
