@@ -59,7 +59,7 @@ def test_runs_of_other_versions_are_made_again(tmp_path):
 
 def test_a_folder_where_a_study_runs_is_in_use(tmp_path):
     trials = grid(["batch"], [50], [0.1], [0], BASE)
-    with lock_folder(tmp_path), pytest.raises(InputError, match="is in use: process .* Wait for its end"):
+    with lock_folder(tmp_path), pytest.raises(InputError, match=r"is in use: process .* Wait for its end"):
         run(trials, tmp_path)
 
 
