@@ -1,6 +1,5 @@
 """The command line of studies: `normlab study …`."""
 
-import os
 import shlex
 import sys
 from dataclasses import dataclass, field, fields
@@ -34,10 +33,10 @@ class Run(Plan):
     """Folder for the results; runs found there are not run again."""
     data_dir: Path | None = None
     """Folder with local copies of the data sets; the variable NORMLAB_DATA names one too."""
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
-    """Runs at a time."""
+    workers: int | None = None
+    """Runs at a time; None for as many as there is room for."""
     executor: str = "processes"
-    """What makes the runs: processes on this machine, or here, in this process, for a debugger."""
+    """What makes the runs: processes, here (in this process), ray or ray:ADDRESS (a cluster), or slurm."""
 
     def run(self, console: "Console") -> int:
         from .compare import run_study
@@ -47,7 +46,7 @@ class Run(Plan):
         if self.file is not None:
             check(plan == Plan(), "plan", "a file and options", "one of them", f"Write the options into {self.file}.")
             plan = Plan.read(self.file)
-        executor = make_executor(self.executor, None if self.executor == "here" else self.workers)
+        executor = make_executor(self.executor, self.workers)
         run_study(plan, self.out, data_dir=self.data_dir, workers=executor, console=console)
         return 0
 
