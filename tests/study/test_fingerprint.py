@@ -55,6 +55,8 @@ FILES = {
     "notes.py": "",
 }
 
+TOP = {name.partition("/")[0].removesuffix(".py") for name in FILES}
+
 
 @pytest.fixture
 def told(tmp_path, monkeypatch):
@@ -66,8 +68,8 @@ def told(tmp_path, monkeypatch):
         settings = settings or {"model": "task:make_model", "data": "task:make_data"}
         monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.startswith(str(tmp_path))])
         monkeypatch.chdir(tmp_path / place)
-        for name, module in list(sys.modules.items()):
-            if str(getattr(module, "__file__", "")).startswith(str(tmp_path)):
+        for name in list(sys.modules):
+            if name.partition(".")[0] in TOP:  # of an earlier folder, or of another test
                 monkeypatch.delitem(sys.modules, name)
         room._code_of.cache_clear()
         room._data.cache_clear()
