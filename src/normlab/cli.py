@@ -1,6 +1,5 @@
 """The command line: parse, call, print."""
 
-import os
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -130,8 +129,8 @@ class Compare(Plan):
     """Folder with local copies of the data sets; the variable NORMLAB_DATA names one too."""
     out: Path = Path("runs/compare")
     """Folder for the results; runs found there are not run again."""
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
-    """Runs at a time."""
+    workers: int | None = None
+    """Runs at a time; None for as many as there are cores."""
 
     def run(self, console: Console) -> int:
         from .study.compare import compare
@@ -174,8 +173,8 @@ class Reproduce:
     """Seeds; a row says on how many of them it has to behave as recorded."""
     out: Path = Path("runs/reproduce")
     """Folder for the results; runs found there are not run again."""
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
-    """Runs at a time."""
+    workers: int | None = None
+    """Runs at a time; None for as many as there are cores."""
 
     def run(self, console: Console) -> int:
         from .study.reproduce import reproduce

@@ -36,7 +36,7 @@ def compare(
     folder: str | Path,
     *,
     data_dir: str | Path | None = None,
-    workers: int | Executor = 2,
+    workers: int | Executor | None = 2,
     console: Console | None = None,
     command: str = "",
 ) -> list[Record]:
@@ -48,7 +48,8 @@ def compare(
         trials: see `plan.grid`.
         folder: of the results. Runs found there are not run again, if the same code, data and threads made them.
         data_dir: of local copies of the data.
-        workers: processes on this machine, or what else makes the runs, see `executors.make_executor`.
+        workers: processes on this machine, None for as many as there are cores; or what else makes the runs, see
+            `executors.make_executor`.
         console: for progress and table.
         command: the command line, for the page.
 
@@ -61,7 +62,7 @@ def compare(
     """
     console = console or Console()
     folder = Path(folder)
-    executor = ProcessExecutor(workers) if isinstance(workers, int) else workers
+    executor = ProcessExecutor(workers) if workers is None or isinstance(workers, int) else workers
     check_tasks(trials, data_dir)
     check_writable(folder)
     with lock_folder(folder):
@@ -132,7 +133,7 @@ def run_study(
     folder: str | Path,
     *,
     data_dir: str | Path | None = None,
-    workers: int | Executor = 2,
+    workers: int | Executor | None = 2,
     console: Console | None = None,
 ) -> list[Record]:
     """Run what `folder` does not hold yet of a plan, and make its report; the plan is kept there as `plan.toml`.

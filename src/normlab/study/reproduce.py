@@ -20,6 +20,7 @@ from ..files import check_writable, write_whole
 from ..training import Callback, StopWhenDiverged, schedules
 from .compare import PLAIN
 from .executors import Job, run_jobs
+from .processes import ProcessExecutor
 from .record import Record
 from .store import RunStore
 from .trial import environment, make_record, quick_convolutions
@@ -97,7 +98,7 @@ def reproduce(
     *,
     rows: Sequence[str] = (),
     seeds: Sequence[int] = (0, 1, 2),
-    workers: int = 2,
+    workers: int | None = 2,
     console: Console | None = None,
 ) -> bool:
     """Run the rows for each seed, in `workers` processes, and show ours beside the recorded figures.
@@ -113,7 +114,7 @@ def reproduce(
     """
     console, folder = console or Console(), Path(folder)
     check(bool(seeds) and all(map(is_whole, seeds)), "seeds", seeds, "one whole number from 0, or more")
-    check(is_whole(workers, 1), "workers", workers, "a whole number from 1")
+    executor = ProcessExecutor(workers)
     by_id = {row.id: row for row in ROWS}
     for name in rows:
         if name not in by_id:
@@ -124,7 +125,7 @@ def reproduce(
     kept = {record.key for record in store.read() if record.status != "failed"}
     jobs = [make_job(row, seed) for row in chosen for seed in seeds]
     try:
-        run_jobs([job for job in jobs if job.key not in kept], store, workers, console)
+        run_jobs([job for job in jobs if job.key not in kept], store, executor, console)
     finally:
         records = {record.key: record for record in store.read() if record.status != "failed"}
         found = [[records[key] for key in (f"{row.id}-{seed}" for seed in seeds) if key in records] for row in chosen]
