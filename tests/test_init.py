@@ -13,6 +13,12 @@ def test_names_and_rooms_are_imported_when_asked_for():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_state_and_report_of_a_study_need_no_torch():
+    """It takes longer to import than they take for thousands of runs."""
+    code = "import sys, normlab.cli, normlab.study.results, normlab.study.status; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_other_names_are_errors():
     code = "import normlab; normlab.covnert"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

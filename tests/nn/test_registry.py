@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 import normlab.nn as norms
-from normlab.colours import PALETTE
+from normlab.colours import COLOURS, PALETTE
 from normlab.errors import InputError
 from normlab.nn import NORMS, build_norm, register
 
@@ -69,8 +69,8 @@ def test_the_table_of_norms_in_the_readme_is_that_of_their_records():
 
 
 def test_no_two_norms_have_one_colour():
-    colours = [norm.colour for norm in NORMS.values() if norm.colour is not None]
-    assert sorted(colours) == list(range(len(PALETTE)))
+    assert sorted(COLOURS.values()) == sorted(PALETTE)
+    assert COLOURS.keys() <= NORMS.keys()
 
 
 def test_norms_that_are_the_activation_too():

@@ -2,10 +2,10 @@ import math
 
 import pytest
 
+from normlab.colours import COLOURS
 from normlab.errors import InputError
 from normlab.nn import NORMS
 from normlab.study.charts import (
-    COLOURS,
     cut,
     layer_axes,
     layers_of,

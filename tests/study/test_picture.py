@@ -6,8 +6,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from normlab.colours import COLOURS
 from normlab.errors import InputError
-from normlab.study.charts import COLOURS
 from normlab.study.picture import write_figures, write_png
 from records import record, study
 

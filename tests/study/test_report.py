@@ -8,7 +8,7 @@ import pytest
 import tyro
 
 from normlab.cli import Command, Train
-from normlab.study.charts import COLOURS
+from normlab.colours import COLOURS
 from normlab.study.plan import Trial, grid
 from normlab.study.report import command_of, write_html
 from records import record, study

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
@@ -197,6 +198,37 @@ def test_heads_are_records_without_what_is_long(tmp_path):
     )
     assert (head.epochs, head.more) == ([], {})
     assert RunStore(path).read() == [whole]
+
+
+def test_outcomes_are_records_without_their_lines_and_can_be_completed(tmp_path):
+    store = RunStore(tmp_path / "runs.jsonl")
+    older, whole, other = (Record.from_json(GOOD | {"seconds": seconds}) for seconds in (1.0, 2.0, 3.0))
+    store.start(whole.key)
+    for one in (older, whole, replace(other, key='a "\u2713')):
+        store.append(one)
+    outcomes = store.outcomes()
+    assert [one.seconds for one in outcomes] == [1.0, 2.0, 3.0]
+    assert [one.result for one in outcomes] == [0.75] * 3
+    assert all((one.curve, one.more) == ({"step": [], "loss": []}, {}) for one in outcomes)
+    assert store.complete(outcomes[1:2]) == [whole]
+    assert store.complete(outcomes) == store.read()
+    assert store.complete([]) == []
+
+
+def test_lines_without_checksum_are_read_whole(tmp_path):
+    store = RunStore(tmp_path / "runs.jsonl")
+    store.path.write_text(json.dumps(GOOD) + "\n")
+    assert store.outcomes() == store.complete(store.outcomes()) == [Record.from_json(GOOD)]
+
+
+def test_settings_may_have_the_names_of_what_is_cut(tmp_path):
+    store = RunStore(tmp_path / "runs.jsonl")
+    settings = {"task": "own", "epochs": [1], "curve": {"a": 1}}
+    whole = Record("a", settings, "finished", epochs=[{"valid": {"accuracy": 1.0}}], more={"own": {"curve": {}}})
+    store.append(whole)
+    for (one,) in (store.heads(), store.outcomes()):
+        assert one.settings == settings
+    assert store.outcomes()[0].result == 1.0
 
 
 def test_starts_stand_beside_records(tmp_path):

@@ -273,5 +273,4 @@ register(
     over="this batch",
     about="torch's batch norm, defined for a single value a channel too",
     source="Ioffe and Szegedy 2015",
-    colour=1,
 )

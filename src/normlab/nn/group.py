@@ -247,7 +247,6 @@ register(
     over="each image",
     about="each image by itself, per group of channels",
     source="Wu and He 2018",
-    colour=2,
 )
 register(
     "group_ws",
@@ -265,7 +264,6 @@ register(
     over="each image",
     about="each image by itself, over channels and space",
     source="Ba et al. 2016",
-    colour=3,
 )
 register(
     "layer_channels",
@@ -282,7 +280,6 @@ register(
     over="each position",
     about="the same, divided by the root mean square, not centred",
     source="Zhang and Sennrich 2019",
-    colour=5,
 )
 register(
     "instance",
@@ -291,5 +288,4 @@ register(
     over="each image",
     about="each channel of each image by itself",
     source="Ulyanov et al. 2016",
-    colour=4,
 )

@@ -14,7 +14,7 @@ OVER = ("the last batches", "this batch", "each image", "each position", "nothin
 
 
 class Norm(NamedTuple):
-    """What is true of a registered norm. Tables, lists, charts and tests are made from it.
+    """What is true of a registered norm. Tables, lists and tests are made from it.
 
     Attributes:
         layers: `layers[d - 1]` builds one for d space dimensions from `num_features` and options.
@@ -25,7 +25,6 @@ class Norm(NamedTuple):
         about: what it is, in README's table.
         source: where it is from, in README's table.
         cost: how long a training step at batch 2 takes, about, where most norms take 1.
-        colour: its place among the colours of charts, so that it always has the same one; None for any that is left.
     """
 
     layers: tuple[Callable[..., nn.Module], ...]
@@ -36,7 +35,6 @@ class Norm(NamedTuple):
     about: str = ""
     source: str = ""
     cost: float = 1.0
-    colour: int | None = None
 
     @property
     def averages(self) -> bool:
@@ -102,4 +100,4 @@ def build_norm(name: str, num_features: int, dims: int = 2, **options: Any) -> n
     return NORMS[name].layers[dims - 1](num_features, **options)
 
 
-register("none", nn.Identity, summary="no norm", about="`torch.nn.Identity`", colour=7)
+register("none", nn.Identity, summary="no norm", about="`torch.nn.Identity`")

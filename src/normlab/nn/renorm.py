@@ -162,5 +162,4 @@ register(
     about="batch norm, corrected towards its running statistics",
     source="Ioffe 2017",
     cost=3.0,
-    colour=6,
 )

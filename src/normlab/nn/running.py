@@ -217,5 +217,4 @@ register(
     about="batch norm by running statistics, in training too",
     source="here: [docs/running.md](docs/running.md)",
     cost=3.0,
-    colour=0,
 )

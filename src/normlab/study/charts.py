@@ -2,23 +2,18 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from ..colours import PALETTE
-from ..nn import NORMS
+from ..colours import COLOURS, PALETTE
 from .record import Record
 from .statistics import interval_of
 from .summary import UP_TO_ONE, Group, best, is_number, printable, show, title_of, values_of, varying
 
-COLOURS = {  # a norm's record says which is its own
-    name: PALETTE[place]
-    for place, name in sorted((norm.colour, name) for name, norm in NORMS.items() if norm.colour is not None)
-}
 MARKERS = {  # matplotlib's letter and the same shape as an SVG path
     "o": "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0 -10 0z",
     "s": "M-4.5 -4.5h9v9h-9z",
@@ -36,6 +31,7 @@ NEAR_ONE = 0.8  # from here a metric up to one has an axis of errors
 LOG_FROM = 30  # the largest value is so many times the smallest where an axis is logarithmic
 LARGEST = 1e300  # no axis ends beyond
 LABELS = 8  # of an axis, at about the most
+MOST_LINES = 1000  # runs whose losses and layers are drawn; a browser takes seconds for more
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ class Series:
         return best(group for group in self.groups if group.settings["batch_size"] == batch_size)
 
 
-def series_of(groups: list[Group], apart: bool = True) -> list[Series]:
+def series_of(groups: Sequence[Group], apart: bool = True) -> list[Series]:
     """The lines of the charts: a norm has one colour and marker, its variants differ in the dash.
 
     Args:
@@ -120,7 +116,7 @@ def _least_used(styles: list[tuple[str, str]]) -> tuple[str, str]:
     return min(pairs, key=lambda pair: (styles.count(pair), colours.count(pair[0]), markers.count(pair[1])))
 
 
-def metric_axis(groups: list[Group]) -> Axis:
+def metric_axis(groups: Sequence[Group]) -> Axis:
     """The axis of the metric that judges; of an error where a metric of `UP_TO_ONE` comes near one."""
     names = sorted({group.metric for group in groups})
     title = " or ".join(names)
@@ -135,9 +131,9 @@ def metric_axis(groups: list[Group]) -> Axis:
     return _axis(title, means + edges or [0.0, 1.0], LOG_FROM)
 
 
-def loss_axis(groups: list[Group]) -> Axis:
+def loss_axis(groups: Sequence[Group]) -> Axis:
     """The axis of training losses, up to five times what they usually begin with: those that diverge go beyond."""
-    curves = [np.array(one.curve["loss"], dtype=float) for group in groups for one in group.records]
+    curves = [np.array(one.curve["loss"], dtype=float) for one in drawn_runs(groups)]
     curves = [curve[np.isfinite(curve)] for curve in curves]
     curves = [curve for curve in curves if len(curve)] or [np.ones(1)]
     losses, first = np.concatenate(curves), float(np.median([curve[0] for curve in curves]))
@@ -147,9 +143,9 @@ def loss_axis(groups: list[Group]) -> Axis:
     return _axis("training loss", ends, 2)
 
 
-def layer_axes(groups: list[Group]) -> dict[str, Axis]:
+def layer_axes(groups: Sequence[Group]) -> dict[str, Axis]:
     """An axis for each of `LAYER_FIGURES` that runs kept; runs that diverged may go beyond it."""
-    records = [record for group in groups for record in group.records]
+    records = drawn_runs(groups)
     kept = [layers_of(record) for record in records if record.status == "finished"]
     kept = kept or [layers_of(record) for record in records]
     values = {
@@ -157,6 +153,16 @@ def layer_axes(groups: list[Group]) -> dict[str, Axis]:
         for figure in LAYER_FIGURES
     }
     return {figure: _axis(LAYER_FIGURES[figure], known, LOG_FROM) for figure, known in values.items() if known}
+
+
+def drawn_runs(groups: Sequence[Group]) -> list[Record]:
+    """The runs whose losses and layers are drawn: all, or those of the best settings where there are too many."""
+    if sum(len(group.records) for group in groups) <= MOST_LINES:
+        return [record for group in groups for record in group.records]
+    sizes = values_of(groups, "batch_size")
+    leaders = [group for line in series_of(groups) for size in sizes if (group := line.best(size))]
+    each = max(1, MOST_LINES // len(leaders))
+    return [record for group in leaders for record in group.records[:each]]
 
 
 def layers_of(record: Record) -> dict[str, dict[str, float | None]]:
@@ -173,7 +179,7 @@ def layers_of(record: Record) -> dict[str, dict[str, float | None]]:
     return found
 
 
-def warmth_of(groups: list[Group], axis: Axis) -> Callable[[Group], float]:
+def warmth_of(groups: Sequence[Group], axis: Axis) -> Callable[[Group], float]:
     """How a map shades a group: from 0, the worst of those that train, to 1, the best; 0 without a result."""
     places = [axis.share(group.value.mean) for group in groups if group.value and group.trains]
     ends = min(places, default=0.0), max(places, default=0.0)

@@ -10,7 +10,7 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, 
 
 from ..errors import check
 from ..files import write_whole
-from .plan import Plan, WholeNumbers
+from .plan import PLAN, Plan, WholeNumbers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,10 +59,13 @@ class Report:
     """Of the study."""
 
     def run(self, console: "Console") -> int:
-        from .compare import report
+        from .results import complete_groups, report
+        from .store import RunStore
 
-        _, records = _study(self.folder)
-        report(records, self.folder, console, shlex.join(["normlab", *sys.argv[1:]]))
+        store = RunStore(self.folder / "runs.jsonl")
+        keys = {trial.key for trial in Plan.read(self.folder / PLAN).trials()}
+        groups = complete_groups(store, (one for one in store.outcomes() if one.key in keys))
+        report(groups, self.folder, console, shlex.join(["normlab", *sys.argv[1:]]))
         return 0
 
 
@@ -74,7 +77,6 @@ class Status:
     """Of the study."""
 
     def run(self, console: "Console") -> int:
-        from .compare import PLAN
         from .status import status
 
         found = status(self.folder, Plan.read(self.folder / PLAN).trials())
@@ -186,7 +188,6 @@ class Study:
 
 def _study(folder: Path) -> "tuple[Plan, list[Record]]":
     """The plan in a study's folder, and those of the runs there that are its own."""
-    from .compare import PLAN
     from .store import RunStore
 
     plan = Plan.read(folder / PLAN)

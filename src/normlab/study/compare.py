@@ -15,20 +15,15 @@ from ..nn import NORMS
 from ..training import Callback
 from .executors import Executor, Job, run_jobs
 from .fingerprint import differences, fingerprint
-from .picture import write_png
-from .plan import Plan, Trial
+from .plan import PLAN, Plan, Trial
 from .processes import ProcessExecutor
 from .record import Record
-from .report import write_html
-from .statistics import conclusions
+from .results import PLAIN, report
 from .store import RunStore, lock_folder
 from .summary import summarize
 from .table import terminal_table
 from .tasks import check_tasks
 from .trial import run_trial
-
-PLAN = "plan.toml"
-PLAIN: Any = {"markup": False, "highlight": False, "soft_wrap": True}  # a path is printed as it is
 
 
 def compare(
@@ -81,7 +76,7 @@ def compare(
             raise
         records = study.records()
         if records:
-            report(records, folder, console, command)
+            report(summarize(records), folder, console, command)
     return records
 
 
@@ -151,18 +146,6 @@ def run_study(
         write_whole(folder / PLAN, plan.to_toml().encode())
     command = f"normlab study run {shlex.quote(str(folder / PLAN))} --out {shlex.quote(str(folder))}"
     return compare(trials, folder, data_dir=data_dir, workers=workers, console=console, command=command)
-
-
-def report(records: Sequence[Record], folder: Path, console: Console, command: str = "") -> None:
-    """Show the table and what it says, and write picture and page beside the runs."""
-    console.print(terminal_table(records))
-    for line in conclusions(summarize(records)):
-        console.print(line, highlight=False, markup=False)
-    write_png(records, folder / "comparison.png")
-    write_html(records, folder / "report.html", "Norms compared", command)
-    console.print(f"runs     {folder / 'runs.jsonl'}", **PLAIN)
-    console.print(f"picture  {folder / 'comparison.png'}", **PLAIN)
-    console.print(f"page     {folder / 'report.html'}", **PLAIN)
 
 
 def make_job(trial: Trial, data_dir: str | Path | None, made_by: dict[str, str] | None = None) -> Job:

@@ -9,13 +9,13 @@ from typing import Any
 
 from ..errors import InputError, check, unknown
 from ..files import write_whole
-from .plan import Trial
+from .plan import PLAN, Trial
 from .record import Record
 from .statistics import CASE, compare_groups, interval_of
 from .store import RunStore, lock_folder, seal
 from .summary import Group, conditions_of, latest, show, sort_key, summarize, title_of, varying
 
-RUNS, PLAN = "runs.jsonl", "plan.toml"
+RUNS = "runs.jsonl"
 SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 SPECIAL |= {letter: f"\\{letter}" for letter in "&%$#_{}"} | {"<": r"\textless{}", ">": r"\textgreater{}"}
 NOTE = (

@@ -63,7 +63,11 @@ def write_png(records: Iterable[Record], path: str | Path, *, apart: bool = True
     Raises:
         InputError: there are no records, or `path` cannot be written.
     """
-    groups = summarize(records)
+    draw_png(summarize(records), path, apart)
+
+
+def draw_png(groups: Sequence[Group], path: str | Path, apart: bool = True) -> None:
+    """The picture of `write_png`, of groups."""
     with _settings():
         said = [conditions_of(groups), *conclusions(groups)[:MOST_SAID], method_of(groups)]
         caption = [line for text in said for line in textwrap.wrap(cut(text, 400), 190)]
@@ -100,7 +104,7 @@ def write_figures(records: Iterable[Record], folder: str | Path, formats: Sequen
     for one in formats:
         check(one in FORMATS, "formats", one, ", ".join(FORMATS))
     groups = summarize(records)
-    figures: dict[str, tuple[float, Callable[[Figure, list[Group]], None]]] = {
+    figures: dict[str, tuple[float, Callable[[Figure, Sequence[Group]], None]]] = {
         "metric": (3.6, _draw_metric),
         "curves": (_curves_height(groups, WIDTH), _draw_curves),
     }
@@ -146,7 +150,7 @@ def _title(figure: Figure | SubFigure, text: str) -> None:
     figure.suptitle(text, x=0.01, ha="left", weight="bold")
 
 
-def _draw_metric(figure: Figure | SubFigure, groups: list[Group], apart: bool = True) -> None:
+def _draw_metric(figure: Figure | SubFigure, groups: Sequence[Group], apart: bool = True) -> None:
     axis, series, sizes = metric_axis(groups), series_of(groups, apart), values_of(groups, "batch_size")
     axes = figure.subplots()
     lost = False
@@ -196,15 +200,15 @@ def _draw_line(axes: Axes, line: Series, points: list[tuple[float, Group]], axis
             )  # fmt: skip
 
 
-def _curves_height(groups: list[Group], width: float) -> float:
+def _curves_height(groups: Sequence[Group], width: float) -> float:
     return 0.4 + 2.3 * math.ceil(len(values_of(groups, "batch_size")) / _columns(groups, width))
 
 
-def _columns(groups: list[Group], width: float) -> int:
+def _columns(groups: Sequence[Group], width: float) -> int:
     return min(len(values_of(groups, "batch_size")), round(width / 2.6))
 
 
-def _draw_curves(figure: Figure | SubFigure, groups: list[Group], apart: bool = True) -> None:
+def _draw_curves(figure: Figure | SubFigure, groups: Sequence[Group], apart: bool = True) -> None:
     axis, series, sizes = loss_axis(groups), series_of(groups, apart), values_of(groups, "batch_size")
     columns = _columns(groups, figure.get_figure(root=True).get_figwidth())
     panels = figure.subplots(math.ceil(len(sizes) / columns), columns, sharey=True, squeeze=False)
@@ -238,12 +242,12 @@ def _draw_losses(axes: Axes, line: Series, group: Group, axis: Axis) -> None:
             axes.plot(*end, marker="x", color=line.colour, markersize=7, markeredgewidth=2, clip_on=False)
 
 
-def _rates_height(groups: list[Group]) -> float:
+def _rates_height(groups: Sequence[Group]) -> float:
     rows = math.ceil(len(series_of(groups)) / 2)
     return 0.4 + rows * (0.55 + 0.34 * len(values_of(groups, "lr")))
 
 
-def _draw_rates(figure: Figure, groups: list[Group]) -> None:
+def _draw_rates(figure: Figure, groups: Sequence[Group]) -> None:
     series, sizes, rates = series_of(groups), values_of(groups, "batch_size"), values_of(groups, "lr")
     axis = metric_axis(groups)
     warmth = warmth_of(groups, axis)
@@ -279,7 +283,7 @@ def _cell(group: Group) -> str:
     return f"{mean}{lost}{ends}".strip()
 
 
-def _draw_layers(figure: Figure, groups: list[Group]) -> None:
+def _draw_layers(figure: Figure, groups: Sequence[Group]) -> None:
     axes_of, series, sizes = layer_axes(groups), series_of(groups), values_of(groups, "batch_size")
     panels = figure.subplots(len(sizes), len(axes_of), sharex=True, squeeze=False)
     for row, size in zip(panels, sizes, strict=True):
@@ -307,7 +311,7 @@ def _legend(figure: Figure, series: list[Series]) -> None:
     figure.legend(lines, [cut(line.label, 40) for line in series], loc="outside right upper", frameon=False)
 
 
-def _at_best(groups: list[Group], apart: bool) -> str:
+def _at_best(groups: Sequence[Group], apart: bool) -> str:
     """Says that the best of several settings are shown, if there are several."""
     chosen = {"lr"} if apart else set(varying(groups)) - {"norm", "batch_size"}
     return f", at each norm's best {'learning rate' if apart else 'setting'}" if chosen & set(varying(groups)) else ""

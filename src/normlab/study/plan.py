@@ -19,6 +19,7 @@ from .schedules import SCHEDULES
 Names = Annotated[list[str], arg(metavar="NAME ...")]
 WholeNumbers = Annotated[list[int], arg(metavar="INT ...")]
 Numbers = Annotated[list[float], arg(metavar="FLOAT ...")]
+PLAN = "plan.toml"  # in the folder of a study
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 # Settings that came later than stored records.

@@ -14,8 +14,10 @@ from .charts import (
     DASHES,
     LARGEST,
     MARKERS,
+    MOST_LINES,
     Axis,
     Series,
+    drawn_runs,
     layer_axes,
     layers_of,
     loss_axis,
@@ -30,7 +32,6 @@ from .summary import (
     Group,
     conditions_of,
     is_number,
-    latest,
     seeds_of,
     show,
     summarize,
@@ -42,7 +43,6 @@ from .summary import (
 ALWAYS = ("norm", "batch_size", "lr")  # settings that the page filters by, with those that vary
 ALWAYS_SAID = (*ALWAYS, "seed")  # in a command
 AGAINST = "against the best"
-MOST_LINES = 1000  # runs whose losses and layers are drawn; a browser takes seconds for more
 SCALES = {
     "error": "The scale is logarithmic in the error, one minus the value: small differences near 1 can be seen.",
     "log": "The scale is logarithmic.",
@@ -65,27 +65,23 @@ def write_html(records: Iterable[Record], path: str | Path, title: str, command:
     Raises:
         InputError: there are no records, or `path` cannot be written.
     """
-    write_whole(Path(path), make_html(records, title, command).encode(errors="replace"))
+    write_whole(Path(path), make_html(summarize(records), title, command).encode(errors="replace"))
 
 
 def make_html(
-    records: Iterable[Record], title: str, command: str, *, counts: Mapping[Any, int] | None = None, live: str = ""
+    groups: Sequence[Group], title: str, command: str, *, counts: Mapping[Any, int] | None = None, live: str = ""
 ) -> str:
     """The page that `write_html` writes.
 
     Args:
-        records: as a `RunStore` keeps them.
+        groups: of the study.
         title: its heading.
         command: the command line that makes these runs again.
         counts: how many runs are in each state, where some have not ended; by default those of `records`.
         live: the state of the store, as its ETag, where the page asks the address it came from for news: see `watch`.
-
-    Raises:
-        InputError: there are no records.
     """
-    records = latest(records)
-    groups = summarize(records)
     axis = metric_axis(groups)
+    records = [record for group in groups for record in group.records]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "page"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -154,7 +150,7 @@ def _counts(records: list[Record]) -> dict[str, int]:
     return {status: found[status] for status in get_args(Status) if found[status]}
 
 
-def _page_data(groups: list[Group], axis: Axis, verdicts: dict[int, Verdict]) -> dict[str, Any]:
+def _page_data(groups: Sequence[Group], axis: Axis, verdicts: dict[int, Verdict]) -> dict[str, Any]:
     """What the page's script draws, kept small: each list of steps is there once, and numbers are rounded."""
     steps: Steps = {}
     layers: Names = {}
@@ -163,7 +159,7 @@ def _page_data(groups: list[Group], axis: Axis, verdicts: dict[int, Verdict]) ->
     filters = {name: values_of(groups, name) for name in (*ALWAYS, *(n for n in varying(groups) if n not in ALWAYS))}
     rows, runs = [], []
     series = series_of(groups)
-    drawn, frames = _drawn(series), _frames(list(verdicts.values()))
+    drawn, frames = {record.key for record in drawn_runs(groups)}, _frames(list(verdicts.values()))
     for line in series:
         for group in line.groups:
             for record in group.records:
@@ -253,17 +249,6 @@ def _run(record: Record, group: int, others: Sequence[str]) -> dict[str, Any]:
         "versions": _versions(record),
         "threads": threads if isinstance(threads, int) else None,
     }
-
-
-def _drawn(series: list[Series]) -> set[str]:
-    """The keys of the runs that have lines: all, or those of the best settings where there are too many."""
-    groups = [group for line in series for group in line.groups]
-    each = MOST_LINES
-    if sum(len(group.records) for group in groups) > MOST_LINES:
-        sizes = values_of(groups, "batch_size")
-        groups = [group for line in series for size in sizes if (group := line.best(size))]
-        each = max(1, MOST_LINES // len(groups))
-    return {record.key for group in groups for record in group.records[:each]}
 
 
 def _lines(record: Record, steps: Steps, layers: Names, figures: list[str]) -> dict[str, Any]:

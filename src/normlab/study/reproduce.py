@@ -18,10 +18,10 @@ from .. import lesson
 from ..errors import check, is_whole, unknown
 from ..files import check_writable, write_whole
 from ..training import Callback, StopWhenDiverged, schedules
-from .compare import PLAIN
 from .executors import Job, run_jobs
 from .processes import ProcessExecutor
 from .record import Record
+from .results import PLAIN
 from .store import RunStore
 from .trial import environment, make_record, quick_convolutions
 

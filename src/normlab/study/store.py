@@ -5,8 +5,9 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -29,6 +30,8 @@ DIGITS = 20  # of a whole number; seeds go so far
 SEAL = b', "checksum": "%08x"}'
 SEALED = re.compile(rb', "checksum": "[0-9a-f]{8}"\}')
 SEAL_LENGTH = len(SEAL % 0)
+EPOCHS, CURVE = b', "epochs": [', b', "curve": {'
+KEY = re.compile(rb'\{"format": \d+, "key": ("(?:[^"\\]|\\.)*")')  # as a line begins
 # Control characters, which move a terminal's cursor, and halves of characters, which cannot be written.
 HARMFUL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -52,20 +55,26 @@ class LineStore:
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
-    def read(self, make: Callable[[Any], T], before: str | None = None) -> list[T]:
+    def read(
+        self,
+        make: Callable[[Any], T],
+        before: bytes | None = None,
+        wanted: Callable[[bytes], bool] = lambda line: True,
+    ) -> list[T]:
         """What `make` makes of each whole line, in the order written. The file is not changed.
 
         Args:
             make: gets the values of a line.
-            before: the name of a field that is a list. It and what comes behind it are left out of lines with a
+            before: how a field begins, such as `EPOCHS`. It and what comes behind it are left out of lines with a
                 checksum, which is quicker.
+            wanted: whether a line is looked at.
 
         Raises:
             InputError: a line is damaged, is not JSON, or `make` refuses it with a ValueError or TypeError; or the
                 file cannot be read, or is of a newer version.
         """
-        cut = None if before is None else f', "{before}": ['.encode()
-        return [make_line(make, f"{self.path}, line {number},", line, cut) for number, line in self._lines()]
+        lines = ((number, line) for number, line in self._lines() if wanted(line))
+        return [make_line(make, f"{self.path}, line {number},", line, before) for number, line in lines]
 
     def append(self, values: dict[str, Any], make: Callable[[Any], Any] = dict) -> None:
         """Add a line; when this returns it is on the disk.
@@ -154,7 +163,28 @@ class RunStore:
         Raises:
             InputError: the file holds something else.
         """
-        return self._lines.read(_entry, before="epochs")
+        return self._lines.read(_entry, before=EPOCHS)
+
+    def outcomes(self) -> list[Record]:
+        """All whole records, in the order written, without the curve and what a study adds.
+
+        Raises:
+            InputError: the file holds something else.
+        """
+        return [one for one in self._lines.read(_entry, before=CURVE) if isinstance(one, Record)]
+
+    def complete(self, outcomes: Iterable[Record]) -> list[Record]:
+        """The same records with the curve and what a study adds, in the order written.
+
+        Raises:
+            InputError: the file holds something else.
+        """
+        known: dict[str, list[Record]] = {}
+        for one in outcomes:
+            known.setdefault(one.key, []).append(_bare(one))
+        begin = {json.dumps(key).encode() for key in known}
+        entries = self._lines.read(_entry, wanted=lambda line: (key := KEY.match(line)) is None or key[1] in begin)
+        return [one for one in entries if isinstance(one, Record) and _bare(one) in known.get(one.key, ())]
 
     def append(self, record: Record) -> None:
         """Add one record; when this returns it is on the disk.
@@ -238,9 +268,8 @@ def make_line(make: Callable[[Any], T], where: str, line: bytes, cut: bytes | No
     body = line[:-SEAL_LENGTH]
     sealed = line[-SEAL_LENGTH:] == SEAL % zlib.crc32(body)
     try:
-        if sealed and cut is not None and cut in body:
-            line = body[: body.index(cut)] + b"}"
-        values = _load(line)
+        values = _load_head(body, cut) if sealed and cut is not None and cut in body else None
+        values = _load(line) if values is None else values
         version = values.pop("format", None) if isinstance(values, dict) else None
         if isinstance(version, int) and version > FORMAT:
             raise InputError(f"{where} is of a newer version of normlab, or damaged. Update normlab; {CURE}")
@@ -285,6 +314,18 @@ def _is_torn(line: bytes) -> bool:
     except RecursionError:
         return False
     return False
+
+
+def _bare(record: Record) -> Record:
+    return replace(record, curve={}, more={})
+
+
+def _load_head(line: bytes, cut: bytes) -> Any:
+    """The values of a line up to `cut`; None if that stands inside another value."""
+    try:
+        return _load(line[: line.index(cut)] + b"}")
+    except ValueError:
+        return None
 
 
 def _load(line: bytes) -> Any:

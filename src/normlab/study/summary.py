@@ -1,9 +1,9 @@
 """What the records of a study say, and in words: runs that differ in nothing but their seed become one `Group`."""
 
 import math
-import statistics
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any, TypeGuard
 
 from ..errors import InputError
@@ -29,7 +29,8 @@ class Spread:
         known = [value for value in values if is_number(value)]
         if not known:
             return None
-        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
+        mean, n = math.fsum(known) / len(known), len(known)
+        return cls(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (n - 1)) if n > 1 else None)
 
     def __str__(self) -> str:
         return " ±".join(digits(self.mean, *([] if self.std is None else [self.std])))
@@ -118,12 +119,12 @@ def summarize(records: Iterable[Record]) -> list[Group]:
     Raises:
         InputError: there are no records.
     """
-    runs: dict[Trial, list[Record]] = {}
+    runs: dict[tuple, list[Record]] = {}
     for record in latest(records):
-        runs.setdefault(replace(Trial.from_dict(record.settings), seed=0), []).append(record)
+        runs.setdefault(_settings(Trial.from_dict(record.settings)), []).append(record)
     if not runs:
         raise InputError("There is nothing to report: no run has ended yet.")
-    groups = [_group(trial, members) for trial, members in runs.items()]
+    groups = [_group(dict(zip(SETTINGS, values, strict=True)), members) for values, members in runs.items()]
     return sorted(groups, key=lambda group: [sort_key(group.settings[name]) for name in SETTINGS])
 
 
@@ -178,7 +179,7 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
-def conditions_of(groups: list[Group]) -> str:
+def conditions_of(groups: Sequence[Group]) -> str:
     """The settings that all runs share, and their seeds, in a line."""
     apart = (*varying(groups), "norm", "batch_size")
     settings = {name: groups[0].settings[name] for name in SETTINGS if name not in apart}
@@ -194,11 +195,14 @@ def seeds_of(groups: Iterable[Group]) -> str:
     return ("seeds " if len(seeds) > 1 else "seed ") + ", ".join(map(str, seeds))
 
 
-def _group(trial: Trial, records: list[Record]) -> Group:
+_settings = attrgetter(*SETTINGS)
+
+
+def _group(settings: dict[str, Any], records: list[Record]) -> Group:
     finished = [record for record in records if record.status == "finished"]
     speed = Spread.of(one.seconds / one.steps for one in finished if one.seconds is not None and one.steps)
     return Group(
-        settings={name: value for name, value in asdict(trial).items() if name != "seed"},
+        settings=settings,
         records=tuple(sorted(records, key=lambda record: record.settings.get("seed", 0))),
         value=Spread.of(record.result for record in records),
         loss=Spread.of(record.final("loss") for record in records),

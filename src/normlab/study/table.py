@@ -1,6 +1,6 @@
 """A study as a table for the terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 from rich.text import Text
@@ -20,7 +20,11 @@ def terminal_table(records: Iterable[Record]) -> Table:
     Raises:
         InputError: there are no records.
     """
-    groups = summarize(records)
+    return make_table(summarize(records))
+
+
+def make_table(groups: Sequence[Group]) -> Table:
+    """The table of `terminal_table`, of groups."""
     names = ["norm", *(name for name in varying(groups) if name not in ("norm", "batch_size"))]
     verdicts = {id(one.group): one for one in compare_groups(groups)}
     sizes = values_of(groups, "batch_size")

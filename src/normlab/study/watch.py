@@ -9,9 +9,9 @@ from pathlib import Path
 from threading import Lock
 
 from ..errors import InputError, check, is_whole
-from .compare import PLAN
-from .plan import Plan
+from .plan import PLAN, Plan
 from .report import make_html
+from .results import complete_groups
 from .status import status
 from .store import RunStore, driver
 
@@ -84,14 +84,15 @@ class Server(ThreadingHTTPServer):
             return state, self._page
 
     def _make(self, state: str) -> bytes:
-        records, counts = self._store.read(), None
+        records, counts = self._store.outcomes(), None
         if self._plan.exists():
             trials = Plan.read(self._plan).trials()
             keys = {trial.key for trial in trials}
             records, counts = [one for one in records if one.key in keys], status(self._folder, trials).counts
         if not records:
             return WAITING.encode()
-        return make_html(records, "Norms compared", self._command, counts=counts, live=state).encode(errors="replace")
+        groups = complete_groups(self._store, records)
+        return make_html(groups, "Norms compared", self._command, counts=counts, live=state).encode(errors="replace")
 
 
 class Handler(BaseHTTPRequestHandler):
