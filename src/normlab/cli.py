@@ -136,7 +136,15 @@ class Compare(Plan):
         from .study.compare import compare
 
         command = shlex.join(["normlab", *sys.argv[1:]])
-        compare(self.trials(), self.out, data_dir=self.data_dir, workers=self.workers, console=console, command=command)
+        compare(
+            self.trials(),
+            self.out,
+            data_dir=self.data_dir,
+            workers=self.workers,
+            console=console,
+            command=command,
+            stop_beaten=self.stop_beaten,
+        )
         return 0
 
 

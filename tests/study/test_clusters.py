@@ -4,11 +4,13 @@ import os
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
 
 import pytest
+from beaten_runs import PLAN, make, outcomes
 from jobs_to_lose import kill_own_process, leave_mark
 from killed_study import figures, trials_of
 from rich.console import Console
@@ -83,6 +85,21 @@ def _kill_when_at_work(cluster, node, folder: Path) -> None:
     while not any(path.read_text() == node.node_id for path in folder.glob("*.began")):
         time.sleep(0.05)
     cluster.remove_node(node, allow_graceful=False)
+
+
+def test_a_ray_cluster_stops_the_settings_that_one_process_stops(ray_cluster, tmp_path):
+    make(tmp_path / "here", HereExecutor(1))
+    make(tmp_path / "ray", RayExecutor(ray_cluster.address))
+    assert outcomes(tmp_path / "ray") == outcomes(tmp_path / "here")
+
+
+def test_local_jobs_of_submitit_stop_the_settings_that_one_process_stops(tmp_path):
+    pytest.importorskip("submitit")
+    few = replace(PLAN, norms=["batch"], lrs=[0.1, 1.0], seeds=[0, 1, 2, 3])
+    make(tmp_path / "here", HereExecutor(1), few)
+    make(tmp_path / "slurm", SlurmExecutor(tmp_path / "jobs", workers=2, cluster="local"), few)
+    assert [status for status, _ in outcomes(tmp_path / "here").values()].count("stopped") == 1
+    assert outcomes(tmp_path / "slurm") == outcomes(tmp_path / "here")
 
 
 def test_a_ray_cluster_that_does_not_answer_is_named(tmp_path):

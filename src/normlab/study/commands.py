@@ -3,6 +3,7 @@
 import shlex
 import sys
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -60,11 +61,12 @@ class Report:
 
     def run(self, console: "Console") -> int:
         from .results import complete_groups, report
+        from .stopping import counts
         from .store import RunStore
 
-        store = RunStore(self.folder / "runs.jsonl")
-        keys = {trial.key for trial in Plan.read(self.folder / PLAN).trials()}
-        groups = complete_groups(store, (one for one in store.outcomes() if one.key in keys))
+        plan, store = Plan.read(self.folder / PLAN), RunStore(self.folder / "runs.jsonl")
+        keys = {trial.key for trial in plan.trials()}
+        groups = complete_groups(store, (one for one in store.outcomes() if one.key in keys and counts(plan, one)))
         report(groups, self.folder, console, shlex.join(["normlab", *sys.argv[1:]]))
         return 0
 
@@ -78,8 +80,10 @@ class Status:
 
     def run(self, console: "Console") -> int:
         from .status import status
+        from .stopping import counts
 
-        found = status(self.folder, Plan.read(self.folder / PLAN).trials())
+        plan = Plan.read(self.folder / PLAN)
+        found = status(self.folder, plan.trials(), partial(counts, plan))
         console.print(found)
         return 0 if found.done else 1
 
@@ -188,11 +192,13 @@ class Study:
 
 def _study(folder: Path) -> "tuple[Plan, list[Record]]":
     """The plan in a study's folder, and those of the runs there that are its own."""
+    from .stopping import counts
     from .store import RunStore
 
     plan = Plan.read(folder / PLAN)
     keys = {trial.key for trial in plan.trials()}
-    return plan, [record for record in RunStore(folder / "runs.jsonl").read() if record.key in keys]
+    records = RunStore(folder / "runs.jsonl").read()
+    return plan, [record for record in records if record.key in keys and counts(plan, record)]
 
 
 def _exported(records: "list[Record]", file: Path) -> list[Path]:

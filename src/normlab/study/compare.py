@@ -2,7 +2,7 @@
 
 import itertools
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,14 @@ from .plan import PLAN, Plan, Trial
 from .processes import ProcessExecutor
 from .record import Record
 from .results import PLAIN, report
+from .stopping import Rounds
 from .store import RunStore, lock_folder
 from .summary import summarize
 from .table import terminal_table
 from .tasks import check_tasks
 from .trial import run_trial
+
+ENDED = ("finished", "diverged")
 
 
 def compare(
@@ -34,6 +37,7 @@ def compare(
     workers: int | Executor | None = 2,
     console: Console | None = None,
     command: str = "",
+    stop_beaten: bool = False,
 ) -> list[Record]:
     """Run the trials that `folder` does not hold yet, and write `runs.jsonl`, `comparison.png` and `report.html` there.
 
@@ -47,9 +51,11 @@ def compare(
             `executors.make_executor`.
         console: for progress and table.
         command: the command line, for the page.
+        stop_beaten: whether settings that another one of their norm clearly beats get no further seeds, see
+            `stopping.Rounds`.
 
     Returns:
-        The records of the trials that ended.
+        The records of the trials that ended, and of those that were stopped.
 
     Raises:
         InputError: a trial asks for what is not there; another process runs a study in the folder, or it cannot be
@@ -61,15 +67,18 @@ def compare(
     check_tasks(trials, data_dir)
     check_writable(folder)
     with lock_folder(folder):
-        study = _Study(trials, folder, data_dir, executor.threads)
+        study = _Study(trials, folder, data_dir, executor.threads, stop_beaten)
         kept = study.kept()
         if kept:
             console.print(f"{len(kept)} runs are in {study.store.path} already; delete it to run them again.", **PLAIN)
         if study.others:
             said = f"{study.others} more were made by {study.why}; these runs are made again."
             console.print(said, **PLAIN)
+        rounds, stopped = study.rounds()
+        if stopped:
+            console.print(f"{len(stopped)} runs are not made: other settings clearly beat theirs.", **PLAIN)
         try:
-            run_jobs(study.jobs(kept), study.store, executor, console)
+            run_jobs(study.jobs(kept | stopped), study.store, executor, console, rounds)
         except KeyboardInterrupt:
             if records := study.records():
                 console.print(terminal_table(records))
@@ -88,28 +97,46 @@ class _Study:
         why: in what these differ.
     """
 
-    def __init__(self, trials: Sequence[Trial], folder: Path, data_dir: str | Path | None, threads: int):
+    def __init__(
+        self, trials: Sequence[Trial], folder: Path, data_dir: str | Path | None, threads: int, stop_beaten: bool
+    ):
         self.trials, self.data_dir, self.store = trials, data_dir, RunStore(folder / "runs.jsonl")
+        self.stop_beaten = stop_beaten
         self.made_by = {trial.key: fingerprint(trial, data_dir, threads) for trial in trials}
 
     def kept(self) -> set[str]:
         """The keys of the trials that need no run any more; their curves are not read."""
-        found, others = self._sorted(self.store.heads())
+        found, others = self._sorted(self.store.heads(), ENDED)
         only_others = {key: apart for key, apart in others.items() if key not in found}
         self.others = len(only_others)
         self.why = ", ".join(f"other {name}" for name in dict.fromkeys(itertools.chain(*only_others.values())))
         return set(found)
 
     def records(self) -> list[Record]:
-        """Of each trial the last run that did not fail."""
-        found, _ = self._sorted(self.store.read())
+        """Of each trial the last run that did not fail, or why it was stopped."""
+        statuses = (*ENDED, "stopped") if self.stop_beaten else ENDED
+        found, _ = self._sorted(self.store.read(), statuses)
         return [found[trial.key] for trial in self.trials if trial.key in found]
 
-    def _sorted(self, entries: Iterable[Any]) -> tuple[dict[str, Record], dict[str, list[str]]]:
+    def rounds(self) -> tuple[Rounds | None, set[str]]:
+        """What lets runs begin, and the keys of those that are stopped already; the store says that they are."""
+        if not self.stop_beaten:
+            return None, set()
+        known, _ = self._sorted(self.store.outcomes(), (*ENDED, "stopped"))
+        rounds = Rounds(self.trials, known.values(), self.made_by)
+        reasons = {record.key: record.error for record in known.values() if record.status == "stopped"}
+        for record in rounds.first.stopped:
+            if reasons.get(record.key) != record.error:
+                self.store.append(record)
+        return rounds, {record.key for record in rounds.first.stopped}
+
+    def _sorted(
+        self, entries: Iterable[Any], statuses: Container[str]
+    ) -> tuple[dict[str, Record], dict[str, list[str]]]:
         """By key, the records of here and now; and of others in what they differ."""
         found, others = {}, {}
         for entry in entries:
-            if isinstance(entry, Record) and entry.key in self.made_by and entry.status != "failed":
+            if isinstance(entry, Record) and entry.key in self.made_by and entry.status in statuses:
                 apart = differences(entry, self.made_by[entry.key])
                 if apart:
                     others[entry.key] = apart
@@ -145,7 +172,15 @@ def run_study(
     with lock_folder(folder):
         write_whole(folder / PLAN, plan.to_toml().encode())
     command = f"normlab study run {shlex.quote(str(folder / PLAN))} --out {shlex.quote(str(folder))}"
-    return compare(trials, folder, data_dir=data_dir, workers=workers, console=console, command=command)
+    return compare(
+        trials,
+        folder,
+        data_dir=data_dir,
+        workers=workers,
+        console=console,
+        command=command,
+        stop_beaten=plan.stop_beaten,
+    )
 
 
 def make_job(trial: Trial, data_dir: str | Path | None, made_by: dict[str, str] | None = None) -> Job:

@@ -36,7 +36,7 @@ def confirm(plan: Plan, records: Iterable[Record], seeds: Sequence[int], best: i
     for size in values_of(groups, "batch_size"):
         for norm in values_of(groups, "norm"):
             mine = [one for one in groups if (one.settings["batch_size"], one.settings["norm"]) == (size, norm)]
-            chosen += sorted(mine, key=lambda group: -group.score)[:best]
+            chosen += sorted(mine, key=lambda group: group.rank, reverse=True)[:best]
     if not chosen:
         raise InputError("confirm: no setting of the study trains. Give it other learning rates.")
     settings = [{name: group.settings[name] for name in SETTING} for group in chosen]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 20.0
 NEEDED = 4  # lines of the view beside those of the runs, and one for the prompt
-STYLES = {"finished": "", "diverged": "yellow", "failed": "bold red"}
+STYLES = {"finished": "", "diverged": "yellow", "failed": "bold red", "stopped": "dim"}
 
 
 class Display:
@@ -51,7 +51,7 @@ class Display:
 
     def end(self, job: "Job", record: Record) -> None:
         """The job has ended."""
-        if record.status != "finished":  # it stopped early: count what it did as all it had to do
+        if record.status != "finished":  # it is shorter, or never made: count what it did as all it had to do
             self._costs[job.key] *= self._shares[job.key]
         self._shares[job.key] = 1.0
         self._ended[record.status] += 1
@@ -66,7 +66,9 @@ class Display:
     @property
     def text(self) -> str:
         """How many jobs have ended, and how; and the time: `5 of 60 runs (1 diverged), 8 %, 0:20, about 3:10 left`."""
-        odd = ", ".join(f"{self._ended[status]} {status}" for status in ("diverged", "failed") if self._ended[status])
+        odd = ", ".join(
+            f"{self._ended[status]} {status}" for status in ("diverged", "failed", "stopped") if self._ended[status]
+        )
         spent = time.monotonic() - self._start
         left = f", about {_clock(spent / self.share - spent)} left" if self.share > 0.02 else ""
         counts = f"{self._ended.total()} of {len(self._costs)} runs{f' ({odd})' if odd else ''}"
@@ -147,8 +149,8 @@ def show(jobs: Sequence["Job"], console: Console) -> Iterator[Display]:
 
 def outcome(record: Record) -> str:
     """What came of a run, in a line."""
-    if record.status == "failed":
-        return f"failed: {plain(record.error or 'unknown')}"
+    if record.status in ("failed", "stopped"):
+        return f"{record.status}: {plain(record.error or 'unknown')}"
     if record.status == "diverged":
         return f"diverged at step {record.diverged_at_step}"
     result = f"no {plain(record.metric)}" if record.result is None else f"{record.result:.4f}"

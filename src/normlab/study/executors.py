@@ -11,6 +11,7 @@ from .display import show
 from .interrupts import HeldCtrlC
 from .jobs import Executor, Job, JobQueue, Tell, attempt
 from .processes import ProcessExecutor, threads_of_each
+from .stopping import Rounds
 from .store import RunStore
 
 __all__ = ["EXECUTORS", "Executor", "HereExecutor", "Job", "make_executor", "run_jobs"]
@@ -45,7 +46,9 @@ def _run(job: Job, queue: JobQueue):
     return attempt(job.key, job.settings, lambda: job.run(tell))
 
 
-def run_jobs(jobs: Sequence[Job], store: RunStore, executor: Executor | int, console: Console) -> None:
+def run_jobs(
+    jobs: Sequence[Job], store: RunStore, executor: Executor | int, console: Console, rounds: Rounds | None = None
+) -> None:
     """Make the runs of `jobs` and add the record of each to `store` as it ends.
 
     An error in a run becomes a record of the status `failed`. A run whose process is killed is made again, three
@@ -56,6 +59,7 @@ def run_jobs(jobs: Sequence[Job], store: RunStore, executor: Executor | int, con
         store: of the records.
         executor: makes the runs; a number is that of processes on this machine.
         console: for the progress.
+        rounds: of the trials of the jobs, where settings that are clearly beaten are stopped.
 
     Raises:
         InputError: a record cannot be written, which ends all runs at once; or no process can be started.
@@ -64,7 +68,7 @@ def run_jobs(jobs: Sequence[Job], store: RunStore, executor: Executor | int, con
     executor = ProcessExecutor(executor) if isinstance(executor, int) else executor
     if jobs:
         with HeldCtrlC() as ctrl_c, show(jobs, console) as display:
-            executor.run(JobQueue(jobs, store, display, ctrl_c))
+            executor.run(JobQueue(jobs, store, display, ctrl_c, rounds))
 
 
 EXECUTORS = ("here", "processes", "ray", "slurm")

@@ -11,11 +11,12 @@ from ..errors import InputError, check, unknown
 from ..files import write_whole
 from .plan import PLAN, Trial
 from .record import Record
-from .statistics import CASE, compare_groups, interval_of
+from .statistics import CASE, STOPPED, compare_groups, interval_of
 from .store import RunStore, lock_folder, seal
 from .summary import Group, conditions_of, latest, show, sort_key, summarize, title_of, varying
 
 RUNS = "runs.jsonl"
+UNMADE = ("failed", "stopped")
 SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 SPECIAL |= {letter: f"\\{letter}" for letter in "&%$#_{}"} | {"<": r"\textless{}", ">": r"\textgreater{}"}
 NOTE = (
@@ -101,12 +102,13 @@ def latex_table(records: Iterable[Record]) -> str:
     ]
     metric = _escape(groups[0].metric)
     conditions = conditions_of(groups).partition(" Mean ")[0]  # what is said of deviations is of another table
+    stopped = f" {STOPPED}" if any(group.stopped for group in groups) else ""
     return "\n".join(
         [
             r"% needs \usepackage{booktabs}",
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{Validation {metric}. {NOTE} {_escape(conditions)}}}",
+            rf"\caption{{Validation {metric}. {NOTE}{stopped} {_escape(conditions)}}}",
             rf"\begin{{tabular}}{{{'l' * len(down)}{'r' * len(columns)}}}",
             r"\toprule",
             lines[0],
@@ -123,7 +125,8 @@ def latex_table(records: Iterable[Record]) -> str:
 def merge(folders: Sequence[str | Path], out: str | Path) -> list[Record]:
     """Make one store of several, such as those of the machines that shared a study. What `out` holds already stays.
 
-    A run that is in several folders comes once. A failed run gives way to one that ended. The folders stay as they are.
+    A run that is in several folders comes once. A failed run gives way to one that ended, and so does a stopped one.
+    The folders stay as they are.
     If they have one plan among them, that is the plan of the merged store too.
 
     Args:
@@ -146,9 +149,9 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> list[Record]:
         for place in dict.fromkeys([out, *places]):
             for record in latest(RunStore(place / RUNS).read()):
                 before = found.get(record.key)
-                if before is None or (before[0].status == "failed" != record.status):
+                if before is None or (before[0].status in UNMADE and record.status not in UNMADE):
                     found[record.key] = record, place
-                elif record.status != "failed" and _outcome(before[0]) != _outcome(record):
+                elif record.status not in UNMADE and _outcome(before[0]) != _outcome(record):
                     conflicts.append(_conflict(before[0], before[1], record, place))
         if conflicts:
             more = f"\n  and {len(conflicts) - 5} more" if len(conflicts) > 5 else ""
@@ -201,11 +204,12 @@ def _parquet(records: Sequence[Record]) -> bytes:
 def _cell(group: Group, best: bool, alike: bool) -> str:
     """Mean and interval, or in words why there is none; then how many runs did not finish."""
     count = len(group.records)
+    stopped = [f"stopped after {group.made}"] if group.stopped else []
     rest = [
         f"{number} of {count} {word}"
         for number, word in ((len(group.diverged_at), "diverged"), (len(group.errors), "failed"))
         if number
-    ]
+    ] + stopped
     if group.value is None:
         return _escape(", ".join(rest) or f"no {group.metric}")
     ends = interval_of(group)

@@ -1,9 +1,11 @@
 """What an executor is given: jobs, one after the other, from a queue that hears how they go and keeps the records."""
 
+import heapq
+import itertools
 import json
 import time
 import traceback
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from ..training import Callback
 from .display import Display
 from .interrupts import HeldCtrlC
 from .record import Record
+from .stopping import Rounds, Step
 from .store import RunStore
 
 TELL_SECONDS = 0.2
@@ -46,17 +49,34 @@ class JobQueue:
         store: of the records.
         display: shows how far the jobs are.
         ctrl_c: is raised by `take` and `check`.
+        rounds: says which jobs may begin, and which are never made; None where all may begin at once.
     """
 
-    def __init__(self, jobs: Sequence[Job], store: RunStore, display: Display, ctrl_c: HeldCtrlC):
-        self.store, self.display, self.ctrl_c = store, display, ctrl_c
-        self._waiting = deque(sorted(jobs, key=lambda job: -job.cost))
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        store: RunStore,
+        display: Display,
+        ctrl_c: HeldCtrlC,
+        rounds: Rounds | None = None,
+    ):
+        self.store, self.display, self.ctrl_c, self._rounds = store, display, ctrl_c, rounds
+        self._held: dict[str, Job] = {} if rounds is None else {job.key: job for job in jobs}
+        self._waiting: list[tuple[bool, float, int, Job]] = []  # those that were lost last, then the dearest first
+        self._numbers = itertools.count()
         self._losses: Counter[str] = Counter()
+        for job in jobs if rounds is None else ():
+            self._push(job)
+        if rounds is not None:
+            self._follow(rounds.first)
 
     def take(self) -> Job | None:
-        """The next job, which no longer waits; None if there is none. One that was lost may come back."""
+        """The next job, which no longer waits; None if there is none now.
+
+        Later there may be one again: a job that was lost, or one that had to wait for the end of another.
+        """
         self.ctrl_c.check()
-        return self._waiting.popleft() if self._waiting else None
+        return heapq.heappop(self._waiting)[-1] if self._waiting else None
 
     def begin(self, job: Job, where: str) -> None:
         """The job has begun, here: `process 1234`, say, or the name of a machine.
@@ -77,8 +97,9 @@ class JobQueue:
         Raises:
             InputError: the record cannot be written.
         """
-        self.store.append(record)
-        self.display.end(job, record)
+        self._keep(job, record)
+        if self._rounds is not None:
+            self._follow(self._rounds.end(record))
 
     def lose(self, job: Job, why: str) -> None:
         """The process of the job is gone: the job comes last, when there may be more memory; or has failed by now.
@@ -93,7 +114,22 @@ class JobQueue:
             self.end(job, Record(job.key, job.settings, "failed", error=error))
         else:
             self.display.lose(job, why)
-            self._waiting.append(job)
+            self._push(job, lost=True)
+
+    def _push(self, job: Job, lost: bool = False) -> None:
+        heapq.heappush(self._waiting, (lost, 0.0 if lost else -job.cost, next(self._numbers), job))
+
+    def _keep(self, job: Job, record: Record) -> None:
+        self.store.append(record)
+        self.display.end(job, record)
+
+    def _follow(self, step: Step) -> None:
+        """Let the jobs wait that may begin now, and keep the records of those that are never made."""
+        for record in step.stopped:
+            if record.key in self._held:
+                self._keep(self._held.pop(record.key), record)
+        for key in step.ready:
+            self._push(self._held.pop(key))
 
 
 class Executor(Protocol):
@@ -107,6 +143,8 @@ class Executor(Protocol):
 
     def run(self, queue: JobQueue) -> None:
         """Take jobs until there are none, and tell the queue of each that it began, and that it ended or was lost.
+
+        Where the queue has none, ask again once a run that is on the way has ended.
 
         It leaves no process behind, whatever is raised: KeyboardInterrupt, or an InputError of the store.
         """

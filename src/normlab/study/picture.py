@@ -191,6 +191,9 @@ def _draw_line(axes: Axes, line: Series, points: list[tuple[float, Group]], axis
         marker=line.marker, linestyle=line.dash, linewidth=1.5, capsize=3, elinewidth=1,
     )  # fmt: skip
     for x, group in points:
+        if group.stopped and group.value:
+            place = x, axis.share(group.value.mean)
+            axes.annotate(group.made, place, (0, 7), textcoords="offset points", ha="center", fontsize=7)
         if lost_of(group):
             axes.plot(x, -STRIP / 2, marker="x", color=line.colour, markersize=7, markeredgewidth=2)
         if 0 < lost_of(group) < len(group.records):
@@ -280,7 +283,8 @@ def _cell(group: Group) -> str:
     mean = f"{group.value.mean:#.3g}" if group.value else ""
     lost = f" ×{lost_of(group)}" if lost_of(group) else ""
     ends = "\n{:#.3g} to {:#.3g}".format(*interval) if (interval := interval_of(group)) else ""
-    return f"{mean}{lost}{ends}".strip()
+    stopped = f"\nstopped, {group.made}" if group.stopped else ""
+    return f"{mean}{lost}{ends}{stopped}".strip()
 
 
 def _draw_layers(figure: Figure, groups: Sequence[Group]) -> None:

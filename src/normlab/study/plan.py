@@ -163,6 +163,8 @@ class Plan(Shared, Several):
 
     A setting may have `seeds` of its own.
     """
+    stop_beaten: bool = False
+    """Whether a setting that another one of its norm clearly beats at three seeds or more gets no further seeds."""
 
     def trials(self) -> list[Trial]:
         """The runs, each once.
@@ -170,6 +172,7 @@ class Plan(Shared, Several):
         Raises:
             InputError: an empty list, or a value out of range.
         """
+        check(isinstance(self.stop_beaten, bool), "stop_beaten", self.stop_beaten, "True or False")
         if not self.settings:
             lists = self.norms, self.batch_sizes, self.lrs, self.seeds
             return grid(*lists, self, self.optimizers, self.schedules, self.clips)

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from ..errors import is_whole
 from .plan import Trial
 
-Status = Literal["finished", "diverged", "failed"]
+Status = Literal["finished", "diverged", "failed", "stopped"]
 
 # A line has these only where they are known; the other fields are always there.
 FIGURES = ("made_by", "steps", "seconds", "parameters", "versions", "machine", "finished_at")
@@ -19,14 +19,15 @@ def _no_curve() -> dict[str, list]:
 
 @dataclass(frozen=True)
 class Record:
-    """One run: what was run, what came of it, where and when.
+    """One run: what was run, what came of it, where and when; or why it was not made.
 
     Attributes:
         key: names the run in its store.
         settings: what was run; those of a trial are the fields of `Trial`.
-        status: `finished`; `diverged` at a training loss that is not finite; `failed` with an error.
+        status: `finished`; `diverged` at a training loss that is not finite; `failed` with an error; or `stopped`: not
+            made, since another setting beats this one clearly.
         diverged_at_step: the first step whose loss is not finite; None if there is none, or if it is not known.
-        error: what stopped a run that failed, in a line.
+        error: what stopped a run that failed, or why a run was not made, in a line.
         traceback: of that error.
         epochs: for each epoch its number (`epoch`), its `seconds`, and its figures by name in `train` and `valid`.
         curve: the training `loss`, and after which `step`.

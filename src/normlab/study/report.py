@@ -82,6 +82,7 @@ def make_html(
     """
     axis = metric_axis(groups)
     records = [record for group in groups for record in group.records]
+    stopped = [record for group in groups for record in group.stopped]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "page"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -93,7 +94,7 @@ def make_html(
         title=title,
         command=command,
         conditions=conditions_of(groups),
-        counts=", ".join(f"{count} {state}" for state, count in (counts or _counts(records)).items()),
+        counts=", ".join(f"{count} {state}" for state, count in (counts or _counts(records + stopped)).items()),
         live=bool(live),
         metric=axis.title,
         less=any(group.lower for group in groups),
@@ -110,6 +111,7 @@ def make_html(
         method=method_of(groups),
         seeds=seeds_of(groups),
         environments=sorted({_environment(record) for record in records}),
+        some_stopped=bool(stopped),
         data={**data, "live": live},
     )
 
@@ -160,14 +162,17 @@ def _page_data(groups: Sequence[Group], axis: Axis, verdicts: dict[int, Verdict]
     rows, runs = [], []
     series = series_of(groups)
     drawn, frames = {record.key for record in drawn_runs(groups)}, _frames(list(verdicts.values()))
+    places = _places(groups)
     for line in series:
         for group in line.groups:
-            for record in group.records:
+            for record in (*group.records, *group.stopped):
                 run = _run(record, len(rows), others)
                 if record.key in drawn:
                     run |= _lines(record, steps, layers, list(axes))
                 runs.append(run)
             row = _row(group, line, filters) | {"warmth": _digits(warmth(group), 3)}
+            if places:
+                row |= {"score": places[id(group)], "made": group.made}
             if id(group) in verdicts:
                 row |= {"verdict": verdicts[id(group)].words, "frame": frames.get(id(group), "")}
             rows.append(row)
@@ -200,6 +205,13 @@ def _frames(verdicts: list[Verdict]) -> dict[int, str]:
         alike = [verdict for verdict in rivals if not verdict.apart]
         frames |= {id(verdict.group): "told" if len(alike) == 1 else "alike" for verdict in alike}
     return frames
+
+
+def _places(groups: Sequence[Group]) -> dict[int, int]:
+    """Where some settings were stopped: the places of all by rank, the best highest; the page chooses by them."""
+    if not any(group.stopped for group in groups):
+        return {}
+    return {id(group): place for place, group in enumerate(sorted(reversed(groups), key=lambda group: group.rank))}
 
 
 def _value(name: str, value: Any) -> dict[str, Any]:
@@ -235,7 +247,7 @@ def _run(record: Record, group: int, others: Sequence[str]) -> dict[str, Any]:
         "key": record.key,
         "group": group,
         "seed": record.settings.get("seed", 0),
-        "status": record.status,
+        "status": f"stopped: {record.error}" if record.status == "stopped" else record.status,
         "diverged_at": record.diverged_at_step,
         "error": record.error,
         "value": _digits(record.result),

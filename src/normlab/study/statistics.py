@@ -24,6 +24,10 @@ MOST = 1_000  # seeds that are ever recommended
 # Settings that must be the same where norms are compared; in the others each norm has its best.
 CASE = (*(one.name for one in fields(Shared)), "task", "batch_size")
 
+STOPPED = (
+    "A setting was stopped once another one of its norm clearly beat it. It has fewer seeds, and is never the best."
+)
+
 BySeed = Mapping[int, float | None]
 
 
@@ -228,9 +232,10 @@ class Verdict:
         improvement: probability that a run of `against` is better than one of `group`; one half for the same group.
         needed: the fewest seeds with which so many norms can be told apart at all.
         would_tell: about how many seeds would tell these two apart, see `seeds_to_tell`; None if it is not known.
-        tried: how many settings of the norm there are at this batch size.
+        tried: how many settings of the norm there are at this batch size, with those that were stopped.
         training: how many of them train, see `Group.trains`.
         behind: whether the test's differences are to the advantage of `against`.
+        stopped: how many settings of the norm were stopped early, see `stopping`.
     """
 
     group: Group
@@ -246,6 +251,7 @@ class Verdict:
     tried: int
     training: int
     behind: bool
+    stopped: int = 0
 
     @property
     def apart(self) -> bool:
@@ -313,7 +319,8 @@ def compare_groups(groups: Sequence[Group]) -> list[Verdict]:
         norms: dict[str, list[Group]] = {}
         for group in here:
             norms.setdefault(group.settings["norm"], []).append(group)
-        verdicts += _verdicts(sorted(norms.values(), key=lambda settings: -max(one.score for one in settings)))
+        ranked = sorted(norms.values(), key=lambda settings: max(one.rank for one in settings), reverse=True)
+        verdicts += _verdicts(ranked)
     return verdicts
 
 
@@ -345,6 +352,8 @@ def method_of(groups: Sequence[Group]) -> str:
         said.append("Verdict: sign-flip test paired by seed, corrected after Holm at each batch size.")
         if any(len(here) > len(values_of(here, "norm")) for here in cases):
             said.append("Each norm is judged at its best setting. These runs chose it; other seeds are fairer.")
+    if any(group.stopped for group in groups):
+        said.append(STOPPED)
     return " ".join(said)
 
 
@@ -367,7 +376,8 @@ def _conclusion(first: Verdict, others: list[Verdict]) -> str:
         return f"{name} has the best {metric} of one seed, {mean}. That ranks nothing."
     sure = f" ({' to '.join(ends)})" if ends else ""
     if not others:
-        return f"{name} alone, {metric} {mean}{sure} at its best setting."
+        stopped = f" {first.stopped} of {first.tried} settings were stopped, clearly beaten." if first.stopped else ""
+        return f"{name} alone, {metric} {mean}{sure} at its best setting.{stopped}"
     parts = [f"{name} has the best {metric}, {mean}{sure}."]
     worse = [_by(one, group.value.mean) for one in others if one.worse]
     better = [_name(one.group) for one in others if one.apart and not one.behind]
@@ -388,6 +398,9 @@ def _conclusion(first: Verdict, others: list[Verdict]) -> str:
     if max(one.tried for one in (first, *others)) > 1:
         shares = [f"{_name(one.group)} {one.training} of {one.tried}" for one in (first, *others)]
         parts.append(f"Settings that train: {', '.join(shares)}.")
+    if any(one.stopped for one in (first, *others)):
+        shares = [f"{_name(one.group)} {one.stopped} of {one.tried}" for one in (first, *others)]
+        parts.append(f"Settings that were stopped, clearly beaten: {', '.join(shares)}.")
     return " ".join(parts)
 
 
@@ -402,8 +415,8 @@ def _name(group: Group) -> str:
 
 def _verdicts(norms: list[list[Group]]) -> list[Verdict]:
     """Of norms with all their settings, the best norm first."""
-    leaders = [max(settings, key=lambda group: group.score) for settings in norms]
-    worst, runs = _worst(leaders), [outcomes_of(one) for one in leaders]
+    leaders = [max(settings, key=lambda group: group.rank) for settings in norms]
+    worst, runs = worst_of(leaders), [outcomes_of(one) for one in leaders]
     pairs = list(itertools.combinations(range(len(leaders)), 2))
     found = {(i, j): paired_test(runs[i], runs[j], worst) for i, j in pairs}
     known = {pair: p for pair, p in found.items() if p is not None}
@@ -425,12 +438,13 @@ def _verdicts(norms: list[list[Group]]) -> list[Verdict]:
             tried=len(norms[place]),
             training=sum(one.trains for one in norms[place]),
             behind=bool(better.sum() > 0),
+            stopped=sum(bool(one.stopped) for one in norms[place]),
         )
         verdicts.append(verdict)
     return verdicts
 
 
-def _worst(groups: Sequence[Group]) -> float:
+def worst_of(groups: Sequence[Group]) -> float:
     """What a run that diverged counts as, see `compare_groups`."""
     if groups[0].metric in UP_TO_ONE and not groups[0].lower:
         return 0.0

@@ -14,9 +14,16 @@ from .plan import Trial
 from .record import Record, Start
 from .store import RunStore, driver
 
-State = Literal["waiting", "running", "interrupted", "finished", "diverged", "failed"]
-STYLES = {"running": "cyan", "finished": "green", "diverged": "yellow", "failed": "red", "interrupted": "magenta"}
-STATES: tuple[State, ...] = ("finished", "diverged", "failed", "running", "interrupted", "waiting")
+State = Literal["waiting", "running", "interrupted", "finished", "diverged", "failed", "stopped"]
+STYLES = {
+    "running": "cyan",
+    "finished": "green",
+    "diverged": "yellow",
+    "failed": "red",
+    "interrupted": "magenta",
+    "stopped": "dim",
+}
+STATES: tuple[State, ...] = ("finished", "diverged", "stopped", "failed", "running", "interrupted", "waiting")
 SHOWN = 20  # runs of a state in the table
 
 
@@ -30,7 +37,7 @@ class RunState:
         failures: how often it failed.
         where: the run is made, or was begun; empty if it waits.
         since: when it was begun or ended, as ISO 8601 writes it; empty if it waits.
-        error: of its last failure; empty if it never failed.
+        error: of its last failure, or why it was stopped; empty if neither was.
     """
 
     trial: Trial
@@ -63,8 +70,8 @@ class Status:
 
     @property
     def done(self) -> bool:
-        """Whether each planned run finished or diverged."""
-        return all(run.state in ("finished", "diverged") for run in self.runs)
+        """Whether each planned run finished, diverged or was stopped."""
+        return all(run.state in ("finished", "diverged", "stopped") for run in self.runs)
 
     def __rich__(self) -> Group:
         """The counts, and of each state that wants a look its runs."""
@@ -82,13 +89,22 @@ class Status:
             parts += [Text(), table]
             if len(wanted) > SHOWN:
                 parts.append(Text(f"and {len(wanted) - SHOWN} more"))
+        beaten = Counter((_setting(run.trial), run.error) for run in self.runs if run.state == "stopped")
+        if beaten:
+            table = Table("stopped", "runs", "why", box=None, pad_edge=False)
+            for (setting, why), count in beaten.most_common(SHOWN):
+                table.add_row(Text(setting), str(count), Text(why))
+            parts += [Text(), table]
+            if len(beaten) > SHOWN:
+                parts.append(Text(f"and {len(beaten) - SHOWN} more"))
         if self.others:
             parts.append(Text(f"{self.others} more runs in the folder are not of this plan."))
         return Group(*parts)
 
     def _headline(self) -> str:
         ended = sum(run.state in ("finished", "diverged") for run in self.runs)
-        text = f"{ended} of {len(self.runs)} runs have ended"
+        stopped = self.counts.get("stopped")
+        text = f"{ended} of {len(self.runs)} runs have ended" + (f", {stopped} are not made" if stopped else "")
         if self.driver:
             who = f"process {self.driver.process} on {self.driver.host}"
             return f"{text}; {who} runs the study since {self.driver.started}."
@@ -131,6 +147,7 @@ def _state(trial: Trial, entries: Iterable[Record | Start], runner: Start | None
     if last is None:
         return RunState(trial, "waiting")
     if isinstance(last, Record):
+        error = last.error or "" if last.status == "stopped" else error
         return RunState(trial, last.status, failures, last.machine.get("cpu", ""), last.finished_at or "", error)
     same = runner is not None and (last.host, last.process) == (runner.host, runner.process)
     where = ", ".join(part for part in (last.where, f"process {last.process} on {last.host}") if part)
@@ -138,4 +155,8 @@ def _state(trial: Trial, entries: Iterable[Record | Start], runner: Start | None
 
 
 def _label(trial: Trial) -> str:
-    return f"{trial.norm} batch {trial.batch_size} lr {trial.lr:g} seed {trial.seed}"
+    return f"{_setting(trial)} seed {trial.seed}"
+
+
+def _setting(trial: Trial) -> str:
+    return f"{trial.norm} batch {trial.batch_size} lr {trial.lr:g}"

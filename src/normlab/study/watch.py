@@ -2,6 +2,7 @@
 
 import shlex
 from contextlib import suppress
+from functools import partial
 from html import escape
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,7 @@ from .plan import PLAN, Plan
 from .report import make_html
 from .results import complete_groups
 from .status import status
+from .stopping import counts
 from .store import RunStore, driver
 
 HOST = "127.0.0.1"
@@ -84,15 +86,17 @@ class Server(ThreadingHTTPServer):
             return state, self._page
 
     def _make(self, state: str) -> bytes:
-        records, counts = self._store.outcomes(), None
+        records, states = self._store.outcomes(), None
         if self._plan.exists():
-            trials = Plan.read(self._plan).trials()
-            keys = {trial.key for trial in trials}
-            records, counts = [one for one in records if one.key in keys], status(self._folder, trials).counts
+            plan = Plan.read(self._plan)
+            trials = plan.trials()
+            keys, wanted = {trial.key for trial in trials}, partial(counts, plan)
+            records = [one for one in records if one.key in keys and wanted(one)]
+            states = status(self._folder, trials, wanted).counts
         if not records:
             return WAITING.encode()
         groups = complete_groups(self._store, records)
-        return make_html(groups, "Norms compared", self._command, counts=counts, live=state).encode(errors="replace")
+        return make_html(groups, "Norms compared", self._command, counts=states, live=state).encode(errors="replace")
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -59,6 +59,9 @@
         (group) => [
           group.value === null ? "×" : round(group.value, 3),
           ...(group.interval ? [small(between(group, 3))] : []),
+          {% if some_stopped %}
+          ...(group.made ? [small(`stopped, ${group.made}`)] : []),
+          {% endif %}
           ...(lost(group) && group.value !== null ? [small(`${lost(group)} of ${group.seeds.length} ×`)] : [])]);
       return html("figure", {}, html("figcaption", {}, swatch(own[0]), cut(series, 60)), html("div", { class: "wide" }, table));
     }));
