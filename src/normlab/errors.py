@@ -34,7 +34,8 @@ def check_no_class(argument: str, value: object, arguments: str = "") -> None:
 
 def is_whole(value: object, least: int = 0) -> bool:
     """Whether it is a whole number, at least so large; True and False are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+    whole = type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+    return whole and int(value) >= least  # pyright: ignore[reportArgumentType]
 
 
 def is_real(value: object) -> TypeGuard[float]:

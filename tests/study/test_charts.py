@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 
 from normlab.colours import COLOURS
@@ -7,6 +8,7 @@ from normlab.errors import InputError
 from normlab.nn import NORMS
 from normlab.study.charts import (
     cut,
+    drawn_runs,
     layer_axes,
     layers_of,
     loss_axis,
@@ -118,6 +120,22 @@ def test_losses_that_run_away_do_not_flatten_the_others():
     negative = record(0.9)
     negative.curve["loss"][:] = [-float(step) for step in range(100)]
     assert loss_axis(summarize([negative])).kind == "linear"
+
+
+def test_of_too_many_runs_those_of_the_best_settings_are_drawn():
+    runs = [record(0.9 - lr, lr=lr, seed=seed) for lr in (0.1, 0.2) for seed in range(600)]
+    drawn = drawn_runs(summarize(runs))
+    assert {(run.settings["lr"], run.settings["seed"]) for run in drawn} == {(0.1, seed) for seed in range(500)}
+    runs[-1].curve["loss"][0] = 1e-5
+    assert loss_axis(summarize(runs)).low > 0.01, "the axis is that of the runs drawn"
+    assert drawn_runs(summarize(runs[:1000])) == runs[:1000]
+
+
+@pytest.mark.parametrize("values", [(0.3, 0.6), (0.1, 0.98)])
+def test_many_values_are_as_high_as_each(values):
+    axis = metric_axis(summarize([record(values[0]), record(values[1], norm="batch")]))
+    some = [-1.0, *values, 0.5, 2.0]
+    assert axis.shares(np.array(some)).tolist() == pytest.approx([axis.share(one) for one in some])
 
 
 def test_less_is_warmer_where_less_is_better():

@@ -31,7 +31,8 @@ NEAR_ONE = 0.8  # from here a metric up to one has an axis of errors
 LOG_FROM = 30  # the largest value is so many times the smallest where an axis is logarithmic
 LARGEST = 1e300  # no axis ends beyond
 LABELS = 8  # of an axis, at about the most
-MOST_LINES = 1000  # runs whose losses and layers are drawn; a browser takes seconds for more
+MOST_LINES = 1000  # runs whose losses and layers are all drawn; a browser takes seconds for more
+BEST_LINES = 500  # runs of the best settings that are drawn in place of more
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ class Axis:
     def share(self, value: float) -> float:
         """How high `value` is: 0 at `low` and below, 1 at `high` and above."""
         low, high, x = (self._drawn(one) for one in (self.low, self.high, min(max(value, self.low), self.high)))
+        return (x - low) / (high - low)
+
+    def shares(self, values: np.ndarray) -> np.ndarray:
+        """How high each of some values is."""
+        scale = {"linear": np.asarray, "log": np.log, "error": lambda x: -np.log(1 - x)}[self.kind]
+        low, high, x = (scale(one) for one in (self.low, self.high, np.clip(values, self.low, self.high)))
         return (x - low) / (high - low)
 
     def _drawn(self, value: float) -> float:
@@ -161,7 +168,7 @@ def drawn_runs(groups: Sequence[Group]) -> list[Record]:
         return [record for group in groups for record in group.records]
     sizes = values_of(groups, "batch_size")
     leaders = [group for line in series_of(groups) for size in sizes if (group := line.best(size))]
-    each = max(1, MOST_LINES // len(leaders))
+    each = max(1, BEST_LINES // len(leaders))
     return [record for group in leaders for record in group.records[:each]]
 
 

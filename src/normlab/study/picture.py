@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
@@ -25,6 +27,7 @@ from .charts import (
     Axis,
     Series,
     cut,
+    drawn_runs,
     layer_axes,
     layers_of,
     loss_axis,
@@ -46,6 +49,7 @@ SETTINGS: dict[Any, Any] = {
 }
 MOST = 50  # curves of a setting; more cannot be told apart
 MOST_SAID = 8  # batch sizes of which the caption says what is told apart
+DPI = 130
 WIDTH = 7.0  # inches, of a page's two columns
 
 
@@ -125,18 +129,20 @@ def write_figures(records: Iterable[Record], folder: str | Path, formats: Sequen
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as its name ends: png, svg or pdf. A PNG has 256 colours, which makes a third of the bytes."""
-    kind = path.suffix.removeprefix(".") if path.suffix.removeprefix(".") in FORMATS else "png"
-    full = io.BytesIO()
+    kind = path.suffix.removeprefix(".")
+    content = io.BytesIO()
     with _settings():
-        # No date: the same figure is the same file.
-        figure.savefig(
-            full, format=kind, dpi=130, metadata={"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
-        )
-    if kind == "png":
-        small = io.BytesIO()
-        Image.open(full).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
-        full = small
-    write_whole(path, full.getvalue())
+        if kind in ("svg", "pdf"):
+            # No date: the same figure is the same file.
+            metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+            figure.savefig(content, format=kind, dpi=DPI, metadata=metadata)
+        else:
+            figure.set_dpi(DPI)
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            full = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+            full.quantize(256, dither=Image.Dither.NONE).save(content, "PNG", optimize=True)
+    write_whole(path, content.getvalue())
 
 
 @contextmanager
@@ -213,6 +219,7 @@ def _columns(groups: Sequence[Group], width: float) -> int:
 
 def _draw_curves(figure: Figure | SubFigure, groups: Sequence[Group], apart: bool = True) -> None:
     axis, series, sizes = loss_axis(groups), series_of(groups, apart), values_of(groups, "batch_size")
+    drawn = {record.key for record in drawn_runs(groups)}
     columns = _columns(groups, figure.get_figure(root=True).get_figwidth())
     panels = figure.subplots(math.ceil(len(sizes) / columns), columns, sharey=True, squeeze=False)
     for axes, size in itertools.zip_longest(panels.flat, sizes):
@@ -222,7 +229,7 @@ def _draw_curves(figure: Figure | SubFigure, groups: Sequence[Group], apart: boo
         for line in series:
             group = line.best(size)
             if group:
-                _draw_losses(axes, line, group, axis)
+                _draw_losses(axes, line, group, axis, drawn)
         axes.set_title(f"batch size {size}", fontsize="medium")
         axes.autoscale_view()
         _set_axis(axes, axis)
@@ -233,16 +240,21 @@ def _draw_curves(figure: Figure | SubFigure, groups: Sequence[Group], apart: boo
         _legend(figure, series)
 
 
-def _draw_losses(axes: Axes, line: Series, group: Group, axis: Axis) -> None:
-    curves = {
-        record.key: [(x, axis.share(y)) for x, y in record.losses if is_number(y)] for record in group.records[:MOST]
-    }
+def _draw_losses(axes: Axes, line: Series, group: Group, axis: Axis, drawn: set[str]) -> None:
+    curves = {record.key: _curve(record, axis) for record in group.records[:MOST] if record.key in drawn}
     style: dict[str, Any] = {"color": line.colour, "linestyle": line.dash, "linewidth": 1.1, "alpha": 0.8}
-    axes.add_collection(LineCollection([curve for curve in curves.values() if curve], **style))
-    for record in group.records[:MOST]:
-        if record.status == "diverged" and curves[record.key]:
-            end = curves[record.key][-1]
-            axes.plot(*end, marker="x", color=line.colour, markersize=7, markeredgewidth=2, clip_on=False)
+    axes.add_collection(LineCollection([curve for curve in curves.values() if len(curve)], **style))
+    lost = {record.key for record in group.records if record.status == "diverged"}
+    for key, curve in curves.items():
+        if key in lost and len(curve):
+            axes.plot(*curve[-1], marker="x", color=line.colour, markersize=7, markeredgewidth=2, clip_on=False)
+
+
+def _curve(record: Record, axis: Axis) -> np.ndarray:
+    """The points of the training loss, those that are not finite left out."""
+    losses = np.array(record.curve["loss"], dtype=float)
+    points = np.column_stack([record.curve["step"], axis.shares(losses)])
+    return points[np.isfinite(losses)]
 
 
 def _rates_height(groups: Sequence[Group]) -> float:

@@ -92,7 +92,7 @@ class Record:
 
     def final(self, measure: str) -> float | None:
         """A measure of the last epoch on the validation images, such as `accuracy`; None unless the run finished."""
-        return self.by_epoch(measure)[-1] if self.status == "finished" and self.epochs else None
+        return _taken(self.epochs[-1], measure) if self.status == "finished" and self.epochs else None
 
     @property
     def metric(self) -> str:
@@ -106,7 +106,7 @@ class Record:
 
     def by_epoch(self, measure: str) -> list[float | None]:
         """A measure of each epoch on the validation images; None where it was not taken."""
-        return [(epoch.get("valid") or {}).get(measure) for epoch in self.epochs]
+        return [_taken(epoch, measure) for epoch in self.epochs]
 
     @property
     def losses(self) -> list[tuple[int, float | None]]:
@@ -150,6 +150,10 @@ NAMES = tuple(one.name for one in fields(Record) if one.name != "more")
 STATUSES = get_args(Status)
 NUMBERS = {int, float, type(None)}
 BOUND = 1e150  # of what is kept of numbers: the sum of their squares is finite
+
+
+def _taken(epoch: Mapping[str, Any], measure: str) -> float | None:
+    return (epoch.get("valid") or {}).get(measure)
 
 
 def _is_text(value: Any) -> bool:

@@ -86,8 +86,9 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
         means = counts @ z / n
         errors = np.sqrt(np.maximum(counts @ z**2 / n - means**2, 0) / (n - 1))
         moved = means / np.maximum(errors, 1e-9)  # a resample of one value alone has no error
-        low = min(max(_quantile(moved, weights, (1 - LEVEL) / 2), -WIDEST * student), -student / WIDEST)
-        high = max(min(_quantile(moved, weights, (1 + LEVEL) / 2), WIDEST * student), student / WIDEST)
+        low, high = _quantiles(moved, weights, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+        low = min(max(low, -WIDEST * student), -student / WIDEST)
+        high = max(min(high, WIDEST * student), student / WIDEST)
     error = deviation / math.sqrt(n)
     return float(mean - high * error), float(mean - low * error)
 
@@ -138,8 +139,12 @@ def paired_test(first: BySeed, second: BySeed, worst: float) -> float | None:
         0.03125
     """
     apart = _apart(first, second, worst)
-    if not len(apart):
-        return None
+    return _sign_flip(tuple(apart.tolist())) if len(apart) else None
+
+
+@functools.lru_cache(maxsize=10_000)  # table, picture and page ask for the same
+def _sign_flip(differences: tuple[float, ...]) -> float:
+    apart = np.array(differences)
     sums = np.abs(_signs(len(apart)) @ apart)
     return float((sums >= abs(apart.sum()) - 1e-12 * np.abs(apart).sum()).mean())
 
@@ -492,7 +497,12 @@ def _resamples(n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(rows, dtype=float), np.array(ways) / n**n
 
 
-def _quantile(values: np.ndarray, weights: np.ndarray, share: float) -> float:
+def _quantiles(values: np.ndarray, weights: np.ndarray, shares: Sequence[float]) -> list[float]:
+    """The least values that so large a share of the weights reaches up to."""
+    if weights[0] == 1 / len(weights):  # drawn: all weigh the same, so that no sorting is needed
+        places = [math.ceil(share * len(values) - 1e-9) - 1 for share in shares]
+        return np.partition(values, places)[places].tolist()
     order = np.argsort(values)
     reached = np.cumsum(weights[order])
-    return float(values[order][min(int((reached < share - 1e-12).sum()), len(values) - 1)])
+    places = [min(int((reached < share - 1e-12).sum()), len(values) - 1) for share in shares]
+    return values[order][places].tolist()

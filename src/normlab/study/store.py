@@ -32,6 +32,7 @@ SEALED = re.compile(rb', "checksum": "[0-9a-f]{8}"\}')
 SEAL_LENGTH = len(SEAL % 0)
 EPOCHS, CURVE = b', "epochs": [', b', "curve": {'
 KEY = re.compile(rb'\{"format": \d+, "key": ("(?:[^"\\]|\\.)*")')  # as a line begins
+BEGUN = re.compile(KEY.pattern + rb', "host": ')  # that of a start
 # Control characters, which move a terminal's cursor, and halves of characters, which cannot be written.
 HARMFUL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -171,7 +172,8 @@ class RunStore:
         Raises:
             InputError: the file holds something else.
         """
-        return [one for one in self._lines.read(_entry, before=CURVE) if isinstance(one, Record)]
+        entries = self._lines.read(_entry, before=CURVE, wanted=lambda line: not BEGUN.match(line))
+        return [one for one in entries if isinstance(one, Record)]
 
     def complete(self, outcomes: Iterable[Record]) -> list[Record]:
         """The same records with the curve and what a study adds, in the order written.

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from operator import attrgetter
 from typing import Any, TypeGuard
 
@@ -86,7 +87,7 @@ class Group:
         """Whether the mean is one half or more, of a metric of `UP_TO_ONE`; of others, whether there is a mean."""
         return self.value is not None and (self.metric not in UP_TO_ONE or self.value.mean >= TRAINS_FROM)
 
-    @property
+    @cached_property
     def score(self) -> float:
         """For ranking only, more is better: the mean, and worse for a share that diverged. Failed runs do not count."""
         if self.value is None:
