@@ -68,5 +68,5 @@ def outcomes(folder: Path) -> dict[str, tuple[str, str | None]]:
 
 
 if __name__ == "__main__":
-    SECONDS = 0.1
+    SECONDS = 0.2
     make(Path(sys.argv[1]), ProcessExecutor(2, threads=1))

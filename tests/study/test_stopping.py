@@ -246,7 +246,7 @@ class TestExecutors:
     @pytest.mark.skipif(sys.platform == "win32", reason="signals")
     def test_killed_and_gone_on_with(self, undisturbed, tmp_path):
         store = RunStore(tmp_path / "runs.jsonl")
-        for ended in (4, 20):
+        for ended in (4, 12):
             driver = subprocess.Popen([sys.executable, str(Path(__file__).with_name("beaten_runs.py")), str(tmp_path)])
             deadline = time.monotonic() + 120
             while len(store.read()) < ended and driver.poll() is None:

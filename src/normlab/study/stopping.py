@@ -117,8 +117,10 @@ class _Family:
         for trial in trials:
             rounds.setdefault(trial.seed, []).append(trial)
         self._rounds = deque(rounds.values())
-        self._passed: list[Trial] = []  # of the seeds until now
-        self._found = {trial.key: found[trial.key] for trial in trials if trial.key in found}
+        keys = [trial.key for trial in trials]
+        self._found = {key: found[key] for key in keys if key in found}
+        self._last: list[str] = []  # runs of this seed
+        self._seen: list[Record] = []  # of the seeds before
         self._open: set[str] = set()  # runs of this seed that have not ended
         self._beaten: dict[Trial, str] = {}  # a setting, with seed 0, and why
 
@@ -130,34 +132,34 @@ class _Family:
         """The runs that may begin now; and those that are stopped, each with the reason."""
         ready, stopped = [], []
         while self._rounds and not self._open:
+            self._seen += [self._found[key] for key in self._last if key in self._found]
             self._look()
-            for trial in self._rounds.popleft():
-                self._passed.append(trial)
-                why = self._beaten.get(replace(trial, seed=0))
-                if trial.key in self._found:
+            trials = {trial.key: trial for trial in self._rounds.popleft()}
+            self._last = list(trials)
+            for key, trial in trials.items():
+                if key in self._found:
                     continue
-                if why:
+                if why := self._beaten.get(replace(trial, seed=0)):
                     stopped.append((trial, why))
                 else:
                     ready.append(trial)
-                    self._open.add(trial.key)
+                    self._open.add(key)
         return ready, stopped
 
     def _look(self) -> None:
         """Find the settings that are beaten by one that is not."""
-        records = [self._found[trial.key] for trial in self._passed if trial.key in self._found]
-        groups = {_setting(group): group for group in summarize(records)} if records else {}
-        if len(groups) < 2:
+        if len(self._seen) < 2 * FEWEST:
             return
+        groups = {_setting(group): group for group in summarize(self._seen)}
         outcomes = {setting: outcomes_of(group) for setting, group in groups.items()}
         worst, names = worst_of(list(groups.values())), varying(groups.values())
-        for setting in groups:
+        for setting in [one for one in groups if one not in self._beaten]:
             winners = [
                 other
                 for other, rival in groups.items()
                 if other not in self._beaten and beats(outcomes[other], outcomes[setting], worst, rival.lower)
             ]
-            if winners and setting not in self._beaten:
+            if winners:
                 winner = max(winners, key=lambda other: groups[other].score)
                 seeds = len(outcomes[winner].keys() & outcomes[setting].keys())
                 words = " ".join(f"{name} {show(name, groups[winner].settings[name])}" for name in names)
