@@ -1,6 +1,7 @@
 """Intervals, paired tests and verdicts: against scipy's, and against simulations whose truth is known."""
 
 import itertools
+import json
 import math
 from dataclasses import replace
 
@@ -271,10 +272,34 @@ def test_a_norm_alone_has_no_rank():
     assert conclusions(study(running=[0.9, 0.92, 0.91])) == [
         "batch 2: running alone, accuracy 0.9100 (0.8852 to 0.9348) at its best setting."
     ]
-    assert method_of(study(running=[0.9, 0.92])) == (
-        "Interval of the mean in 95 of 100 studies: studentised bootstrap over seeds."
-    )
     assert method_of(study(running=[0.9], batch=[0.8])) == ""
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ((2, 3), "Student's, over seeds."),
+        ((4, 6), "studentised bootstrap over seeds."),
+        ((3, 4), "studentised bootstrap over seeds; Student's below 4 seeds."),
+        ((1, 4), "studentised bootstrap over seeds."),
+    ],
+)
+def test_the_interval_that_is_named_is_the_one_that_was_made(counts, said):
+    groups = study(**{f"norm_{place}": [0.9 + 0.01 * n for n in range(count)] for place, count in enumerate(counts)})
+    assert method_of(groups).partition(" Verdict")[0] == f"Interval of the mean in 95 of 100 studies: {said}"
+
+
+def test_only_runs_that_finished_are_in_an_interval():
+    assert "Student's, over seeds." in method_of(study(running=[0.9, 0.91, 0.92, None, None]))
+    assert "Interval" not in method_of(study(running=[0.9, None], batch=[0.8, None]))
+
+
+@pytest.mark.parametrize("name", ["a, b", "a 50 %", 'a", "b', "a by 0.1, c", "a. Worse: b"])
+def test_names_in_a_list_cannot_be_taken_for_several(name):
+    values = {"running": [0.9, 0.91, 0.92, 0.9, 0.91, 0.93], name: [0.1] * 6}
+    (line,) = conclusions(study(**values))
+    assert f"Worse: {json.dumps(name)} by 0.8117." in line
+    assert json.dumps(name) in conclusions(study(**{name: [0.9, 0.8], "running": [0.9, 0.7]}))[0]
 
 
 def test_a_norm_whose_runs_all_diverge_is_worse():

@@ -82,9 +82,7 @@ def test_the_caption_says_what_interval_and_verdict_are():
     def caption(records):
         return " ".join(plain(text_of(terminal_table(records))).split())
 
-    assert "Mean ± sample standard deviation. Interval of the mean in 95 of 100 studies: studentised" in caption(
-        study()
-    )
+    assert "Mean ± sample standard deviation. Interval of the mean in 95 of 100 studies: Student's" in caption(study())
     assert "Each norm is judged at its best setting. These runs chose it" in caption(study())
     one_rate = [run for run in study() if run.settings["lr"] == 0.1]
     assert "sign-flip test paired by seed, corrected after Holm" in caption(one_rate)

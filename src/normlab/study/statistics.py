@@ -2,7 +2,9 @@
 
 import functools
 import itertools
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -19,6 +21,7 @@ SIGNS = 16  # seeds whose choices of signs are all taken
 FEWEST = 4  # values for which a bootstrap says something
 WIDEST = 2  # its ends, at most so many times as far from the mean as Student's, and at least one part in as many
 POWER = 0.8
+PLAIN = re.compile(r"[\w.:/+-]+")  # names that a list can hold as they are
 MOST = 1_000  # seeds that are ever recommended
 
 # Settings that must be the same where norms are compared; in the others each norm has its best.
@@ -352,7 +355,11 @@ def method_of(groups: Sequence[Group]) -> str:
     if all(len(group.by_seed) < 2 for group in groups):
         return ""
     cases = _cases(groups)
-    said = ["Interval of the mean in 95 of 100 studies: studentised bootstrap over seeds."]
+    counts = {sum(is_number(value) for value in group.by_seed.values()) for group in groups}
+    few, many = any(2 <= count < FEWEST for count in counts), max(counts) >= FEWEST
+    way = "studentised bootstrap over seeds" if many else "Student's, over seeds"
+    also = f"; Student's below {FEWEST} seeds" if few and many else ""
+    said = [f"Interval of the mean in 95 of 100 studies: {way}{also}."] if few or many else []
     if any(len(values_of(here, "norm")) > 1 for here in cases):
         said.append("Verdict: sign-flip test paired by seed, corrected after Holm at each batch size.")
         if any(len(here) > len(values_of(here, "norm")) for here in cases):
@@ -415,7 +422,9 @@ def _by(verdict: Verdict, best: float) -> str:
 
 
 def _name(group: Group) -> str:
-    return show("norm", group.settings["norm"])
+    """The name of the norm, in quotes if a sentence would not show where it ends."""
+    name = show("norm", group.settings["norm"])
+    return name if PLAIN.fullmatch(name) else json.dumps(name, ensure_ascii=False)
 
 
 def _verdicts(norms: list[list[Group]]) -> list[Verdict]:
