@@ -1,6 +1,7 @@
 """Runs on a Ray cluster of two nodes, and in local jobs of submitit: the same results; what is lost is made again."""
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -38,7 +39,10 @@ def ray_cluster():
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    # Ray asks a node five times whether it lives before it takes it for lost: every second, and not every three.
+    quick = {"health_check_period_ms": 1000}
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": quick}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=1)
     yield cluster
     cluster.shutdown()
@@ -100,6 +104,30 @@ def test_local_jobs_of_submitit_stop_the_settings_that_one_process_stops(tmp_pat
     make(tmp_path / "slurm", SlurmExecutor(tmp_path / "jobs", workers=2, cluster="local"), few)
     assert [status for status, _ in outcomes(tmp_path / "here").values()].count("stopped") == 1
     assert outcomes(tmp_path / "slurm") == outcomes(tmp_path / "here")
+
+
+def test_a_cluster_of_this_machine_alone_writes_nothing_into_the_home_folder(tmp_path):
+    pytest.importorskip("ray")
+    code = """if True:
+        import sys
+        from functools import partial
+        from pathlib import Path
+        from rich.console import Console
+        from jobs_to_lose import leave_mark
+        from normlab.study.clusters import RayExecutor
+        from normlab.study.executors import Job, run_jobs
+        from normlab.study.store import RunStore
+
+        job = Job("0", "a run", 1.0, partial(leave_mark, Path(sys.argv[1]), 0), {})
+        run_jobs([job], RunStore(Path(sys.argv[1], "runs.jsonl")), RayExecutor(workers=1), Console())
+    """
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(home), "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=True, timeout=120)
+    assert [record.status for record in RunStore(tmp_path / "runs.jsonl").read()] == ["finished"]
+    assert list(home.iterdir()) == []
 
 
 def test_a_ray_cluster_that_does_not_answer_is_named(tmp_path):

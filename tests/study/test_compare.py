@@ -13,21 +13,26 @@ from rich.console import Console
 
 from normlab.errors import InputError
 from normlab.study.compare import compare
+from normlab.study.executors import HereExecutor
 from normlab.study.plan import Trial, grid
+from normlab.study.processes import threads_of_each
+from normlab.study.record import Start
 from normlab.study.store import RunStore, lock_folder
 
 BASE = Trial(images=600)
 
 
-def run(trials, folder, **options):
+def run(trials, folder, workers=None, **options):
+    """In this process, by default, which needs no other to start; with the threads of one of two."""
     console = Console(file=StringIO(), width=140)
-    records = compare(trials, folder, console=console, workers=2, **options)
+    executor = workers or HereExecutor(threads_of_each(2))
+    records = compare(trials, folder, console=console, workers=executor, **options)
     return records, console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_a_comparison_writes_its_runs_a_picture_and_a_page(tmp_path):
     trials = grid(["batch", "running"], [20, 50], [0.1], [0], BASE)
-    records, shown = run(trials, tmp_path, command="normlab compare")
+    records, shown = run(trials, tmp_path, workers=2, command="normlab compare")
     assert {record.key for record in records} == {trial.key for trial in trials}
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report.html").read_text()
@@ -104,7 +109,9 @@ def test_ctrl_c_keeps_what_is_done_and_shows_the_partial_table(tmp_path):
     trial = Trial(norm="batch", batch_size=512, lr=0.01, epochs=5)
     earlier, _ = run([Trial(images=512, batch_size=512)], tmp_path / "small")
     done.append(replace(earlier[0], key=trial.key, settings=trial.to_dict()))
-    time.sleep(12)
+    deadline = time.monotonic() + 60
+    while sum(isinstance(one, Start) for one in done.heads()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     try:
         out, err = process.communicate(timeout=30)

@@ -3,6 +3,7 @@
 import importlib
 import os
 import pickle
+import secrets
 import socket
 import sys
 import time
@@ -72,14 +73,23 @@ class RayExecutor:
 
     def _connect(self, ray: Any) -> None:
         environment = None if self.working_dir is None else {"working_dir": str(self.working_dir)}
-        host, _, port = (self.address or "").rpartition(":")
+        address = self.address or os.environ.get("RAY_ADDRESS") or "local"
+        host, _, port = address.rpartition(":")
+        if address == "local" and not (Path.home() / ".ray" / "auth_token").exists():
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray would write one into that file
         try:
             if port.isdecimal() and "/" not in host:  # Ray itself would wait for minutes
                 socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
-            ray.init(self.address, log_to_driver=False, logging_level="error", runtime_env=environment)
+            ray.init(
+                address,
+                include_dashboard=False,  # nobody looks at it, and Ray waits a second for its end
+                log_to_driver=False,
+                logging_level="error",
+                runtime_env=environment,
+            )
         except (OSError, ValueError, RuntimeError) as error:
             message = str(error).strip().partition("\n")[0]
-            raise InputError(f"address={self.address!r}: no Ray cluster answers. {message}") from error
+            raise InputError(f"address={address!r}: no Ray cluster answers. {message}") from error
 
     def _run(self, ray: Any, queue: JobQueue) -> None:
         folder = None if self.working_dir else os.getcwd()
