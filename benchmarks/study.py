@@ -1,10 +1,11 @@
 """What a study costs beside its runs, and what a second process gains.
 
-    python benchmarks/study.py [--runs 24] [--out benchmarks/results/study.json]
+    python benchmarks/study.py [--runs 60] [--out benchmarks/results/study.json]
 
 The same runs are made in one process and in two, each with one thread, in turn. `speed-up` is the ratio of the two
-durations, the start of the processes included. The overhead is measured on runs that do nothing, so many that the start
-does not count: what each adds to the study, with the two lines of the store. Run it on an idle machine of two cores.
+durations, the start of the processes included. That takes four seconds, most of them torch's, so a study of half a
+minute gains less. The overhead is measured on runs that do nothing, so many that the start does not count: what each
+adds to the study, with the two lines of the store. Run it on an idle machine of two cores.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def nothing(number: int, tell: object) -> Record:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=24)
+    parser.add_argument("--runs", type=int, default=60)
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
     load = os.getloadavg()[0]

@@ -18,6 +18,13 @@ def test_the_best_setting_of_each_norm_and_batch_size_that_trains():
     assert len(confirm(PLAN, study(), seeds=[3], best=2).settings) == 5  # running at 2 and 1.0 diverges
 
 
+def test_by_default_there_are_new_seeds_enough_to_tell_the_norms_apart():
+    assert confirm(PLAN, study()).seeds == [3, 4, 5, 6, 7, 8]  # two norms at batch 32
+    third = [record(0.9, norm="group", batch_size=32, lr=0.1, seed=seed) for seed in range(3)]
+    plan = Plan(norms=["batch", "running", "group"], batch_sizes=[2, 32], lrs=[0.1, 1.0], seeds=[0, 1, 2])
+    assert len(confirm(plan, [*study(), *third]).seeds) == 7
+
+
 def test_runs_that_are_not_of_the_plan_do_not_choose():
     other = record(0.999, norm="batch", batch_size=32, lr=3.0)
     assert confirm(PLAN, [*study(), other], seeds=[3]) == confirm(PLAN, study(), seeds=[3])

@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -133,8 +133,8 @@ class Confirm:
 
     folder: Positional[Path] = FOLDER
     """Of the study."""
-    seeds: WholeNumbers = field(default_factory=lambda: [1, 2, 3, 4, 5, 6])
-    """Other seeds than the study had. Six are the fewest that can tell two settings apart."""
+    seeds: WholeNumbers | None = None
+    """Other seeds than the study had; by default as many new ones as it takes to tell the chosen norms apart."""
     best: int = 1
     """Settings of each norm and batch size."""
     file: Path = Path("confirm.toml")
