@@ -1,10 +1,7 @@
 """The command line of studies: `normlab study …`."""
 
-import gc
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -65,9 +62,9 @@ class Report:
     def run(self, console: "Console") -> int:
         from .results import complete_groups, report
         from .stopping import counts
-        from .store import RunStore
+        from .store import RunStore, uncollected
 
-        with _uncollected():
+        with uncollected():
             plan, store = Plan.read(self.folder / PLAN), RunStore(self.folder / "runs.jsonl")
             keys = {trial.key for trial in plan.trials()}
             groups = complete_groups(store, (one for one in store.outcomes() if one.key in keys and counts(plan, one)))
@@ -85,8 +82,9 @@ class Status:
     def run(self, console: "Console") -> int:
         from .status import status
         from .stopping import counts
+        from .store import uncollected
 
-        with _uncollected():
+        with uncollected():
             plan = Plan.read(self.folder / PLAN)
             found = status(self.folder, plan.trials(), partial(counts, plan))
         console.print(found)
@@ -193,16 +191,6 @@ class Study:
     def kept(self) -> str:
         """What is kept after Ctrl-C."""
         return getattr(self.command, "kept", "nothing was written")
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Inside, Python looks for no garbage: among 10,000 records that takes a second, and finds none."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _study(folder: Path) -> "tuple[Plan, list[Record]]":

@@ -20,7 +20,7 @@ from .processes import ProcessExecutor
 from .record import Record
 from .results import PLAIN, report
 from .stopping import Rounds
-from .store import RunStore, lock_folder
+from .store import RunStore, lock_folder, uncollected
 from .summary import summarize
 from .table import terminal_table
 from .tasks import check_tasks
@@ -67,8 +67,9 @@ def compare(
     check_tasks(trials, data_dir)
     check_writable(folder)
     with lock_folder(folder):
-        study = _Study(trials, folder, data_dir, executor.threads, stop_beaten)
-        kept = study.kept()
+        with uncollected():
+            study = _Study(trials, folder, data_dir, executor.threads, stop_beaten)
+            kept = study.kept()
         if kept:
             console.print(f"{len(kept)} runs are in {study.store.path} already; delete it to run them again.", **PLAIN)
         if study.others:
@@ -106,7 +107,7 @@ class _Study:
 
     def kept(self) -> set[str]:
         """The keys of the trials that need no run any more; their curves are not read."""
-        found, others = self._sorted(self.store.heads(), ENDED)
+        found, others = self._sorted(self.store.record_heads(), ENDED)
         only_others = {key: apart for key, apart in others.items() if key not in found}
         self.others = len(only_others)
         self.why = ", ".join(f"other {name}" for name in dict.fromkeys(itertools.chain(*only_others.values())))

@@ -5,7 +5,8 @@ import itertools
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,16 +117,19 @@ class Trial(Shared, Varied):  # fields in the order norm … clip, epochs … lo
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "Trial":
         """The trial of a stored record; settings of another version that are not known here are ignored."""
-        return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
+        return cls(**{name: settings[name] for name in DEFAULTS if name in settings})
 
     def to_dict(self) -> dict[str, Any]:
         """The settings for a record. Those of `LATER` at their default are left out, as in records from before them."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {name: getattr(self, name) for name in DEFAULTS}
         return {
-            f.name: list(values[f.name]) if isinstance(values[f.name], tuple) else values[f.name]
-            for f in fields(self)
-            if f.name not in LATER or values[f.name] != f.default
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if name not in LATER or value != DEFAULTS[name]
         }
+
+
+DEFAULTS = {one.name: one.default for one in fields(Trial)}
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,10 @@ class Plan(Shared, Several):
         Raises:
             InputError: an empty list, or a value out of range.
         """
+        return list(self._trials)
+
+    @cached_property
+    def _trials(self) -> list[Trial]:
         check(isinstance(self.stop_beaten, bool), "stop_beaten", self.stop_beaten, "True or False")
         if not self.settings:
             lists = self.norms, self.batch_sizes, self.lrs, self.seeds
@@ -261,8 +269,10 @@ def grid(
     for name, values in lists.items():
         check_list(name, values)
     names = [name.removesuffix("s") for name in lists]
+    shared_values = {name: getattr(base, name) for name in DEFAULTS if name not in names}
     combinations = itertools.product(*lists.values())
-    return list(dict.fromkeys(replace(base, **dict(zip(names, one, strict=True))) for one in combinations))
+    trials = (Trial(**shared_values, **dict(zip(names, one, strict=True))) for one in combinations)
+    return list(dict.fromkeys(trials))
 
 
 def check_list(name: str, values: Any) -> None:
