@@ -1,0 +1,137 @@
+"""The bench of real tasks, cut short."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from normlab.errors import InputError
+from normlab.study.named import find_named
+from normlab.study.plan import Plan
+from normlab.study.tasks import make_metrics, make_model
+from normlab.study.trial import run_trial
+
+pytest.importorskip("monai")
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "studies" / "proof"
+PLANS = sorted((FOLDER / "plans").glob("*.toml"))
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    """Plans name their functions from there."""
+    monkeypatch.chdir(ROOT)
+
+
+def module(name):
+    """The module of a family of tasks, as a plan loads it."""
+    return sys.modules[find_named("model", f"studies/proof/{name}.py:make_model").__module__]
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_a_plan_names_what_is_there(path):
+    plan = Plan.read(path)
+    assert {"batch", "group", "instance", "running"} <= set(plan.norms)
+    assert {1, 2} < set(plan.batch_sizes)
+    assert plan.schedules == ["polynomial"]
+    trial = plan.trials()[0]
+    assert len(make_metrics(trial)) == 2
+    for name in (trial.data, trial.loss):
+        assert callable(find_named("data", name))
+    make_model(trial)
+
+
+def trial_of(plan, norm="batch", **settings):
+    """One run of a plan."""
+    plan = Plan.read(FOLDER / "plans" / f"{plan}.toml")
+    one = replace(plan, norms=[norm], batch_sizes=[2], lrs=plan.lrs[:1], seeds=[0], **settings)
+    (trial,) = one.trials()
+    return trial
+
+
+def test_a_run_on_digits_learns():
+    record = run_trial(trial_of("digits-raw-adamw", "group", images=32, epochs=3))
+    here, elsewhere = (record.by_epoch(name) for name in ("dice_here", "dice_elsewhere"))
+    assert 0.4 < here[-1] < 1
+    assert here[-1] > here[0]
+    assert here[-1] > elsewhere[-1] > 0
+
+
+def test_a_seed_draws_scenes_of_its_own_and_all_are_judged_on_the_same():
+    make = module("digits").make_scenes
+    (one, judged), (other, judged_too) = (make(seed, 4, 3, raw=True) for seed in (0, 1))
+    assert len(one) == 4
+    assert len(judged) == 6
+    assert torch.equal(one.tensors[0], make(0, 4, 3, raw=True)[0].tensors[0])
+    assert not torch.equal(one.tensors[0], other.tensors[0])
+    assert all(map(torch.equal, judged.tensors, judged_too.tensors))
+    assert judged.tensors[1][:, 1].flatten(1).unique(dim=1).tolist() == [[0]] * 3 + [[1]] * 3
+
+
+def test_standardised_scenes_have_lost_gain_and_offset():
+    images = module("digits").make_scenes(0, 4, 3, raw=False)[0].tensors[0]
+    assert torch.allclose(images.mean((1, 2, 3)), torch.zeros(4), atol=1e-5)
+    assert torch.allclose(images.std((1, 2, 3)), torch.ones(4), atol=1e-5)
+    raw = module("digits").make_scenes(0, 4, 3, raw=True)[0].tensors[0]
+    assert raw.std((1, 2, 3)).std() > 0.05
+
+
+def test_dice_of_each_site():
+    segmentation = sys.modules[module("digits").dice_here.__module__]
+    objects = torch.zeros(2, 4, 4, dtype=torch.bool)
+    objects[:, :2] = True
+    label = segmentation.samples(torch.zeros(2, 4, 4), objects, torch.tensor([False, True])).tensors[1]
+    output = torch.where(objects, 1.0, -1.0)[:, None].clone()
+    output[1] = 1.0  # found everywhere: twice as much as is there
+    assert segmentation.dice_here(output, label).nan_to_num(-1).tolist() == [1, -1]
+    assert segmentation.dice_elsewhere(output, label).nan_to_num(-1).tolist() == [-1, pytest.approx(2 / 3)]
+    assert segmentation.loss(output[:1], label[:1]) < segmentation.loss(output[1:], label[1:])
+
+
+@pytest.mark.parametrize("name", ["make_unet", "make_segresnet", "make_dynunet"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_networks_keep_the_size_and_have_the_norm(name, dims):
+    segmentation = sys.modules[module("digits").loss.__module__]
+    net = getattr(segmentation, name)(dims, "running")
+    assert sum("Running" in type(layer).__name__ for layer in net.modules()) > 3
+    assert net(torch.randn(1, 1, *[16] * dims)).shape == (1, 1, *[16] * dims)
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """The module that fetches, with a cache folder of its own."""
+    monkeypatch.setenv("NORMLAB_CACHE", str(tmp_path))
+    return sys.modules[find_named("data", "studies/proof/packages.py:fetch").__module__]
+
+
+def writes(text):
+    """A command that brings a file a.whl with this text, and counts how often it was run."""
+    code = f"open('a.whl', 'w').write({text!r}); open('../../count', 'a').write('x')"
+    return [sys.executable, "-c", code]
+
+
+SUM = "9834876dcfb05cb167a5c24953eba58c4ac89b1adf57f28f2f9d09af107ee8f0"  # of aaa
+
+
+def test_a_package_is_fetched_once_and_checked(packages, tmp_path):
+    for _ in range(2):
+        assert packages.fetch("a.whl", SUM, writes("aaa")).read_text() == "aaa"
+    assert (tmp_path / "count").read_text() == "x"
+    (tmp_path / "packages" / "a.whl").write_text("damaged")
+    assert packages.fetch("a.whl", SUM, writes("aaa")).read_text() == "aaa"
+
+
+def test_another_file_is_refused(packages, tmp_path):
+    with pytest.raises(InputError, match=r"expected a\.whl with SHA-256 9834.*got \['a\.whl'\]"):
+        packages.fetch("a.whl", SUM, writes("bbb"))
+    assert not (tmp_path / "packages" / "a.whl").exists()
+
+
+def test_a_command_that_fails_is_told(packages):
+    with pytest.raises(InputError, match="failed:\nno such package"):
+        packages.fetch("a.whl", SUM, [sys.executable, "-c", "raise SystemExit('no such package')"])
+    with pytest.raises(InputError, match="no-such-command cannot be run"):
+        packages.fetch("a.whl", SUM, ["no-such-command"])
