@@ -53,11 +53,7 @@ def trial_of(plan, norm="batch", **settings):
 
 
 def test_a_run_on_digits_learns():
-    record = run_trial(trial_of("digits-raw-adamw", "group", images=32, epochs=3))
-    here, elsewhere = (record.by_epoch(name) for name in ("dice_here", "dice_elsewhere"))
-    assert 0.4 < here[-1] < 1
-    assert here[-1] > here[0]
-    assert here[-1] > elsewhere[-1] > 0
+    assert_learns(trial_of("digits-raw-adamw", "group", images=32, epochs=3), 0.4)
 
 
 def test_a_seed_draws_scenes_of_its_own_and_all_are_judged_on_the_same():
@@ -98,6 +94,55 @@ def test_the_networks_keep_the_size_and_have_the_norm(name, dims):
     net = getattr(segmentation, name)(dims, "running")
     assert sum("Running" in type(layer).__name__ for layer in net.modules()) > 3
     assert net(torch.randn(1, 1, *[16] * dims)).shape == (1, 1, *[16] * dims)
+
+
+def loaded(name):
+    """What the module of a family loads from its packages, or a skipped test."""
+    try:
+        return module(name).load()
+    except InputError as error:
+        pytest.skip(f"the data of {name} cannot be fetched: {error}")
+
+
+def assert_learns(trial, low):
+    record = run_trial(trial)
+    here = record.by_epoch("dice_here")
+    assert low < here[-1] < 1
+    assert here[-1] > here[0]
+
+
+def made_up_frames(n, height, width):
+    """Bright squares on a noisy ground, and where they are."""
+    random = torch.Generator().manual_seed(n)
+    objects = torch.zeros(n, height, width, dtype=torch.bool)
+    for top in range(4, height - 8, 24):
+        objects[:, top : top + 8, 8:16] = True
+        objects[:, top : top + 10, -20:-8] = True
+    return 300 * objects + 20 * torch.randn(n, height, width, generator=random) + 500, objects
+
+
+def test_tiles_of_nuclei_are_split_by_time_and_site():
+    make = module("nuclei").make_tiles
+    frames, nuclei = made_up_frames(10, 130, 200)
+    frames += 1000.0 * torch.arange(10)[:, None, None]
+    image, image_nuclei = (part[0] for part in made_up_frames(1, 64, 64))
+    train, valid = make(frames, nuclei, image, image_nuclei, raw=True)
+    assert (len(train), len(valid)) == (6 * 4, 3 * 4 + 1)  # two of three tiles of a row have nuclei
+    assert valid.tensors[1][:, 1].flatten(1).amax(1).tolist() == [0] * 12 + [1]
+    assert train.tensors[0].mean() == pytest.approx(0, abs=1e-4)
+    assert valid.tensors[0][:12].min() > train.tensors[0].max(), "frames that judge are later ones"
+    train, valid = make(frames, nuclei, image, image_nuclei, raw=False)
+    assert torch.allclose(valid.tensors[0].mean((1, 2, 3)), torch.zeros(13), atol=1e-3)
+    assert torch.equal(valid.tensors[1][-1, 0], image_nuclei.long())
+
+
+def test_a_run_on_nuclei_learns():
+    pytest.importorskip("tifffile")
+    frames, nuclei, image, _ = loaded("nuclei")
+    assert frames.shape == nuclei.shape == (10, 210, 576)
+    assert image.shape == (512, 512)
+    assert 0.05 < nuclei.float().mean() < 0.1
+    assert_learns(trial_of("nuclei-standardised-adamw", "group", images=32, epochs=3), 0.3)
 
 
 @pytest.fixture
