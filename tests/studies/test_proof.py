@@ -145,6 +145,33 @@ def test_a_run_on_nuclei_learns():
     assert_learns(trial_of("nuclei-standardised-adamw", "group", images=32, epochs=3), 0.3)
 
 
+def test_patches_of_the_brain_are_split_by_side_and_site():
+    make = module("brain").make_patches
+    random = torch.Generator().manual_seed(0)
+    brain = torch.zeros(80, 44, 44, dtype=torch.bool)
+    brain[8:72, 10:34, 10:34] = True
+    head = 100 * brain + 10 * torch.randn(brain.shape, generator=random) + 50
+    head[40:] += 1000
+    macaque = 200.0 * brain[:32, :32, :32]
+    train, valid = make(head, brain, macaque, raw=True)
+    assert (len(train), len(valid)) == (2**2, 2)
+    assert train.tensors[0].shape[1:] == (1, 32, 32, 32)
+    assert valid.tensors[1][:, 1].flatten(1).amax(1).tolist() == [0, 1]
+    assert valid.tensors[0][0].min() > train.tensors[0].max(), "the right half judges"
+    assert torch.equal(valid.tensors[1][1, 0], brain[:32, :32, :32].long())
+    train, _ = make(head, brain, macaque, raw=False)
+    assert torch.allclose(train.tensors[0].std((1, 2, 3, 4)), torch.ones(4), atol=1e-3)
+
+
+def test_a_run_on_the_brain_learns():
+    pytest.importorskip("nibabel")
+    head, brain, macaque = loaded("brain")
+    assert head.shape == brain.shape == (91, 109, 91)
+    assert macaque.shape == (84, 103, 64)
+    assert 0.2 < brain.float().mean() < 0.3
+    assert_learns(trial_of("brain-standardised-adamw", images=24, epochs=3), 0.3)
+
+
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
     """The module that fetches, with a cache folder of its own."""
