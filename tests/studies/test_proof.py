@@ -172,6 +172,94 @@ def test_a_run_on_the_brain_learns():
     assert_learns(trial_of("brain-standardised-adamw", images=24, epochs=3), 0.3)
 
 
+def boxed(*boxes, site=1):
+    """A label of `trees` with these boxes."""
+    label = torch.zeros(1, module("trees").MOST, 5)
+    label[0, : len(boxes), :4] = torch.tensor(boxes, dtype=torch.float)
+    label[0, : len(boxes), 4] = site
+    return label
+
+
+BOXES = (20.0, 24.0, 60.0, 70.0), (100.0, 110.0, 140.0, 140.0)
+
+
+def output_of(boxes, score=6.0):
+    """What a detector gives that sees these boxes and no others."""
+    output = torch.full((1, 5, 32, 32), -score)
+    for left, top, right, bottom in boxes:
+        column, row = int((left + right) / 16), int((top + bottom) / 16)
+        x, y = 8 * column + 4, 8 * row + 4
+        sides = torch.tensor([x - left, y - top, right - x, bottom - y]) / 8
+        output[0, :, row, column] = torch.cat([torch.tensor([score]), sides.log()])
+    return output
+
+
+def test_the_detector_draws_the_boxes_of_its_output():
+    boxes, scores = module("trees").detect(output_of(BOXES))
+    assert torch.allclose(boxes[0, :2].sort(0).values, torch.tensor(BOXES), atol=1e-3)
+    assert (scores[0, :2] > 0.99).all()
+    assert (scores[0, 2:] < 0.01).all()
+
+
+def test_average_precision_is_of_one_site():
+    pytest.importorskip("pycocotools")
+    trees = module("trees")
+    here, elsewhere = trees.AveragePrecision(), trees.AveragePrecisionElsewhere()
+    for metric in (here, elsewhere):
+        metric.update(output_of(BOXES), boxed(*BOXES))
+    assert here.compute() == pytest.approx(1)
+    assert elsewhere.compute() != elsewhere.compute(), "NaN"
+    here.update(output_of(BOXES[:1]), boxed(*BOXES))  # one of two is missed: three of four are found
+    assert here.compute() == pytest.approx(0.75, abs=0.01)
+    here.reset()
+    here.update(output_of([(20.0, 24.0, 40.0, 44.0)]), boxed(BOXES[0]))  # overlap 0.22
+    assert here.compute() == 0
+    here.reset()
+    here.update(output_of([]), boxed(*BOXES))
+    assert here.compute() == 0
+
+
+def test_the_loss_of_the_detector_is_least_for_the_true_boxes():
+    trees = module("trees")
+    label = boxed(*BOXES)
+    true, missed = trees.loss(output_of(BOXES), label), trees.loss(output_of(BOXES[:1]), label)
+    wide = trees.loss(output_of([(10.0, 14.0, 70.0, 80.0), BOXES[1]]), label)
+    assert true < missed
+    assert true < wide
+    assert trees.overlap(*(torch.tensor(box) for box in ([0.0, 0, 2, 2], [1.0, 0, 3, 2]))) == pytest.approx(1 / 3)
+    assert trees.loss(output_of([]), torch.zeros_like(label)).isfinite(), "an image without a tree"
+
+
+def test_tiles_of_photographs_keep_their_boxes():
+    make = module("trees").make_tiles
+    drawn = torch.tensor([[10.0, 20, 50, 70], [1900.0, 30, 1940, 80], [1778.0, 100, 1798, 140]])
+    photos = [(torch.rand(3, 256, 2299), drawn), (torch.rand(3, 256, 256), torch.tensor([[200.0, 190, 230, 260]]))]
+    train, valid = make(photos, raw=True)
+    images, labels = train.tensors
+    assert len(train) == 4  # of seven tiles two have trees, and each its mirror image
+    assert labels[0, 0].tolist() == [10, 20, 50, 70, 1]
+    assert labels[1, 0].tolist() == [242, 100, 256, 140, 1], "cut at the edge"
+    assert labels[2, 0].tolist() == [206, 20, 246, 70, 1]
+    assert torch.equal(images[2], images[0].flip(-1))
+    assert torch.equal(images[0], 4 * photos[0][0][..., :256] - 2)
+    assert labels[..., 4].sum() == 4
+    assert valid.tensors[1][:, 0].tolist() == [[108, 30, 148, 80, 1], [200, 190, 230, 256, 2]]
+    assert (valid.tensors[1][:, 1] == 0).all(), "a third of a crown is none"
+    standardised = make(photos, raw=False)[0].tensors[0]
+    assert torch.allclose(standardised.std((1, 2, 3)), torch.ones(4), atol=1e-3)
+
+
+def test_a_run_on_trees_learns():
+    pytest.importorskip("pycocotools")
+    photos = loaded("trees")
+    assert [len(boxes) for _, boxes in photos] == [574, 279, 61, 37]
+    record = run_trial(trial_of("trees-standardised-adamw", "group", images=16, epochs=2))
+    losses = [epoch["train"]["loss"] for epoch in record.epochs]
+    assert losses[1] < losses[0]
+    assert record.metric == "AveragePrecision"
+    assert 0 <= record.by_epoch("AveragePrecision")[-1] < 1
+
+
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
     """The module that fetches, with a cache folder of its own."""
