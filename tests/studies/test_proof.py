@@ -75,6 +75,19 @@ def test_standardised_scenes_have_lost_gain_and_offset():
     assert raw.std((1, 2, 3)).std() > 0.05
 
 
+def test_round_digits_alone_are_the_object():
+    draw = module("digits").draw
+    ones, which = torch.ones(10, 28, 28), torch.arange(10)
+    scenes, objects = draw(ones, which, 4, 0, wanted=(), many=6)
+    assert scenes.any()
+    assert not objects.any()
+    of_all = draw(ones, which, 4, 0, wanted=range(10), many=6)[1]
+    of_round = draw(ones, which, 4, 0, wanted=module("digits").ROUND, many=6)[1]
+    assert torch.equal(of_all, scenes > 0)
+    assert 0 < of_round.sum() < of_all.sum()
+    assert (of_all | ~of_round).all()
+
+
 def test_dice_of_each_site():
     segmentation = sys.modules[module("digits").dice_here.__module__]
     objects = torch.zeros(2, 4, 4, dtype=torch.bool)
