@@ -34,7 +34,7 @@ class Formula:
         n = x.numel() / x.shape[1]
         moments = reference.channel_moments(x)
         self.adapt(len(x), moments[0], weight)
-        rate = max(self.gradient_share, 1 / self.t)
+        rate = max(self.gradient_share, self.share, 1 / self.t)
         self.running = self.mixed(*self.running, *moments, self.share)
         x_hat = reference.normalize(x, *self.running, None, None, self.eps)
         y, now = reference.scale(x_hat, weight, bias), torch.cat([weight, bias])

@@ -137,6 +137,24 @@ def test_a_batch_has_a_small_share_in_the_averages_of_gradients_unless_its_drift
         assert gradient_share_above_a_linear_layer(lr=0.01, mean=3.0, inputs=128) > 0.5
 
 
+@pytest.mark.parametrize("kernels", [nullcontext, composed])
+def test_where_statistics_move_fast_the_backward_pass_is_batch_norms(kernels):
+    """Averages of gradients that are older than the statistics let an adaptive optimizer move them ever faster."""
+    torch.manual_seed(0)
+    layer, batch = RunningBatchNorm2d(3, momentum=1e-6, step_bound=None), BatchNorm2d(3)
+    layer.load_state_dict(layer.state_dict() | {"num_batches_tracked": torch.tensor(10_000)})
+    for share, equal in ((1.0, True), (0.01, False)):
+        layer.share.fill_(share)
+        layer.gradient_share.fill_(1e-3)
+        x, grad, results = torch.randn(2, 3, 5, 5), torch.randn(2, 3, 5, 5), []
+        for norm in (layer, batch):
+            inputs = x.clone().requires_grad_()
+            with kernels():
+                norm(inputs).backward(grad)
+            results.append(inputs.grad)
+        assert torch.allclose(*results, atol=1e-4) == equal
+
+
 @pytest.mark.parametrize("clipped", [True, False])
 def test_what_is_subtracted_from_a_clipped_gradient_is_what_other_steps_add(clipped):
     """Every tenth gradient is ten times as long; over all steps, as long as they are, the mean of g cancels."""
@@ -308,14 +326,14 @@ def test_a_state_without_a_count_of_batches_has_seen_some():
     assert layer.running_mean.min() > 0.9  # not thrown away by the first batch
 
 
-# That of a layer after three steps, from before the buffers had the names of `State`.
+# That of a layer after three steps, from before the buffers had the names of `State`; only `share` is put in.
 OLD_STATE = {
     "weight": [0.9991774559020996, 0.99726402759552],
     "bias": [0.00019071309361606836, -0.002042425097897649],
     "running_mean": [1.818437099456787, 1.4639307260513306],
     "running_var": [0.2406867891550064, 1.2391303777694702],
     "num_batches_tracked": 3,
-    "share": 1.0,
+    "share": 0.05,
     "innovation": [2.0737204551696777, 0.7452776432037354],
     "gradient_share": 0.6888319849967957,
     "gradient_average": [
@@ -358,15 +376,15 @@ def test_a_state_with_names_of_before_loads_and_goes_on(prefix):
     y.backward(torch.tensor([1.0, -1, 2, 0, 0.5, 1, 0, -2]).view(1, 2, 2, 2))
     expected = [
         [
-            *(-1.0019612312316895, -0.6335877776145935, -0.2652144134044647, 0.10315898060798645),
-            *(-0.6910572052001953, -0.2536414861679077, 0.18377423286437988, 0.6211899518966675),
+            *(-3.144792318344116, -2.6984477043151855, -2.252102851867676, -1.8057581186294556),
+            *(-0.42231178283691406, -0.19411489367485046, 0.034081995487213135, 0.26227888464927673),
         ],
         [
-            *(0.00544326938688755, -0.009316431358456612, 0.013200657442212105, -0.0015590424882248044),
-            *(0.0031648408621549606, 0.008287062868475914, 0.00013026803208049387, -0.016879204660654068),
+            *(0.0032814638689160347, -0.014244340360164642, 0.013396797701716423, -0.004129005596041679),
+            *(0.0021011438220739365, 0.004476462956517935, -7.579212979180738e-05, -0.009246430359780788),
         ],
-        [-0.000569162133615464, -0.0011685421923175454],
-        [0.0012649118434637785, -0.0003162279608659446],
+        [0.07332067936658859, 0.07571776211261749],
+        [0.0012795047368854284, -0.00047250912757590413],
     ]
     found = [y.detach(), x.grad, layer.weight.grad, layer.bias.grad]
     assert_close([part.flatten() for part in found], [torch.tensor(part) for part in expected], 1e-5)

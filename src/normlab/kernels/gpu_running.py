@@ -31,7 +31,7 @@ def finish_running(
     mean = tl.load(running_mean + c, mask=inside, other=0.0)
     var = tl.load(running_var + c, mask=inside, other=1.0)
     batches = tl.load(num_batches_tracked)
-    r = tl.load(gradient_share)
+    w, r = tl.load(share), tl.load(gradient_share)
     seen = batches
     if not RECOMPUTING:
         seen = batches + 1
@@ -44,7 +44,7 @@ def finish_running(
         drift -= tl.load(gradient_latest + c, mask=inside, other=0.0)
         drift *= scale * scale * weight_or_one(weight, c, inside)
         gain = tl.maximum(momentum, 1.0 / seen.to(tl.float32))
-        old_w, old_r = tl.load(share), r
+        old_w, old_r = w, r
         w = _grown(old_w, e, last_e, 0.0, gain, least_share * momentum)
         r = _grown(old_r, e, drift, tolerated_drift / N, gain, least_gradient_share * momentum)
         new_mean = batch_mean - (1 - w) * distance
@@ -58,7 +58,7 @@ def finish_running(
         tl.store(gradient_share, tl.where(finite, r, old_r))
         tl.store(num_batches_tracked, tl.where(finite, seen, batches))
         mean, var = new_mean, new_var
-    tl.store(rate, tl.maximum(r, 1.0 / tl.maximum(seen, 1).to(tl.float32)))
+    tl.store(rate, tl.maximum(tl.maximum(r, w), 1.0 / tl.maximum(seen, 1).to(tl.float32)))
     tl.store(saved + c, mean, mask=inside)
     tl.store(saved + C + c, tl.rsqrt(var + eps), mask=inside)
 

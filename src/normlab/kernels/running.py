@@ -160,8 +160,13 @@ def at_first(batches: Tensor, rate: float | Tensor, dtype: torch.dtype) -> Tenso
 
 
 def rate_of(state: State) -> Tensor:
-    """The share of the last batch in the averages of the backward pass."""
-    return at_first(state.num_batches_tracked, state.gradient_share, state.running_mean.dtype)
+    """The share of the last batch in the averages of the backward pass: max(r, w, 1/t).
+
+    Where the statistics move fast, as adaptive optimizers make them, averages of gradients must be as young as they.
+    With w = 1 the backward pass is batch norm's.
+    """
+    share = torch.maximum(state.gradient_share, state.share)
+    return at_first(state.num_batches_tracked, share, state.running_mean.dtype)
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------

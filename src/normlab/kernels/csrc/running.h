@@ -88,7 +88,7 @@ inline float take_in(const RunningForward& tensors, const Shape& shape, double m
     *kept.share = share;
     *kept.gradient_share = gradient_share;
   }
-  return gradient_share;
+  return std::max(gradient_share, share);
 }
 
 // Returns the share of this batch in the averages of the backward pass. recomputing: it is in the statistics already.
@@ -99,7 +99,7 @@ inline double running_forward(const Layout& layout, const RunningForward& tensor
   const int64_t channels = layout.shape.channels, seen = *kept.num_batches_tracked + (recomputing ? 0 : 1);
   const auto epsilon = static_cast<float>(eps);
   float *mean = pass.saved, *var = mean + channels;
-  double rate = *kept.gradient_share;
+  double rate = std::max(*kept.gradient_share, *kept.share);
   if (recomputing) {
     std::copy_n(kept.running_mean, channels, mean);
     std::copy_n(kept.running_var, channels, var);
