@@ -7,7 +7,8 @@ axis reaches to the lowest and the highest loss of all curves. This script takes
 and fields that are null. Numbers keep nine digits, more than float32 has.
 
 The screening has 2,900 runs, which only choose settings. Their numbers keep six digits. They lose versions, machine,
-date and count of parameters too; `studies/README.md` has the first three. A file that was cut before does not change.
+date and count of parameters too; `studies/README.md` has the first three. A file that was cut before has its fields in
+another order at most.
 """
 
 import json
@@ -20,9 +21,9 @@ from normlab.study.store import RunStore
 from normlab.study.summary import best, is_number, summarize
 
 FOLDER = Path(__file__).parent
-DRAWN = sorted(FOLDER.glob("flagship/confirm-*/runs.jsonl"))
+DRAWN = [FOLDER / "compare" / "runs.jsonl", *sorted(FOLDER.glob("flagship/confirm-*/runs.jsonl"))]
 SCREENED = sorted(FOLDER.glob("flagship/screen-*/runs.jsonl"))
-STUDIES = ("flagship", "finetune", "reproduce", "segmentation")
+STUDIES = ("collapse", "flagship", "finetune", "reproduce", "segmentation")
 OTHERS = [path for study in STUDIES for path in FOLDER.glob(f"{study}/**/runs.jsonl")]
 WITHOUT_CURVES = sorted(set(OTHERS) - {*DRAWN, *SCREENED})
 SAID_ONCE = ("versions", "machine", "finished_at", "parameters")

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from packages import open_debian
-from segmentation import dice_elsewhere, dice_here, loss, make_dynunet, make_segresnet, make_unet, samples, standardise
+from segmentation import Pair, dice_elsewhere, dice_here, loss, make_dynunet, make_pair, make_segresnet, make_unet
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 __all__ = ["dice_elsewhere", "dice_here", "loss"]  # plans name them here
 
@@ -24,7 +23,6 @@ MRICRON = (
     "mricron-data_1.2.20211006+dfsg-4_all.deb",
     "d40aa0ed66cf89bf6cafa049ad3884703c9d975c2ee2737525b7196528df9d6f",
 )
-Pair = tuple[TensorDataset, TensorDataset]
 
 
 def make_model(norm: str) -> nn.Module:
@@ -62,16 +60,9 @@ def make_patches(head: Tensor, brain: Tensor, macaque: Tensor, raw: bool) -> Pai
         raw: whether patches are left as they are, but for one factor and one offset.
     """
     middle = len(head) // 2
-    images, objects = cut(head[:middle], brain[:middle], STEP)
-    here, here_objects = cut(head[middle:], brain[middle:], SIDE // 2)
-    there, there_objects = cut(macaque, macaque > 0, SIDE)
-    valid, valid_objects = torch.cat([here, there]), torch.cat([here_objects, there_objects])
-    if raw:
-        mean, deviation = images.mean(), images.std()
-        images, valid = (images - mean) / deviation, (valid - mean) / deviation
-    else:
-        images, valid = standardise(images), standardise(valid)
-    return samples(images, objects), samples(valid, valid_objects, torch.arange(len(valid)) >= len(here))
+    train = cut(head[:middle], brain[:middle], STEP)
+    here = cut(head[middle:], brain[middle:], SIDE // 2)
+    return make_pair(train, here, cut(macaque, macaque > 0, SIDE), raw)
 
 
 def cut(volume: Tensor, objects: Tensor, step: int) -> tuple[Tensor, Tensor]:

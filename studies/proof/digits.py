@@ -4,10 +4,19 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from segmentation import dice_elsewhere, dice_here, loss, make_dynunet, make_segresnet, make_unet, samples, standardise
+from segmentation import (
+    Pair,
+    dice_elsewhere,
+    dice_here,
+    loss,
+    make_dynunet,
+    make_segresnet,
+    make_unet,
+    samples,
+    standardise,
+)
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from torch.utils.data import TensorDataset
 
 from normlab.data import load_dataset
 
@@ -17,7 +26,6 @@ SIDE = 64  # pixels
 ROUND, FEW = (0, 6, 8), 6  # the digits to be told from others, of fewer in an image
 TRAIN, VALID = 320, 64  # images; as many more of the other scanner
 VALID_SEED = 2**31  # no plan has it
-Pair = tuple[TensorDataset, TensorDataset]
 
 
 def make_model(norm: str) -> nn.Module:

@@ -11,9 +11,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 from packages import open_wheel
-from segmentation import dice_elsewhere, dice_here, loss, make_dynunet, make_segresnet, make_unet, samples, standardise
+from segmentation import Pair, dice_elsewhere, dice_here, loss, make_dynunet, make_pair, make_segresnet, make_unet
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 __all__ = ["dice_elsewhere", "dice_here", "loss"]  # plans name them here
 
@@ -31,7 +30,6 @@ STARDIST = (
     "stardist-0.9.2-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
     "2316c0feb7bd5621e7a277cb3868df475c338943c591925c420ee3622c42f023",
 )
-Pair = tuple[TensorDataset, TensorDataset]
 
 
 def make_model(norm: str) -> nn.Module:
@@ -69,16 +67,8 @@ def make_tiles(frames: Tensor, nuclei: Tensor, image: Tensor, image_nuclei: Tens
         image_nuclei: where nuclei are in it.
         raw: whether tiles are left as they are, but for one factor and one offset.
     """
-    images, objects = cut(frames[TRAIN_FRAMES], nuclei[TRAIN_FRAMES])
-    here, here_objects = cut(frames[VALID_FRAMES], nuclei[VALID_FRAMES])
-    there, there_objects = cut(image[None], image_nuclei[None])
-    valid, valid_objects = torch.cat([here, there]), torch.cat([here_objects, there_objects])
-    if raw:
-        mean, deviation = images.mean(), images.std()
-        images, valid = (images - mean) / deviation, (valid - mean) / deviation
-    else:
-        images, valid = standardise(images), standardise(valid)
-    return samples(images, objects), samples(valid, valid_objects, torch.arange(len(valid)) >= len(here))
+    train, here = (cut(frames[part], nuclei[part]) for part in (TRAIN_FRAMES, VALID_FRAMES))
+    return make_pair(train, here, cut(image[None], image_nuclei[None]), raw)
 
 
 def cut(frames: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,9 @@ from torch.utils.data import TensorDataset
 from normlab.integrations import register_monai
 from normlab.training import dice
 
+Pair = tuple[TensorDataset, TensorDataset]
+Cuts = tuple[Tensor, Tensor]  # images (N, *space), and where the object is in them
+
 register_monai()
 dice_and_cross_entropy = DiceCELoss(sigmoid=True)
 
@@ -57,6 +60,27 @@ def standardise(images: Tensor) -> Tensor:
     dims = tuple(range(1, images.dim()))
     deviation = images.std(dims, keepdim=True).clamp(min=1e-6)
     return (images - images.mean(dims, keepdim=True)) / deviation
+
+
+def in_one_unit(images: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with one offset and one factor, those that give `images` mean 0 and deviation 1."""
+    mean, deviation = images.mean(), images.std()
+    return (images - mean) / deviation, (valid - mean) / deviation
+
+
+def make_pair(train: Cuts, here: Cuts, there: Cuts, raw: bool) -> Pair:
+    """The data sets to train and to validate on, of images and where the object is in them.
+
+    Args:
+        train: to train on.
+        here: of the same site, held out.
+        there: of another site.
+        raw: whether images are left as they are, but for one factor and one offset; or each is standardised.
+    """
+    images, objects = train
+    valid, valid_objects = (torch.cat(parts) for parts in zip(here, there, strict=True))
+    images, valid = in_one_unit(images, valid) if raw else (standardise(images), standardise(valid))
+    return samples(images, objects), samples(valid, valid_objects, torch.arange(len(valid)) >= len(here[0]))
 
 
 def samples(images: Tensor, objects: Tensor, elsewhere: Tensor | bool = False) -> TensorDataset:

@@ -55,19 +55,13 @@ class Axis:
 
     def share(self, value: float) -> float:
         """How high `value` is: 0 at `low` and below, 1 at `high` and above."""
-        low, high, x = (self._drawn(one) for one in (self.low, self.high, min(max(value, self.low), self.high)))
-        return (x - low) / (high - low)
+        return float(self.shares(np.array(value)))
 
     def shares(self, values: np.ndarray) -> np.ndarray:
         """How high each of some values is."""
         scale = {"linear": np.asarray, "log": np.log, "error": lambda x: -np.log(1 - x)}[self.kind]
         low, high, x = (scale(one) for one in (self.low, self.high, np.clip(values, self.low, self.high)))
         return (x - low) / (high - low)
-
-    def _drawn(self, value: float) -> float:
-        if self.kind == "error":
-            return -math.log(1 - value)
-        return math.log(value) if self.kind == "log" else value
 
 
 @dataclass(frozen=True)
