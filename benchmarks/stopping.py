@@ -22,9 +22,9 @@ import numpy as np
 
 from normlab.study.plan import Plan, Trial
 from normlab.study.record import Record
-from normlab.study.statistics import compare_groups
 from normlab.study.stopping import Rounds
 from normlab.study.summary import summarize
+from normlab.study.verdicts import compare_groups
 
 OUT = Path(__file__).parent / "results" / "stopping.jsonl"
 RATES, SEEDS, NORMS = [0.01, 0.03, 0.1, 0.3, 1.0], 6, ["group", "running"]

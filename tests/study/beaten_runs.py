@@ -50,8 +50,12 @@ def make(folder: Path, executor: Executor, plan: Plan = PLAN) -> None:
     """Make the runs that the folder does not hold, as `compare` does."""
     trials = plan.trials()
     store = RunStore(folder / "runs.jsonl")
-    ended = [record for record in store.read() if record.status != "stopped"]
+    found = store.read()
+    ended, said = ([one for one in found if (one.status == "stopped") == stopped] for stopped in (False, True))
     rounds = Rounds(trials, ended)
+    for record in rounds.first.stopped:  # the process may have been killed before it said so
+        if record.key not in {one.key for one in said}:
+            store.append(record)
     left = {trial.key for trial in trials} - {record.key for record in (*ended, *rounds.first.stopped)}
     jobs = [
         Job(trial.key, trial.key, 1.0 + trial.seed, partial(make_slowly, trial), trial.to_dict())

@@ -10,20 +10,9 @@ import pytest
 from scipy import stats
 
 from normlab.errors import InputError
-from normlab.study.statistics import (
-    compare_groups,
-    conclusions,
-    fewest_seeds,
-    holm,
-    improvement,
-    interval,
-    interval_of,
-    method_of,
-    outcomes_of,
-    paired_test,
-    seeds_to_tell,
-)
+from normlab.study.statistics import fewest_seeds, holm, improvement, interval, paired_test, seeds_to_tell
 from normlab.study.summary import summarize
+from normlab.study.verdicts import compare_groups, conclusions, interval_of, method_of, outcomes_of
 from records import record
 
 

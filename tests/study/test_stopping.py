@@ -28,12 +28,12 @@ from normlab.study.picture import write_figures, write_png
 from normlab.study.plan import Plan, Trial
 from normlab.study.record import Record
 from normlab.study.report import make_html
-from normlab.study.statistics import compare_groups, conclusions
 from normlab.study.status import status
 from normlab.study.stopping import Rounds, beats, counts
 from normlab.study.store import RunStore
 from normlab.study.summary import best, summarize
 from normlab.study.table import terminal_table
+from normlab.study.verdicts import compare_groups, conclusions
 from records import record
 
 numbers = st.floats(-1e6, 1e6).map(lambda x: round(x, 3))
@@ -311,6 +311,13 @@ class TestStudy:
         assert "9 runs are not made: other settings clearly beat theirs." in shown
         assert again == found
         assert (tmp_path / "runs.jsonl").read_text() == lines, "nothing is written twice"
+
+        *kept, _ = [line for line in lines.splitlines(True) if '"status": "stopped"' in line]
+        others = [line for line in lines.splitlines(True) if '"status": "stopped"' not in line]
+        (tmp_path / "runs.jsonl").write_text("".join(others + kept))  # killed before the last one was said
+        assert study(PLAN, tmp_path)[0] == found
+        assert sum('"stopped"' in line for line in (tmp_path / "runs.jsonl").read_text().splitlines()) == 9
+        assert len(quick_runs) == 27
 
         more, _ = study(replace(PLAN, seeds=list(range(4))), tmp_path)
         assert len(quick_runs) == 27

@@ -5,9 +5,9 @@ import pytest
 from rich.console import Console
 
 from normlab.errors import InputError
-from normlab.study.statistics import conclusions
 from normlab.study.summary import summarize
 from normlab.study.table import terminal_table
+from normlab.study.verdicts import conclusions
 from records import record, study
 
 

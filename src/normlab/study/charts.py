@@ -11,8 +11,8 @@ from matplotlib.ticker import MaxNLocator
 
 from ..colours import COLOURS, PALETTE
 from .record import Record
-from .statistics import interval_of
 from .summary import UP_TO_ONE, Group, best, is_number, printable, show, title_of, values_of, varying
+from .verdicts import interval_of
 
 MARKERS = {  # matplotlib's letter and the same shape as an SVG path
     "o": "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0 -10 0z",

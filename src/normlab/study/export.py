@@ -11,9 +11,9 @@ from ..errors import InputError, check, unknown
 from ..files import write_whole
 from .plan import PLAN, Trial
 from .record import Record
-from .statistics import CASE, STOPPED, compare_groups, interval_of
 from .store import RunStore, lock_folder, seal
 from .summary import Group, conditions_of, latest, show, sort_key, summarize, title_of, varying
+from .verdicts import CASE, STOPPED, compare_groups, interval_of
 
 RUNS = "runs.jsonl"
 UNMADE = ("failed", "stopped")

@@ -37,8 +37,8 @@ from .charts import (
     warmth_of,
 )
 from .record import Record
-from .statistics import conclusions, interval_of, method_of
 from .summary import Group, conditions_of, is_number, show, summarize, values_of, varying
+from .verdicts import conclusions, interval_of, method_of
 
 FORMATS = ("png", "svg", "pdf")
 STRIP = 0.12  # height of the strip for runs without a result, of the chart's

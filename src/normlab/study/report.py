@@ -27,7 +27,6 @@ from .charts import (
 )
 from .plan import Trial
 from .record import Record, Status
-from .statistics import Verdict, compare_groups, conclusions, interval_of, method_of
 from .summary import (
     Group,
     conditions_of,
@@ -39,6 +38,7 @@ from .summary import (
     values_of,
     varying,
 )
+from .verdicts import Verdict, compare_groups, conclusions, interval_of, method_of
 
 ALWAYS = ("norm", "batch_size", "lr")  # settings that the page filters by, with those that vary
 ALWAYS_SAID = (*ALWAYS, "seed")  # in a command

@@ -12,10 +12,10 @@ from .charts import drawn_runs
 from .picture import draw_png
 from .record import Record
 from .report import make_html
-from .statistics import conclusions
 from .store import RunStore
 from .summary import Group, summarize
 from .table import make_table
+from .verdicts import conclusions
 
 PLAIN: Any = {"markup": False, "highlight": False, "soft_wrap": True}  # a path is printed as it is
 

@@ -5,12 +5,11 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from .plan import Plan, Trial
 from .record import Record
-from .statistics import CASE, BySeed, outcomes_of, worst_of
+from .statistics import BySeed, paired_differences
 from .summary import Group, show, summarize, varying
+from .verdicts import CASE, outcomes_of, worst_of
 
 FEWEST = 3  # seeds in common
 LEVEL = 0.01
@@ -37,11 +36,7 @@ def beats(first: BySeed, second: BySeed, worst: float, lower: bool = False) -> b
     """
     from scipy.special import stdtr
 
-    ours, theirs = (
-        np.array([worst if values[seed] is None else values[seed] for seed in sorted(first.keys() & second.keys())])
-        for values in (first, second)
-    )
-    apart = theirs - ours if lower else ours - theirs
+    apart = paired_differences(second, first, worst) if lower else paired_differences(first, second, worst)
     n = len(apart)
     if n < FEWEST or not (apart > 0).all():
         return False

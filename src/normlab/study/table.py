@@ -6,8 +6,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .record import Record
-from .statistics import Verdict, compare_groups, interval_of, method_of
 from .summary import Group, conditions_of, digits, show, sort_key, summarize, title_of, values_of, varying
+from .verdicts import Verdict, compare_groups, interval_of, method_of
 
 STYLES = {"best mean": "bold green", "best of one seed": "bold green", "worse": "red"}
 
@@ -15,7 +15,7 @@ STYLES = {"best mean": "bold green", "best of one seed": "bold green", "worse": 
 def terminal_table(records: Iterable[Record]) -> Table:
     """The metric, norms and learning rates down, batch sizes across, with its interval and what tests say of it.
 
-    A norm's best setting at a batch size has a verdict beside the best norm there, see `statistics.compare_groups`.
+    A norm's best setting at a batch size has a verdict beside the best norm there, see `verdicts.compare_groups`.
 
     Raises:
         InputError: there are no records.
