@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 from normlab.study.fingerprint import fingerprint
+from normlab.study.lines import seal
 from normlab.study.plan import PLAN, Plan, Trial
 from normlab.study.record import Record
-from normlab.study.store import seal
 from normlab.study.trial import environment, run_trial
 
 RUNS, ROUNDS = 10_000, 3
@@ -38,7 +38,7 @@ import sys, time
 from pathlib import Path
 from normlab.study.compare import _Study
 from normlab.study.plan import PLAN, Plan
-from normlab.study.store import uncollected
+from normlab.study.lines import uncollected
 wall, cpu = time.perf_counter(), time.process_time()
 with uncollected():
     trials = Plan.read(Path(sys.argv[1], PLAN)).trials()

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from normlab.files import write_whole
 from normlab.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from normlab.nn.running import RunningBatchNorm
-from normlab.study.store import LineStore
+from normlab.study.lines import LineStore
 from normlab.surgery import Report, Row, convert, fold
 
 STORE = LineStore(Path(__file__).parent / "results.jsonl")

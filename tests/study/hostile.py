@@ -5,8 +5,8 @@ import os
 import random
 from pathlib import Path
 
+from normlab.study.lines import LONGEST, seal
 from normlab.study.plan import Trial
-from normlab.study.store import LONGEST, seal
 
 DEPTH = 100_000
 TRIAL = Trial(images=100)

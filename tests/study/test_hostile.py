@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from normlab.errors import InputError
+from normlab.study.lines import seal
 from normlab.study.record import Record
-from normlab.study.store import RunStore, seal
+from normlab.study.store import RunStore
 from normlab.study.summary import summarize
 from normlab.study.table import terminal_table
 from study.hostile import GOOD, READ, REFUSED, THINGS, line

@@ -8,9 +8,10 @@ import pytest
 
 from normlab.errors import InputError
 from normlab.study import jobs, trial
+from normlab.study.lines import LineStore
 from normlab.study.plan import Trial
 from normlab.study.record import Record
-from normlab.study.store import LineStore, RunStore
+from normlab.study.store import RunStore
 
 STUDIES = Path(__file__).parents[2] / "studies"
 OF_RUNS = sorted(path for path in STUDIES.rglob("*.jsonl") if path.parent.name != "monai")

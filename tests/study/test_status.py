@@ -7,10 +7,11 @@ import time
 
 from rich.console import Console
 
+from normlab.study.lines import seal
 from normlab.study.plan import Trial, grid
 from normlab.study.record import Record
 from normlab.study.status import RunState, status
-from normlab.study.store import RunStore, driver, lock_folder, seal
+from normlab.study.store import RunStore, driver, lock_folder
 from records import record
 
 TRIALS = grid(["batch", "running"], [2], [0.1], [0, 1, 2], Trial(images=100))

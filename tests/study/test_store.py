@@ -14,8 +14,9 @@ from datetime import datetime
 import pytest
 
 from normlab.errors import InputError
+from normlab.study.lines import seal
 from normlab.study.record import Record, Start
-from normlab.study.store import LOCK_WAIT, RunStore, driver, lock_folder, seal
+from normlab.study.store import LOCK_WAIT, RunStore, driver, lock_folder
 from study.hostile import GOOD
 
 
@@ -123,7 +124,8 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 APPEND = """
 import sys, time
 from normlab.study.record import Record
-from normlab.study.store import LOCK_WAIT, RunStore, driver, lock_folder, seal
+from normlab.study.lines import seal
+from normlab.study.store import LOCK_WAIT, RunStore, driver, lock_folder
 who, number, path, start = sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
 time.sleep(max(0.0, start - time.time()))
 for i in range(number):
@@ -162,7 +164,8 @@ def test_killed_while_writing_keeps_every_record_that_was_reported(tmp_path):
         """
         import sys
         from normlab.study.record import Record
-        from normlab.study.store import LOCK_WAIT, RunStore, driver, lock_folder, seal
+        from normlab.study.lines import seal
+        from normlab.study.store import LOCK_WAIT, RunStore, driver, lock_folder
         store = RunStore(sys.argv[1])
         for i in range(100_000):
             store.append(Record(str(i), {}, "finished", more={"pad": "x" * 3000}))

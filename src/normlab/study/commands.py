@@ -60,9 +60,10 @@ class Report:
     """Of the study."""
 
     def run(self, console: "Console") -> int:
+        from .lines import uncollected
         from .results import complete_groups, report
         from .stopping import counts
-        from .store import RunStore, uncollected
+        from .store import RunStore
 
         with uncollected():
             plan, store = Plan.read(self.folder / PLAN), RunStore(self.folder / "runs.jsonl")
@@ -80,9 +81,9 @@ class Status:
     """Of the study."""
 
     def run(self, console: "Console") -> int:
+        from .lines import uncollected
         from .status import status
         from .stopping import counts
-        from .store import uncollected
 
         with uncollected():
             plan = Plan.read(self.folder / PLAN)

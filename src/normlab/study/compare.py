@@ -15,12 +15,13 @@ from ..nn import NORMS
 from ..training import Callback
 from .executors import Executor, Job, run_jobs
 from .fingerprint import differences, fingerprint
+from .lines import uncollected
 from .plan import PLAN, Plan, Trial
 from .processes import ProcessExecutor
 from .record import Record
 from .results import PLAIN, report
 from .stopping import Rounds
-from .store import RunStore, lock_folder, uncollected
+from .store import RunStore, lock_folder
 from .summary import summarize
 from .table import terminal_table
 from .tasks import check_tasks

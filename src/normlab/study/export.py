@@ -9,9 +9,10 @@ from typing import Any
 
 from ..errors import InputError, check, unknown
 from ..files import write_whole
+from .lines import seal
 from .plan import PLAN, Trial
 from .record import Record
-from .store import RunStore, lock_folder, seal
+from .store import RunStore, lock_folder
 from .summary import Group, conditions_of, latest, show, sort_key, summarize, title_of, varying
 from .verdicts import CASE, STOPPED, compare_groups, interval_of
 
