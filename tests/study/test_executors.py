@@ -16,8 +16,8 @@ from killed_study import killed_studies
 from rich.console import Console
 
 from normlab.errors import InputError
+from normlab.study import fingerprint, processes, tasks
 from normlab.study import jobs as queue
-from normlab.study import processes
 from normlab.study.compare import make_job
 from normlab.study.executors import HereExecutor, Job, ProcessExecutor, make_executor, run_jobs
 from normlab.study.plan import Trial
@@ -95,6 +95,18 @@ def test_results_are_the_same_bit_by_bit_here_in_one_process_and_in_two(tmp_path
     assert len(figures(stores[0])) == 2
     assert figures(stores[0]) == figures(stores[1]) == figures(stores[2])
     assert torch.get_num_threads() == before
+
+
+def test_data_are_the_same_however_many_threads_a_process_had_before():
+    found = []
+    for threads in (2, 1):
+        tasks._load_normalized.cache_clear()
+        fingerprint._data.cache_clear()
+        with tasks.torch_threads(threads):
+            data, _ = tasks.make_data(Trial(images=500))
+            found.append((next(iter(data))[0], fingerprint.fingerprint(Trial(images=500), threads=1)["data"]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
 
 
 @pytest.mark.parametrize("given", [{"workers": 0}, {"workers": 1.5}, {"threads": 0}, {"threads": True}])

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from rich.console import Console
 
 from ..errors import check, unknown
@@ -13,6 +12,7 @@ from .jobs import Executor, Job, JobQueue, Tell, attempt
 from .processes import ProcessExecutor, threads_of_each
 from .stopping import Rounds
 from .store import RunStore
+from .tasks import torch_threads
 
 __all__ = ["EXECUTORS", "Executor", "HereExecutor", "Job", "make_executor", "run_jobs"]
 
@@ -29,16 +29,12 @@ class HereExecutor:
 
     def run(self, queue: JobQueue) -> None:
         """See `Executor`."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
+        with torch_threads(self.threads):
             while (job := queue.take()) is not None:
                 queue.begin(job, "here")
                 with queue.ctrl_c.at_once():
                     record = _run(job, queue)
                 queue.end(job, record)
-        finally:
-            torch.set_num_threads(before)
 
 
 def _run(job: Job, queue: JobQueue):

@@ -19,7 +19,7 @@ from ..kernels import cpu
 from .named import find_named, is_users
 from .plan import Trial
 from .record import Record
-from .tasks import is_own, make_data, seed_all
+from .tasks import is_own, make_data, seed_all, torch_threads
 from .trial import environment
 
 NORMLAB = Path(__file__).resolve().parents[1]
@@ -53,7 +53,7 @@ def fingerprint(trial: Trial, data_dir: str | Path | None = None, threads: int |
         **_here(),
         "threads": str(threads),
         **code_of(trial),
-        "data": _data(trial.data, size, str(data_dir) if data_dir else None),
+        "data": _data(trial.data, size, str(data_dir) if data_dir else None, threads),
     }
 
 
@@ -176,12 +176,13 @@ def _hash_of_files(files: Mapping[str, Path]) -> str:
 
 
 @lru_cache(maxsize=64)
-def _data(name: str, batch_size: int, data_dir: str | None) -> str:
+def _data(name: str, batch_size: int, data_dir: str | None, threads: int) -> str:
     """A hash of the first batches of training and validation; `CHANGING` if they are others each time."""
     trial = Trial(data=name, batch_size=batch_size)
-    first, again = _hash_of_data(trial, data_dir), None
-    if is_own(name):
-        again = _hash_of_data(trial, data_dir)
+    with torch_threads(threads):
+        first, again = _hash_of_data(trial, data_dir), None
+        if is_own(name):
+            again = _hash_of_data(trial, data_dir)
     return first if again in (None, first) else CHANGING
 
 

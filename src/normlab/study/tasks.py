@@ -3,6 +3,7 @@
 import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,17 @@ from .plan import Trial
 
 VALID_BATCH = 256  # images of the built-in data
 METRICS: dict[str, Callable[[Any, Any], Any]] = {"accuracy": accuracy, "dice": dice, "mean_iou": mean_iou}
+
+
+@contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """Inside, torch's operators have so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def make_data(trial: Trial, data_dir: str | Path | None = None) -> tuple[Iterable[Any], Iterable[Any]]:
@@ -228,7 +240,8 @@ def _function(argument: str, name: str) -> Any:
 def _load_normalized(name: str, data_dir: str | None) -> ImageData:
     """The data set, normalised; kept for the next trial of this process."""
     data = load_dataset(name, data_dir)
-    mean, deviation = data.x_train.mean(), data.x_train.std()
+    with torch_threads(1):  # sums are rounded otherwise with more, and what is kept here is for all trials
+        mean, deviation = data.x_train.mean(), data.x_train.std()
     parts = {part: getattr(data, part).sub(mean).div_(deviation) for part in ("x_train", "x_valid")}
     return ImageData(data.name, y_train=data.y_train, y_valid=data.y_valid, classes=data.classes, **parts)
 
