@@ -211,7 +211,9 @@ def _load_head(line: bytes, cut: bytes) -> Any:
 def _load(line: bytes) -> Any:
     """The values of a line."""
     text = line.decode()
-    values = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse, parse_int=_whole)
+    if text.startswith("\ufeff"):
+        raise ValueError("it begins with a byte order mark, BOM")
+    values = DECODER.decode(text)
     return _harmless(values) if b"\\" in line or b"\x7f" in line or not text.isascii() else values
 
 
@@ -231,6 +233,9 @@ def _whole(digits: str) -> int:
     if len(digits) > DIGITS:
         raise ValueError(f"{digits[:12]}… has more than {DIGITS} digits")
     return int(digits)
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_refuse, parse_int=_whole)
 
 
 def _harmless(value: Any) -> Any:
