@@ -42,8 +42,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     No interval knows of a rare bad run that did not come up. Equal values have an interval without width, which says
     no more than that they are equal.
 
-    No interval for a mean has its level whatever the law of the values is (Bahadur and Savage, 1956): 93 is what six
-    very skewed values allow here. Wider limits of the ends, or none, make it 93.0.
+    No interval for a mean has its level whatever the law of the values is (Bahadur and Savage, 1956).
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 12.
 
