@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +141,14 @@ def test_what_is_built_in():
     assert len(found["code"]) == len(found["data"]) == 12
     assert found == fingerprint(Trial(seed=1, lr=0.1, norm="batch", batch_size=8), threads=3)
     assert fingerprint(Trial())["threads"] == str(torch.get_num_threads())
+
+
+def test_kernels_that_were_compiled_of_other_code_are_others(monkeypatch):
+    before = room._kernels()
+    monkeypatch.setattr(room.cpu, "kernels", SimpleNamespace(code="of before"))
+    assert room._kernels() != before
+    monkeypatch.setattr(room.cpu, "kernels", None)
+    assert room._kernels() == room.cpu.PATH
 
 
 def test_the_code_of_each_room_that_trains_counts(monkeypatch, tmp_path):

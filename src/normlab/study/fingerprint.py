@@ -61,9 +61,10 @@ def code_of(trial: Trial) -> dict[str, str]:
     """The code that makes the run of a trial.
 
     Returns:
-        `kernels`, in words; `code`, a hash of normlab's files that train. If the trial names functions of the user's,
-        `own` is a hash of their files and of all those that these import from the user's folders. `packages` are the
-        versions of the other packages that they import. Files that are only read, such as settings, do not count.
+        `kernels`, in words and with a hash of the code they were compiled of; `code`, a hash of normlab's files that
+        train. If the trial names functions of the user's, `own` is a hash of their files and of all those that these
+        import from the user's folders. `packages` are the versions of the other packages that they import. Files that
+        are only read, such as settings, do not count.
 
     Raises:
         InputError: a function of the user's cannot be imported.
@@ -94,10 +95,15 @@ def _code() -> str:
     return _hash_of_files({str(file.relative_to(NORMLAB)): file for file in [*files, *map(NORMLAB.joinpath, FILES)]})
 
 
+def _kernels() -> str:
+    """The kernels of norms in words, and a hash of the code that was compiled: it may be older than that beside it."""
+    return cpu.PATH if cpu.kernels is None else f"{cpu.PATH}, code {cpu.kernels.code}"
+
+
 @lru_cache(maxsize=64)
 def _code_of(names: tuple[str | None, ...]) -> dict[str, str]:
     own = [name for name in names if name is not None and is_own(name)]
-    return {"kernels": cpu.PATH, "code": _code(), **(_own_code(own) if own else {})}
+    return {"kernels": _kernels(), "code": _code(), **(_own_code(own) if own else {})}
 
 
 def _own_code(names: list[str]) -> dict[str, str]:

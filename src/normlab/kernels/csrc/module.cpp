@@ -56,6 +56,7 @@ NB_MODULE(_native, m) {
   nb::list names;
   for (const InstructionSet& set : instruction_sets()) names.append(set.name);
   m.attr("instruction_sets") = nb::tuple(names);
+  m.attr("code") = NORMLAB_CODE;
   m.def("use_instructions", &use_instructions);
   m.def("set_openmp", &set_openmp);
   m.def("set_constants", &set_constants);
