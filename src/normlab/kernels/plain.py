@@ -125,6 +125,11 @@ def counted(values: Tensor, mask: Tensor | None) -> Tensor:
     return values if mask is None else torch.where(mask, values, 0)
 
 
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """Values of (C,) that broadcast against `x`, (N, C, *space)."""
+    return values.view(-1, *[1] * (x.dim() - 2))
+
+
 def one_of(x: Tensor, mask: Tensor | None) -> float | Tensor:
     """One over the number of values of a channel."""
     return x.shape[1] / x.numel() if mask is None else 1 / mask.sum().clamp(min=1)

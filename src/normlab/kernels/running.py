@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .plain import counted, one_of, scale_and_shift, write
+from .plain import counted, one_of, per_channel, scale_and_shift, write
 
 
 class Constants(NamedTuple):
@@ -183,6 +183,7 @@ def normalize_with_memory(
     step_bound: float | None,
     eps: float,
     mask: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
     """γ (x − mean) / √(var + eps) + β, whose backward pass remembers the batches before.
 
@@ -213,6 +214,12 @@ def normalize_with_memory(
     above 1 it overshoots, and only a smaller output helps. Where a norm follows, the scale is nothing, and k does no
     harm.
 
+    With a `share` s it is γ ((1 − s) x̂ + s i) + β, i being instance norm of x. The bound, the measured learning rate, p
+    and k are those of the whole:
+
+        ∂L/∂x = (1−s) γ/√(var+eps) · (g − A − x̂ B) + s γ ∂L/∂i ∂i/∂x
+        ∂L/∂γ = p Σ g ((1−s) x̂ + s i) + k γ          ∂L/∂s = p γ Σ g (i − x̂)
+
     Args:
         x: (N, C, *space).
         mean: (C,), a constant.
@@ -224,8 +231,9 @@ def normalize_with_memory(
         step_bound: a share of the size of (γ, β), or None for no bound.
         eps: added to the variance.
         mask: (N, 1, *space), True where a value is in `mean` and `var`, and counts above; None for all.
+        share: s, (C,), from 0 to 1; None for 0.
     """
-    return _NormalizeWithMemory.apply(x, mean, var, weight, bias, rate, mask, *memory, step_bound, eps)
+    return _NormalizeWithMemory.apply(x, mean, var, weight, bias, rate, mask, share, *memory, step_bound, eps)
 
 
 class _NormalizeWithMemory(torch.autograd.Function):
@@ -233,23 +241,28 @@ class _NormalizeWithMemory(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x, mean, var, weight, bias, rate, mask, gradient_average, gradient_latest, parameters_before,
+        x, mean, var, weight, bias, rate, mask, share, gradient_average, gradient_latest, parameters_before,
         parameters_gradient, log_learning_rate, learning_rate_steps, output_square, step_length, latest_gradient_share,
         step_bound, eps,
     ):  # fmt: skip
-        return scale_and_shift(x, mean, (var + eps).rsqrt_(), weight, bias)
+        if share is None:
+            return scale_and_shift(x, mean, (var + eps).rsqrt_(), weight, bias)
+        own, running = parts_of(weight, share)
+        y = scale_and_shift(x, mean, (var + eps).rsqrt_(), running, bias)
+        return y + (instance_norm(x, mask, eps)[0] * per_channel(own, x)).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, mean, var, weight, bias, rate, mask, *memory, ctx.step_bound, ctx.eps = inputs
-        ctx.save_for_backward(x, mean, var, weight, bias, rate, mask)
+        x, mean, var, weight, bias, rate, mask, share, *memory, ctx.step_bound, ctx.eps = inputs
+        ctx.save_for_backward(x, mean, var, weight, bias, rate, mask, share)
         # Not saved: it may change before this backward pass, by that of another batch.
         ctx.memory = memory
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor):
-        x, mean, var, weight, bias, rate, mask = ctx.saved_tensors
+        x, mean, var, weight, bias, rate, mask, share = ctx.saved_tensors
+        own, running = (None, weight) if share is None else parts_of(weight, share)
         along = (-1, *[1] * (x.dim() - 2))
         dims = (0, *range(2, x.dim()))
         inverse = (var + ctx.eps).rsqrt()
@@ -265,7 +278,7 @@ class _NormalizeWithMemory(torch.autograd.Function):
             parameters = now
             log_lr, steps = step.enter(log_lr, steps)
             last_rate, step_length = step.weigh(last_rate, step_length)
-            square = torch.lerp(square, _output_square(x_hat, parameters, mask), rate)
+            square = torch.lerp(square, _output_square(x_hat, running, bias, mask), rate)
             gradient = gradient * step.waits
             if ctx.step_bound is not None:
                 lr = log_lr.exp()
@@ -283,18 +296,27 @@ class _NormalizeWithMemory(torch.autograd.Function):
         average = torch.lerp(average, latest_before, last_rate)
         x_square = x_hat.square()
         x_square = x_square.mean(dims) if mask is None else counted(x_square, mask).sum(dims) * one_of(x, mask)
-        own = torch.stack([latest[0], latest[1] / (rate * x_square).clamp(min=1)])
-        subtracted = torch.lerp(average, own, rate)
-        given = torch.add(sums.flip(0) * parameter_share(len(x)), parameters * pull)
+        of_batch = torch.stack([latest[0], latest[1] / (rate * x_square).clamp(min=1)])
+        subtracted = torch.lerp(average, of_batch, rate)
+        of_x_hat, slower, of_share = sums[1], parameter_share(len(x)), None
+        if own is not None:
+            i, i_inverse = instance_norm(x, mask, ctx.eps)
+            of_i = (grad * i).sum(dims)
+            of_share = (of_i - of_x_hat) * slower if weight is None else (of_i - of_x_hat) * weight * slower
+            of_x_hat = torch.lerp(of_x_hat, of_i, share.to(x_hat.dtype))
+            through_i = _through_instance_norm(grad, i, i_inverse, mask).mul_(per_channel(own, x))
+        given = torch.add(torch.stack([of_x_hat, sums[0]]) * slower, parameters * pull)
         usable = sums.isfinite().all() if mask is None else sums.isfinite().all() & mask.any()
         new = average, latest, parameters, gradient + given, log_lr, steps, square, step_length, rate
         write(ctx.memory, [torch.where(usable, value, before) for before, value in zip(memory, new, strict=True)])
-        scale = inverse if weight is None else inverse * weight
+        scale = inverse if running is None else inverse * running
         grad_x = x_hat.mul_((scale * subtracted[1]).view(along)).add_((scale * subtracted[0]).view(along))
         grad_x = counted(grad_x, mask).neg_().addcmul_(grad, scale.view(along))
+        if own is not None:
+            grad_x = grad_x.add_(through_i)
         grad_weight = given[0] if ctx.needs_input_grad[3] else None
         grad_bias = given[1] if ctx.needs_input_grad[4] else None
-        return grad_x.to(x.dtype), None, None, grad_weight, grad_bias, *[None] * 13
+        return grad_x.to(x.dtype), None, None, grad_weight, grad_bias, None, None, of_share, *[None] * 11
 
 
 class _Step(NamedTuple):
@@ -331,10 +353,42 @@ def parameter_share(images: int) -> float:
     return min(1, (images / CONSTANTS.steady_images) ** 0.5)
 
 
-def _output_square(x_hat: Tensor, parameters: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over images of the squared length of the output's mean over space."""
+def parts_of(weight: Tensor | None, share: Tensor) -> tuple[Tensor, Tensor]:
+    """γ s of instance norm, and γ (1 − s) of the running part."""
+    return (share, 1 - share) if weight is None else (share * weight, (1 - share) * weight)
+
+
+def instance_norm(x: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm i = (x − m) / √(v + eps), by mean and variance over space of each image; and 1 / √(v + eps).
+
+    The latter is (N, C, 1, …), and both are in float32 at least. Of an image without a value that counts m is 0 and
+    v is 1.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    space = tuple(range(2, x.dim()))
+    if mask is None:
+        var, mean = torch.var_mean(wide, space, correction=0, keepdim=True)
+    else:
+        values = mask.sum(space, keepdim=True)
+        mean = counted(wide, mask).sum(space, keepdim=True) / values.clamp(min=1)
+        var = counted(wide - mean, mask).square().sum(space, keepdim=True) / values.clamp(min=1)
+        var = torch.where(values > 0, var, 1)
+    inverse = (var + eps).rsqrt()
+    return (wide - mean) * inverse, inverse
+
+
+def _through_instance_norm(grad: Tensor, i: Tensor, inverse: Tensor, mask: Tensor | None) -> Tensor:
+    """The gradient of x, where `grad` is that of i: (g − mean g − i mean(g i)) / √(v + eps)."""
+    space = tuple(range(2, i.dim()))
+    one = 1 / i.shape[2:].numel() if mask is None else 1 / mask.sum(space, keepdim=True).clamp(min=1)
+    of_mean, of_scale = grad.sum(space, keepdim=True) * one, (grad * i).sum(space, keepdim=True) * one
+    return (grad - counted(of_mean + i * of_scale, mask)) * inverse
+
+
+def _output_square(x_hat: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over images of the squared length of the output's mean over space; that of instance norm is 0."""
     if mask is not None and x_hat.dim() > 2:
         pooled = counted(x_hat, mask).flatten(2).sum(2) / mask.flatten(2).sum(2).clamp(min=1)
     else:
         pooled = x_hat.flatten(2).mean(2) if x_hat.dim() > 2 else x_hat
-    return torch.addcmul(parameters[1], pooled, parameters[0]).square_().sum(1).mean()
+    return torch.addcmul(bias.to(pooled.dtype), pooled, weight.to(pooled.dtype)).square_().sum(1).mean()

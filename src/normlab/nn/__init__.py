@@ -4,6 +4,7 @@
 # In the order of `NORMS`: each file registers its norms.
 from .registry import NORMS, Norm, build_norm, list_norms, register
 from .running import RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
+from .running_instance import RunningInstanceNorm1d, RunningInstanceNorm2d, RunningInstanceNorm3d
 from .running_lesson import LessonRunningNorm1d, LessonRunningNorm2d, LessonRunningNorm3d
 from .mabn import MovingAverageBatchNorm1d, MovingAverageBatchNorm2d, MovingAverageBatchNorm3d
 from .online import OnlineNorm1d, OnlineNorm2d, OnlineNorm3d
@@ -73,6 +74,9 @@ __all__ = [
     "RunningBatchNorm1d",
     "RunningBatchNorm2d",
     "RunningBatchNorm3d",
+    "RunningInstanceNorm1d",
+    "RunningInstanceNorm2d",
+    "RunningInstanceNorm3d",
     "SwitchableNorm1d",
     "SwitchableNorm2d",
     "SwitchableNorm3d",

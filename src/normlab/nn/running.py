@@ -78,26 +78,34 @@ class RunningBatchNorm(RunningStatistics):
         return call(self, input, mask, residual)
 
     def in_training(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        return self._train(x, mask, residual, self.weight)
+
+    def in_evaluation(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        return self._evaluate(x, residual, self.weight)
+
+    def _train(self, x: Tensor, mask: Tensor | None, residual: Tensor | None, weight: Tensor | None) -> Tensor:
+        """`in_training` with `weight` for γ."""
         parts = self._parts_for_kernels(x, policy.always, residual) if mask is None else None
         if parts is not None:
             state, slope = parts.state if self.track_running_stats else self._state(), SLOPES[self.activation]
             numbers = autograd.RunningNumbers(self.momentum, self.eps, self._kept_already())
-            weight, bias = parts.weight, parts.bias
-            return autograd.running_norm(x, weight, bias, state, numbers, self.step_bound, slope, residual)
+            return autograd.running_norm(x, weight, parts.bias, state, numbers, self.step_bound, slope, residual)
         self._check_memory(x, residual)
         with torch.no_grad():
-            mean, var, rate = settle(*self._updated(x, mask))
+            mean, var, rate = settle(*self._updated(x, mask, weight))
         memory = self._state().memory
-        y = normalize_with_memory(x, mean, var, self.weight, self.bias, rate, memory, self.step_bound, self.eps, mask)
+        y = normalize_with_memory(x, mean, var, weight, self.bias, rate, memory, self.step_bound, self.eps, mask)
         return activate(y, self.activation, residual)
 
-    def in_evaluation(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    def _evaluate(self, x: Tensor, residual: Tensor | None, weight: Tensor | None) -> Tensor:
+        """`in_evaluation` with `weight` for γ."""
         parts = self._parts_for_kernels(x, policy.for_constants, residual)
         if parts is not None:
             mean, var, slope = parts.state.running_mean, parts.state.running_var, SLOPES[self.activation]
-            return autograd.frozen_norm(x, mean, var, parts.weight, parts.bias, self.eps, slope, residual)
+            return autograd.frozen_norm(x, mean, var, weight, parts.bias, self.eps, slope, residual)
         self._check_memory(x, residual)
-        return activate(super().in_evaluation(x, mask), self.activation, residual)
+        mean, var = F.unless_none((self.running_mean, self.running_var), x)
+        return activate(F.normalize(x, mean, var, weight, self.bias, self.eps), self.activation, residual)
 
     def _state(self) -> State:
         """The buffers, to be written, or copies while nothing is to be tracked."""
@@ -115,12 +123,12 @@ class RunningBatchNorm(RunningStatistics):
         options = f"eps={self.eps}, momentum={self.momentum}, affine={self.affine}, step_bound={self.step_bound}"
         return f"{self.num_features}, {options}" + described(self.activation)
 
-    def _updated(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _updated(self, x: Tensor, mask: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and variance with this batch in them, which are kept, and its share in A and B."""
         state = State._make(getattr(self, name) for name in State._fields)
         if not self._kept_already():
             mean, var, counts = self._moments(x.to(self.running_mean.dtype), mask)
-            before, state = state, take_in(state, mean, var, len(x), self.weight, self.momentum, self.eps, counts)
+            before, state = state, take_in(state, mean, var, len(x), weight, self.momentum, self.eps, counts)
             self._keep(*zip(before[STATISTICS], state[STATISTICS], strict=True))
         return state.running_mean, state.running_var, rate_of(state)
 
