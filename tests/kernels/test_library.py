@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from checks import assert_close, layouts, operators_in_python, step, with_drawn_parameters
 from normlab.kernels import cpu, launch, library
 from normlab.kernels.running import READ, State
-from normlab.nn import BatchNorm2d, GroupNorm, RunningBatchNorm2d, build_norm
+from normlab.nn import BatchNorm2d, GroupNorm, RunningBatchNorm2d, RunningInstanceNorm2d, build_norm
 
 pytestmark = pytest.mark.skipif(cpu.PATH.startswith("composed"), reason=cpu.PATH)
 
@@ -24,6 +24,7 @@ def arguments(name, x, affine):
     weight, bias = (torch.randn(C) if affine else None for _ in range(2))
     grad, residual = torch.randn_like(x), torch.randn(x.shape).to(x.dtype) if affine else None
     saved, of_groups = torch.rand(2, C) + 0.5, torch.rand(2, len(x) * GROUPS) + 0.5
+    of_both = torch.rand(2, C * (1 + len(x))) + 0.5
     statistics = torch.zeros(C), torch.ones(C), torch.tensor(3)
     state = State.empty(C)
     return {
@@ -35,12 +36,21 @@ def arguments(name, x, affine):
             *(SLOPE, 0.1, EPS, not affine),
         ),
         "running_backward": (grad, x, weight, bias, saved, torch.tensor(0.5), *state.memory, SLOPE, 0.006, affine),
+        "running_instance_forward": (
+            *(x, weight, bias, torch.rand(C) / 4, residual, *statistics, *state[READ][3:]),
+            *(4.0, 0.5, SLOPE, 0.1, EPS, not affine),
+        ),
+        "running_instance_backward": (
+            *(grad, x, weight, bias, torch.rand(C) / 4, of_both, torch.tensor(0.5), *state.memory),
+            *(4.0, 0.5, SLOPE, 0.006, affine),
+        ),
         "group_forward": (x, weight, bias, GROUPS, SLOPE, EPS),
         "group_backward": (grad, x, weight, bias, of_groups, GROUPS, SLOPE),
     }[name]
 
 
 NAMES = [name for name in vars(library) if name.endswith(("_forward", "_backward")) and name[0] != "_"]
+IN_CPP_ALONE = ["running_instance_forward", "running_instance_backward"] if library.COMPILED else []
 
 
 def written_in(language):
@@ -69,11 +79,11 @@ def test_torch_calls_the_compiled_ones_from_2_10_on():
 def test_those_in_python_are_for_a_torch_that_lacks_a_function(monkeypatch):
     address = cpu._address
     monkeypatch.setattr(cpu, "_address", lambda name: address(name.replace("torch_library_impl", "torch_lacks_it")))
-    assert not cpu.register_operators()
+    assert not cpu._register_operators()
 
 
 @languages
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *IN_CPP_ALONE])
 @settings(max_examples=15, deadline=None)
 @given(shapes, dtypes, layouts, st.booleans())
 def test_operators_do_what_they_declare(name, language, shape, dtype, layout, affine):
@@ -107,7 +117,7 @@ def test_compiled_ones_do_what_those_in_python_do(name, shape, dtype, layout, gr
 
 
 @in_cpp
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *IN_CPP_ALONE])
 def test_compiled_ones_keep_nothing(name):
     given = arguments(name, torch.randn(2, C, 3, 4)[..., ::2], affine=True)
     references = [part._use_count() for part in tensors(given)]
@@ -129,6 +139,8 @@ WRONG = {  # the operator, its argument's index, what it becomes, what is said
     "every other weight": ("batch_forward", 1, lambda weight: weight.repeat_interleave(2)[::2], "weight must be"),
     "a mean without a count": ("batch_forward", 6, lambda _: None, "all there, or none"),
     "a count of float32": ("running_forward", 6, lambda count: count.float(), "num_batches_tracked must be .* int64"),
+    "a short gate": ("running_instance_forward", 3, lambda gate: gate[1:], f"gate must be .* {C}"),
+    "a gate of float64": ("running_instance_backward", 4, lambda gate: gate.double(), "gate must be .*float32"),
     "a short average": ("running_forward", 10, lambda average: average[0], f"gradient_average must be .* {2 * C}"),
     "a residual of another type": ("frozen_forward", 3, lambda residual: residual.half(), "residual must have"),
     "a short mean": ("frozen_forward", 4, lambda mean: mean[1:], f"mean must be .* {C}"),
@@ -242,6 +254,7 @@ LAYERS = {
     "batch": lambda **options: BatchNorm2d(16, **options),
     "group": lambda **options: GroupNorm(16, **options),
     "running": lambda **options: RunningBatchNorm2d(16, **options),
+    **({"running_instance": lambda **options: RunningInstanceNorm2d(16, **options)} if library.COMPILED else {}),
 }
 
 

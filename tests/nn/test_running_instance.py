@@ -187,3 +187,62 @@ def test_it_folds_where_it_is_a_scale_and_shift(share, folds):
         net[1].gate.fill_(share / GATE_SPEED)
     folded = normlab.fold(net.eval(), images().float()[:, :3])
     assert isinstance(folded.model[1], nn.Identity) == folds
+
+
+def steps_of(norm, dtype, side, layout, residual):
+    """Outputs, gradients and the state over four steps, in which one image has a gradient that meets the bound."""
+    found = []
+    for step in range(4):
+        x, grad = images(3, side, step), images(3, side, 50 + step)
+        grad[0] *= 8 if step == 2 else 1
+        x, grad = (part.to(dtype).contiguous(memory_format=layout) for part in (x, grad))
+        x.requires_grad_()
+        more = {"residual": images(3, side, 9).to(dtype).contiguous(memory_format=layout)} if residual else {}
+        y = norm(x, **more)
+        y.backward(grad)
+        found += [y.detach(), x.grad]
+        with torch.no_grad():
+            for part in norm.parameters():
+                found.append(part.grad.clone())
+                part -= LR * part.grad
+                part.grad = None
+    return [part.double() for part in (*found, *norm.buffers())]
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"activation": "relu"}, {"bias": False}, {"affine": False}, {"step_bound": None}]
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("side", [2, 9, 20])
+def test_the_kernel_is_the_reference_in_float64(side, layout, options, residual):
+    torch.manual_seed(0)
+    fast = RunningInstanceNorm2d(C, **options)
+    with torch.no_grad():
+        for part, (low, high) in zip(fast.parameters(), ((0.5, 2), (-1, 1), (0, 1 / GATE_SPEED)), strict=False):
+            part.uniform_(low, high)
+        fast.gate.uniform_(0, 1 / GATE_SPEED)
+    exact = copy.deepcopy(fast).double()
+    found = steps_of(fast, torch.float32, side, layout, residual)
+    expected = steps_of(exact, torch.float64, side, layout, residual)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_the_norm_of_the_rounded_values(dtype):
+    fast = layer(0.7).float()
+    exact = copy.deepcopy(fast).double()
+    x = images(3).to(dtype)
+    y, like = fast(x), exact(x.double())
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), like, rtol=2e-2, atol=2e-2)
+    for name, part in fast.named_buffers():
+        torch.testing.assert_close(part.double(), dict(exact.named_buffers())[name].double(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_gate_that_is_no_float32_is_taken_all_the_same():
+    fast, other = layer(0.5).float(), layer(0.5).float()
+    other.gate.data = other.gate.data.double()
+    x = images().float()
+    torch.testing.assert_close(fast(x), other(x))

@@ -18,6 +18,8 @@ _RUNNING_FORWARD = torch.ops.normlab.running_forward.default
 _RUNNING_BACKWARD = torch.ops.normlab.running_backward.default
 _GROUP_FORWARD, _GROUP_BACKWARD = torch.ops.normlab.group_forward.default, torch.ops.normlab.group_backward.default
 _FROZEN_FORWARD = torch.ops.normlab.frozen_forward.default
+_MIXED_FORWARD = torch.ops.normlab.running_instance_forward.default
+_MIXED_BACKWARD = torch.ops.normlab.running_instance_backward.default
 
 
 class Statistics(NamedTuple):
@@ -40,6 +42,20 @@ class RunningNumbers(NamedTuple):
     momentum: float
     eps: float
     recomputing: bool
+
+
+class Gate(NamedTuple):
+    """What the share of instance norm is made of: s = min(1, max(0, speed · gate)) · known.
+
+    Attributes:
+        gate: (C,), float32.
+        speed: how fast s moves, where γ has a speed of 1.
+        known: how well a map knows its own mean, from 0 to 1.
+    """
+
+    gate: Tensor
+    speed: float
+    known: float
 
 
 def _quick(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
@@ -160,6 +176,34 @@ def running_norm(
     return _RunningNorm(x, weight, bias, residual, state, slope, numbers, step_bound)
 
 
+def running_instance_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Gate,
+    state: running.State,
+    numbers: RunningNumbers,
+    step_bound: float | None,
+    slope: float,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Running instance norm; see `RunningInstanceNorm2d`. On a CPU, by the compiled module.
+
+    Args:
+        x: (N, C, *space).
+        weight: γ, (C,), float32, or None for 1.
+        bias: β, (C,), float32, or None for 0.
+        gate: what s is made of.
+        state: as in `running_norm`, and so are those not named here.
+        numbers: those of the layer.
+        step_bound: see `running.normalize_with_memory`.
+        slope: as in `batch_norm`.
+        residual: as `x`; added before the activation.
+    """
+    step_bound = -1.0 if step_bound is None else step_bound
+    return _MixedNorm(x, weight, bias, gate.gate, residual, gate[1:], state, slope, numbers, step_bound)
+
+
 def group_norm(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float
 ) -> Tensor:
@@ -267,6 +311,37 @@ def _running_backward(ctx: Any, *grads: Tensor):
 
 
 _once = once_differentiable(_running_backward)
+
+
+@_quick
+class _MixedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, gate, residual, of_gate, state, slope, numbers, step_bound):
+        """Types as in `running_instance_norm`, but for `of_gate`, the numbers of its gate."""
+        kept = state[running.READ]
+        y, saved, rate = _MIXED_FORWARD(x, weight, bias, gate, residual, *kept, *of_gate, slope, *numbers)
+        added = residual is not None
+        ctx.save_for_backward(x, weight, bias, gate, saved, rate, y if added and slope != 1 else None)
+        ctx.numbers = slope, added, step_bound, of_gate, state[running.MEMORY]  # see `_RunningNorm`
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        return (_mixed_once if torch.is_grad_enabled() else _mixed_backward)(ctx, *grads)
+
+
+def _mixed_backward(ctx: Any, *grads: Tensor):
+    x, weight, bias, gate, saved, rate, y = ctx.saved_tensors
+    (grad,), (slope, added, step_bound, of_gate, memory) = grads, ctx.numbers
+    if y is not None:
+        grad, slope = _through_activation(slope, grad, y)
+    _, of_weight, of_bias, *_ = ctx.needs_input_grad
+    numbers = *of_gate, slope, step_bound, of_weight and of_bias
+    *found, grad_gate = _MIXED_BACKWARD(grad, x, weight, bias, gate, saved, rate, *memory, *numbers)
+    return *_wanted(found, weight, bias), grad_gate, grad if added else None, None, None, None, None, None
+
+
+_mixed_once = once_differentiable(_mixed_backward)
 
 
 @_quick

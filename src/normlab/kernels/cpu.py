@@ -81,7 +81,7 @@ def _set_constants(constants: running.Constants) -> None:
         kernels.set_constants(constants)
 
 
-def register_operators() -> bool:
+def _register_operators() -> bool:
     """Has the compiled module implement `library` on a CPU; False if it, or this torch, cannot (before 2.10)."""
     if kernels is None:
         return False
@@ -93,3 +93,4 @@ def register_operators() -> bool:
 
 
 kernels, PATH = _load()
+OPERATORS = _register_operators()  # whether torch calls the module without Python in between

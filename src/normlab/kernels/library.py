@@ -13,7 +13,7 @@ from torch import Tensor
 from . import cpu, launch
 
 LIBRARY = torch.library.Library("normlab", "FRAGMENT")
-COMPILED = cpu.register_operators()  # on a CPU
+COMPILED = cpu.OPERATORS
 _PARAMETERS = "Tensor x, Tensor? weight, Tensor? bias"
 _GRADIENTS = "(Tensor, Tensor, Tensor)"
 
@@ -127,3 +127,32 @@ def group_backward(grad, x, weight, bias, saved, num_groups, slope):
     """The gradients of `x`, γ and β."""
     x, described = launch.describe(x)
     return launch.backward(grad, x, described, weight, bias, saved, slope, "group_backward", (), num_groups)
+
+
+# Of the compiled module alone. Elsewhere running instance norm is made of torch's operators.
+LIBRARY.define(
+    f"running_instance_forward({_PARAMETERS}, Tensor gate, Tensor? residual, Tensor(a!) running_mean, "
+    "Tensor(b!) running_var, Tensor(c!) num_batches_tracked, Tensor(d!) share, Tensor(e!) innovation, Tensor(f!) "
+    "gradient_share, Tensor gradient_average, Tensor gradient_latest, float gate_speed, float known, float slope, "
+    "float momentum, float eps, bool recomputing) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.flexible_layout,),
+)
+LIBRARY.define(
+    f"running_instance_backward(Tensor grad, {_PARAMETERS}, Tensor gate, Tensor saved, Tensor rate, "
+    "Tensor(a!) gradient_average, Tensor(b!) gradient_latest, Tensor(c!) parameters_before, Tensor(d!) "
+    "parameters_gradient, Tensor(e!) log_learning_rate, Tensor(f!) learning_rate_steps, Tensor(g!) output_square, "
+    "Tensor(h!) step_length, Tensor(i!) latest_gradient_share, float gate_speed, float known, float slope, float "
+    "step_bound, bool learns) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.flexible_layout,),
+)
+
+
+@torch.library.register_fake("normlab::running_instance_forward", lib=LIBRARY)
+def _fake_running_instance_forward(x, *_):
+    return _like(x), _saved(x, x.shape[1] * (1 + len(x))), x.new_empty((), dtype=torch.float32)
+
+
+@torch.library.register_fake("normlab::running_instance_backward", lib=LIBRARY)
+def _fake_running_instance_backward(grad, x, *_):
+    found = _fake_backward(grad, x)
+    return *found, torch.empty_like(found[1])

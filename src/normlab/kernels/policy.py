@@ -1,7 +1,7 @@
 """When the kernels are used instead of torch's operators: every question and every threshold.
 
-A layer asks through `OnKernels._parts_for_kernels`, and names its use: `always`, `unless_compiled`, `for_statistics`,
-`for_constants`, `for_groups`, `for_activated_groups`.
+A layer asks through `OnKernels._parts_for_kernels`, and names its use: `always`, `if_compiled`, `unless_compiled`,
+`for_statistics`, `for_constants`, `for_groups`, `for_activated_groups`.
 """
 
 import os
@@ -35,6 +35,11 @@ MOST_CHANNELS_ON_GPU, MOST_SUMS_ON_GPU = 1 << 13, 1 << 26
 def always(_: Tensor) -> bool:
     """For running batch norm in training, which needs many of torch's operators."""
     return True
+
+
+def if_compiled(x: Tensor) -> bool:
+    """For running instance norm in training, of which the compiled module alone has a kernel, as an operator."""
+    return cpu.OPERATORS and x.is_cpu
 
 
 def unless_compiled(_: Tensor) -> bool:

@@ -149,7 +149,7 @@ class OnKernels(nn.Module):
             own, parts = self._known
             now = (*self._parameters.values(), *self._buffers.values())
             if len(now) == len(own) and all(map(is_, now, own)):
-                for part in own[:2]:  # another tensor may have been put into its `data`
+                for part in own[: len(self._parameters)]:  # another tensor may have been put into its `data`
                     if part is not None and not (part.dtype is torch.float32 and part.is_contiguous()):
                         return None
                 return parts if policy.in_memory(x) else None
@@ -158,8 +158,8 @@ class OnKernels(nn.Module):
         if tuple(self._buffers)[: len(names)] != names or not policy.takes(x, *own):
             return None
         parts = Parts(self.weight, self.bias, self._state_type._make(own[2 : 2 + len(names)]))
-        if remembers and library.COMPILED and len(self._parameters) == 2:  # fewer: some are computed
-            self._known = own, parts
+        if remembers and library.COMPILED and {"weight", "bias"} <= self._parameters.keys():  # else they are computed
+            self._known = (*self._parameters.values(), *self._buffers.values()), parts
         return parts
 
     def _check_memory(self, x: Tensor, residual: Tensor | None = None) -> None:

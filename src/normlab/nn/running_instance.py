@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ..kernels import autograd, policy
 from ..kernels.running import instance_norm, normalize_with_memory, parts_of
 from . import functional as F
-from .activation import activate, scripted_activation
+from .activation import SLOPES, activate, scripted_activation
 from .base import is_fresh, settle
 from .registry import register
 from .running import RunningBatchNorm
 
-GATE_SPEED = 4  # how fast s moves, where γ has a speed of 1
+GATE_SPEED = 4.0  # how fast s moves, where γ has a speed of 1
 FIRST_SHARE = 0.5  # s at first, of a large map
 VALUES = 64  # of this many values a map knows its mean half
 
@@ -35,8 +35,15 @@ class RunningInstanceNorm(RunningBatchNorm):
     def in_training(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
         if _is_one_value(x):
             return super().in_training(x, mask, residual)
+        known = _known(x.shape[2:])
+        parts = self._parts_for_kernels(x, policy.if_compiled, residual) if mask is None else None
+        if parts is not None and self.gate.dtype is torch.float32:
+            state, slope = parts.state if self.track_running_stats else self._state(), SLOPES[self.activation]
+            numbers = autograd.RunningNumbers(self.momentum, self.eps, self._kept_already())
+            others = parts.weight, parts.bias, autograd.Gate(self.gate, GATE_SPEED, known), state, numbers
+            return autograd.running_instance_norm(x, *others, self.step_bound, slope, residual)
         self._check_memory(x, residual)
-        share = _Share.apply(self.gate, _known(x.shape[2:]))
+        share = _Share.apply(self.gate, known)
         with torch.no_grad():
             running = parts_of(self.weight, share)[1]
             mean, var, rate = settle(*self._updated(x, mask, running))

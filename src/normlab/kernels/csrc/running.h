@@ -168,9 +168,10 @@ struct Measured {
   }
 };
 
-// Returns how many images have a gradient longer than the bound, and makes their factors less than 1. parameters: γ and
-// β. lr: η.
-inline int64_t bound_images(Sums& sums, const std::vector<float>& parameters, float lr, double step_bound,
+// Returns how many images have a gradient longer than the bound, and makes their factors less than 1. sums: those of
+// the images, `Sums` or what has their squares. parameters: γ and β. lr: η.
+template <class SumsOfImages>
+int64_t bound_images(SumsOfImages& sums, const std::vector<float>& parameters, float lr, double step_bound,
                             std::vector<float>& factor) {
   double size = 0;
   for (const float value : parameters) size += double{value} * value;
@@ -199,6 +200,63 @@ inline float parameter_share(int64_t images) {
   return std::min(1.0f, std::sqrt(static_cast<float>(images) / static_cast<float>(constants.steady_images)));
 }
 
+// What guards a backward pass: how γ and β have moved, which images exceed the bound, and the pull.
+struct Guards {
+  std::vector<float>& factor;    // of each image
+  std::vector<float>& now;       // γ and β if they learn, else 0
+  std::vector<float>& gradient;  // theirs, summed since they moved
+  Measured measured;
+  int64_t over = 0;  // images that exceed the bound
+  float pull = 0;
+
+  Guards(const Steps& steps, int64_t images, int64_t channels)
+      : factor(vector_of(0)), now(vector_of(1)), gradient(vector_of(2)), measured(steps) {
+    factor.assign(images, 1);
+    now.assign(2 * channels, 0);
+    gradient.assign(steps.parameters_gradient, steps.parameters_gradient + 2 * channels);
+    before_ = steps.parameters_before;
+  }
+
+  // Of γ and β that learn. output_square: the mean squared length of an image's output.
+  template <class SumsOfImages, class OutputSquare>
+  void look(SumsOfImages& sums, const Backward& pass, double step_bound, float rate, OutputSquare output_square) {
+    const std::size_t channels = now.size() / 2;
+    std::copy_n(pass.weight, channels, now.data());
+    std::copy_n(pass.bias, channels, now.data() + channels);
+    measured.enter_step(now, before_, gradient);
+    const float lr = std::exp(measured.log_learning_rate);
+    if (step_bound >= 0) over = bound_images(sums, now, lr, step_bound, factor);
+    measured.output_square = lerp(measured.output_square, static_cast<float>(output_square()), rate);
+    if (step_bound >= 0) pull = pull_of(over, static_cast<int64_t>(factor.size()), lr, measured.output_square);
+  }
+
+  // A or B, with this batch's own part of it.
+  float subtracted(const Averages& of, int64_t i, float own, float rate) const {
+    const float last = measured.latest_gradient_share;
+    return lerp(lerp(of.gradient_average[i], of.gradient_latest[i], last), own, rate);
+  }
+
+  // Keeps what this pass found. total: Σg, then Σ g x̂, of n values.
+  void keep(const Averages& of, const Steps& steps, const std::vector<double>& total, double n, float rate,
+            bool learns) const {
+    for (std::size_t i = 0; i < total.size(); ++i) {
+      const float before = of.gradient_average[i], last = of.gradient_latest[i];
+      of.gradient_average[i] = lerp(before, last, measured.latest_gradient_share);
+      of.gradient_latest[i] = static_cast<float>(total[i] / n);
+    }
+    if (learns) std::copy_n(now.data(), now.size(), steps.parameters_before);
+    std::copy_n(gradient.data(), gradient.size(), steps.parameters_gradient);
+    measured.keep(steps, rate);
+  }
+
+ private:
+  static std::vector<float>& vector_of(int i) {
+    thread_local std::vector<float> vectors[3];
+    return vectors[i];
+  }
+  const float* before_;
+};
+
 // The backward pass, see `normlab.kernels.running.normalize_with_memory`. batch_rate: what the forward pass returned.
 // step_bound: below 0 for none. learns: weight and bias are there and both want a gradient.
 inline void running_backward(const Layout& layout, const RunningBackward& tensors, double slope, double batch_rate,
@@ -211,31 +269,14 @@ inline void running_backward(const Layout& layout, const RunningBackward& tensor
   thread_local Sums sums;
   sums.take(layout, pass, z);
 
-  // How γ and β have moved, which images exceed the bound, and the pull.
-  thread_local std::vector<float> factor, now, gradient;
-  factor.assign(images, 1);
-  now.assign(both, 0);
-  gradient.assign(steps.parameters_gradient, steps.parameters_gradient + both);
-  Measured measured(steps);
-  int64_t over = 0;
-  float pull = 0;
-  if (learns) {
-    std::copy_n(pass.weight, channels, now.data());
-    std::copy_n(pass.bias, channels, now.data() + channels);
-    measured.enter_step(now, steps.parameters_before, gradient);
-    const float lr = std::exp(measured.log_learning_rate);
-    if (step_bound >= 0) over = bound_images(sums, now, lr, step_bound, factor);
-    const auto output_square = static_cast<float>(sums.output_square(now));
-    measured.output_square = lerp(measured.output_square, output_square, rate);
-    if (step_bound >= 0) pull = pull_of(over, images, lr, measured.output_square);
-  }
-  const float* factors = over > 0 ? factor.data() : nullptr;
+  Guards guards(steps, images, channels);
+  if (learns) guards.look(sums, pass, step_bound, rate, [&] { return sums.output_square(guards.now); });
+  const float* factors = guards.over > 0 ? guards.factor.data() : nullptr;
 
   // The gradients of γ and β, and what the gradient of x is made of: p g + q (x − mean) + r.
   const std::vector<double>& of_channels = sums.of_channels(factors);
   const float *mean = pass.saved, *inverse = mean + channels, share = parameter_share(images);
   const double n = static_cast<double>(layout.shape.values());
-  float *average = tensors.averages.gradient_average, *latest = tensors.averages.gradient_latest;
   thread_local std::vector<float> p, q, r;
   thread_local std::vector<double> total;  // Σg, then Σ g x̂
   for (auto* part : {&p, &q, &r}) part->resize(channels);
@@ -249,25 +290,17 @@ inline void running_backward(const Layout& layout, const RunningBackward& tensor
     own /= std::max(1.0f, rate * static_cast<float>(of[4] * inverse[c] * inverse[c] / n));
     const float scale = inverse[c] * or_one(pass.weight, c);
     const auto subtracted = [&](int64_t i, float own) {
-      return lerp(lerp(average[i], latest[i], measured.latest_gradient_share), own, rate) * scale;
+      return guards.subtracted(tensors.averages, i, own, rate) * scale;
     };
     p[c] = scale;
     q[c] = -subtracted(channels + c, own) * inverse[c];
     r[c] = -subtracted(c, static_cast<float>(of_bias / n));
-    pass.grad_weight[c] = static_cast<float>(of_weight) * share + now[c] * pull;
-    pass.grad_bias[c] = static_cast<float>(of_bias) * share + now[channels + c] * pull;
-    gradient[c] += pass.grad_weight[c];
-    gradient[channels + c] += pass.grad_bias[c];
+    pass.grad_weight[c] = static_cast<float>(of_weight) * share + guards.now[c] * guards.pull;
+    pass.grad_bias[c] = static_cast<float>(of_bias) * share + guards.now[channels + c] * guards.pull;
+    guards.gradient[c] += pass.grad_weight[c];
+    guards.gradient[channels + c] += pass.grad_bias[c];
   }
-  if (finite) {
-    for (int64_t i = 0; i < both; ++i) {
-      average[i] = lerp(average[i], latest[i], measured.latest_gradient_share);
-      latest[i] = static_cast<float>(total[i] / n);
-    }
-    if (learns) std::copy_n(now.data(), both, steps.parameters_before);
-    std::copy_n(gradient.data(), both, steps.parameters_gradient);
-    measured.keep(steps, rate);
-  }
+  if (finite) guards.keep(tensors.averages, steps, total, n, rate, learns);
   const auto write = [&](auto* grad, auto* x, auto* grad_x) {
     combine(layout.shape, grad, x, grad_x, factors, mean, z, p.data(), q.data(), r.data());
   };
