@@ -213,7 +213,8 @@ def _contrast(differs: list[Layer], tried: list[Candidate], better: Candidate) -
         gain(tried[0], better),
         f"At {first.name} {first.contrast:.0%} of the variance is between images: they differ in brightness or "
         f"contrast, and the statistics of all fit none of them. Loss in evaluation: {listed(tried)}.",
-        f"The best of these is: {better.name}. Then train on for some epochs.",
+        f"The best of these is: {better.name}. Then train on for some epochs. For a training from the start there is "
+        "running_instance too.",
         better.command,
     )
 
