@@ -262,7 +262,7 @@ class _NormalizeWithMemory(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor):
         x, mean, var, weight, bias, rate, mask, share = ctx.saved_tensors
-        own, running = (None, weight) if share is None else parts_of(weight, share)
+        running = weight if share is None else parts_of(weight, share)[1]
         along = (-1, *[1] * (x.dim() - 2))
         dims = (0, *range(2, x.dim()))
         inverse = (var + ctx.eps).rsqrt()
@@ -278,7 +278,7 @@ class _NormalizeWithMemory(torch.autograd.Function):
             parameters = now
             log_lr, steps = step.enter(log_lr, steps)
             last_rate, step_length = step.weigh(last_rate, step_length)
-            square = torch.lerp(square, _output_square(x_hat, running, bias, mask), rate)
+            square = torch.lerp(square, _output_square(x_hat, torch.stack([running, bias]).to(x_hat.dtype), mask), rate)
             gradient = gradient * step.waits
             if ctx.step_bound is not None:
                 lr = log_lr.exp()
@@ -298,13 +298,11 @@ class _NormalizeWithMemory(torch.autograd.Function):
         x_square = x_square.mean(dims) if mask is None else counted(x_square, mask).sum(dims) * one_of(x, mask)
         of_batch = torch.stack([latest[0], latest[1] / (rate * x_square).clamp(min=1)])
         subtracted = torch.lerp(average, of_batch, rate)
-        of_x_hat, slower, of_share = sums[1], parameter_share(len(x)), None
-        if own is not None:
-            i, i_inverse = instance_norm(x, mask, ctx.eps)
-            of_i = (grad * i).sum(dims)
-            of_share = (of_i - of_x_hat) * slower if weight is None else (of_i - of_x_hat) * weight * slower
-            of_x_hat = torch.lerp(of_x_hat, of_i, share.to(x_hat.dtype))
-            through_i = _through_instance_norm(grad, i, i_inverse, mask).mul_(per_channel(own, x))
+        of_x_hat, slower = sums[1], parameter_share(len(x))
+        through_own, of_share = None, None
+        if share is not None:
+            through_own, of_x_hat, of_share = _of_own(x, grad, weight, share, of_x_hat, mask, ctx.eps)
+            of_share = of_share * slower
         given = torch.add(torch.stack([of_x_hat, sums[0]]) * slower, parameters * pull)
         usable = sums.isfinite().all() if mask is None else sums.isfinite().all() & mask.any()
         new = average, latest, parameters, gradient + given, log_lr, steps, square, step_length, rate
@@ -312,8 +310,8 @@ class _NormalizeWithMemory(torch.autograd.Function):
         scale = inverse if running is None else inverse * running
         grad_x = x_hat.mul_((scale * subtracted[1]).view(along)).add_((scale * subtracted[0]).view(along))
         grad_x = counted(grad_x, mask).neg_().addcmul_(grad, scale.view(along))
-        if own is not None:
-            grad_x = grad_x.add_(through_i)
+        if through_own is not None:
+            grad_x = grad_x.add_(through_own)
         grad_weight = given[0] if ctx.needs_input_grad[3] else None
         grad_bias = given[1] if ctx.needs_input_grad[4] else None
         return grad_x.to(x.dtype), None, None, grad_weight, grad_bias, None, None, of_share, *[None] * 11
@@ -377,6 +375,24 @@ def instance_norm(x: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor, T
     return (wide - mean) * inverse, inverse
 
 
+def _of_own(
+    x: Tensor,
+    grad: Tensor,
+    weight: Tensor | None,
+    share: Tensor,
+    of_x_hat: Tensor,
+    mask: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of x through i, Σ g ((1−s) x̂ + s i), and γ Σ g (i − x̂), where `of_x_hat` is Σ g x̂."""
+    i, inverse = instance_norm(x, mask, eps)
+    of_i = (grad * i).sum((0, *range(2, x.dim())))
+    through = _through_instance_norm(grad, i, inverse, mask).mul_(per_channel(parts_of(weight, share)[0], x))
+    of_share = of_i - of_x_hat
+    mixed = torch.lerp(of_x_hat, of_i, share.to(of_i.dtype))
+    return through, mixed, of_share if weight is None else of_share * weight
+
+
 def _through_instance_norm(grad: Tensor, i: Tensor, inverse: Tensor, mask: Tensor | None) -> Tensor:
     """The gradient of x, where `grad` is that of i: (g − mean g − i mean(g i)) / √(v + eps)."""
     space = tuple(range(2, i.dim()))
@@ -385,10 +401,10 @@ def _through_instance_norm(grad: Tensor, i: Tensor, inverse: Tensor, mask: Tenso
     return (grad - counted(of_mean + i * of_scale, mask)) * inverse
 
 
-def _output_square(x_hat: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+def _output_square(x_hat: Tensor, parameters: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over images of the squared length of the output's mean over space; that of instance norm is 0."""
     if mask is not None and x_hat.dim() > 2:
         pooled = counted(x_hat, mask).flatten(2).sum(2) / mask.flatten(2).sum(2).clamp(min=1)
     else:
         pooled = x_hat.flatten(2).mean(2) if x_hat.dim() > 2 else x_hat
-    return torch.addcmul(bias.to(pooled.dtype), pooled, weight.to(pooled.dtype)).square_().sum(1).mean()
+    return torch.addcmul(parameters[1], pooled, parameters[0]).square_().sum(1).mean()

@@ -189,9 +189,9 @@ register(
     RunningInstanceNorm1d,
     RunningInstanceNorm2d,
     RunningInstanceNorm3d,
-    summary="running batch norm and instance norm, in a mixture that each channel learns",
+    summary="running batch and instance norm, in a mixture that channels learn",
     over="the last batches",
     about="running batch norm and instance norm, in a mixture that each channel learns",
     source="here: [docs/running.md](docs/running.md)",
-    cost=4.0,
+    cost=3.0,
 )
