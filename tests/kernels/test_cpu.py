@@ -18,7 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import reference
 from checks import assert_close, cases, composed, double, gradients, layouts, step, with_drawn_parameters
 from normlab.kernels import autograd, cpu, launch, plain, policy
-from normlab.nn import BatchNorm2d, BatchRenorm2d, ChannelLayerNorm, GroupNorm, RMSNorm, RunningBatchNorm2d
+from normlab.nn import (
+    BatchNorm2d,
+    BatchRenorm2d,
+    ChannelLayerNorm,
+    GroupNorm,
+    RMSNorm,
+    RunningBatchNorm2d,
+    RunningInstanceNorm2d,
+)
 from normlab.nn import functional as F
 
 pytestmark = pytest.mark.skipif(cpu.PATH.startswith("composed"), reason=cpu.PATH)
@@ -153,7 +161,7 @@ def rms_norm(num_features: int, momentum: float) -> RMSNorm:
     return RMSNorm(num_features)
 
 
-BY_CHANNEL = [BatchNorm2d, RunningBatchNorm2d, unbounded_running]
+BY_CHANNEL = [BatchNorm2d, RunningBatchNorm2d, RunningInstanceNorm2d, unbounded_running]
 
 
 @pytest.mark.usefixtures("every_instruction_set")

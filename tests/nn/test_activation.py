@@ -15,6 +15,7 @@ ACTIVATIONS = {"relu": nn.ReLU(), "leaky_relu": nn.LeakyReLU()}
 LAYERS = {
     "batch": lambda **options: BatchNorm2d(6, **options),
     "running": lambda **options: RunningBatchNorm2d(6, **options),
+    "running_instance": lambda **options: build_norm("running_instance", 6, **options),
     "group": lambda **options: build_norm("group", 6, num_groups=3, **options),
     "layer": lambda **options: build_norm("layer", 6, **options),
     "instance": lambda **options: build_norm("instance", 6, **options),

@@ -22,7 +22,7 @@ LAYERS |= {name: lambda name=name: build_norm(name, 8) for name in NAMES}
 TRACKING = [name for name, make in LAYERS.items() if getattr(make(), "num_batches_tracked", None) is not None]
 TRACKED = [name for name in TRACKING if name in NAMES]
 # Those that TorchScript has a form of; the others say so.
-SCRIPTED = ["batch", "frozen", "running", "sync", "renorm", "ghost", "running_lesson", "mabn"]
+SCRIPTED = ["batch", "frozen", "running", "running_instance", "sync", "renorm", "ghost", "running_lesson", "mabn"]
 SCRIPTED += ["group", "group_ws", "layer", "instance"]
 
 every = pytest.mark.parametrize("name", LAYERS)

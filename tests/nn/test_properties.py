@@ -472,7 +472,7 @@ class TestTraining:
             x = x.double()
         elif road == "small":
             x = x[:1, :, :1, :1]
-        elif road == "residual" and name in ("batch", "running"):
+        elif road == "residual" and name in ("batch", "running", "running_instance"):
             x, part = x.double(), images().double()
             options = {"residual": part}
         if name != "none":

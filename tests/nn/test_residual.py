@@ -12,12 +12,13 @@ from checks import assert_close, composed, gradients, layouts, with_drawn_parame
 from normlab.errors import InputError
 from normlab.kernels import cpu
 from normlab.kernels.plain import activate
-from normlab.nn import BatchNorm2d, RunningBatchNorm2d
+from normlab.nn import BatchNorm2d, RunningBatchNorm2d, RunningInstanceNorm2d
 from normlab.nn.activation import SLOPES
 
 NORMS = {
     "batch": BatchNorm2d,
     "running": RunningBatchNorm2d,
+    "running_instance": RunningInstanceNorm2d,
     "untracked": lambda c, **options: BatchNorm2d(c, track_running_stats=False, **options),
 }
 SETS = [] if cpu.kernels is None else cpu.kernels.instruction_sets

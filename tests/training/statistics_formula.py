@@ -115,6 +115,7 @@ def _constant(batches: list[Tensor]) -> Statistics:
 
 FORMULAS: dict[str, Callable[[list[Tensor]], Statistics]] = {
     "running": _running,
+    "running_instance": _running,
     "running_lesson": _lesson,
     "mabn": _mabn,
     "online": _online,

@@ -33,8 +33,8 @@ class RunningInstanceNorm(RunningBatchNorm):
         return _Share.apply(self.gate, _known(space)).detach()
 
     def in_training(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        if _is_one_value(x):
-            return super().in_training(x, mask, residual)
+        if x.dim() == 2:
+            return self.in_training(*_with_space(x, mask, residual)).squeeze(2)
         known = _known(x.shape[2:])
         parts = self._parts_for_kernels(x, policy.if_compiled, residual) if mask is None else None
         if parts is not None and self.gate.dtype is torch.float32:
@@ -52,8 +52,10 @@ class RunningInstanceNorm(RunningBatchNorm):
         return activate(y, self.activation, residual)
 
     def in_evaluation(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        if _is_one_value(x) or x.numel() == 0:
+        if x.numel() == 0:
             return super().in_evaluation(x, mask, residual)
+        if x.dim() == 2:
+            return self.in_evaluation(*_with_space(x, mask, residual)).squeeze(2)
         self._check_memory(x, residual)
         own, running = parts_of(self.weight, _Share.apply(self.gate, _known(x.shape[2:])))
         if mask is None and self._parts_for_kernels(x, policy.for_activated_groups) is not None:
@@ -82,15 +84,15 @@ class RunningInstanceNorm(RunningBatchNorm):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def _is_one_value(x: Tensor) -> bool:
-    """Whether a channel of an image is one value, of which nothing is left by instance norm."""
-    return all(size == 1 for size in x.shape[2:])
+def _with_space(*parts: Tensor | None) -> list[Any]:
+    """Tensors of (N, C) as maps of one value, (N, C, 1)."""
+    return [None if part is None else part.unsqueeze(2) for part in parts]
 
 
 def _known(space: Sequence[int]) -> float:
-    """How well a map of this size knows its own mean: n / (n + 64), with n values."""
+    """How well a map of this size knows its own mean: n / (n + 64) with n values, 0 of one value."""
     values = math.prod(space)
-    return values / (values + VALUES)
+    return values / (values + VALUES) if values > 1 else 0.0
 
 
 class _Share(torch.autograd.Function):
