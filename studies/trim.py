@@ -23,7 +23,7 @@ from normlab.study.summary import best, is_number, summarize
 FOLDER = Path(__file__).parent
 DRAWN = [FOLDER / "compare" / "runs.jsonl", *sorted(FOLDER.glob("flagship/confirm-*/runs.jsonl"))]
 SCREENED = sorted(FOLDER.glob("flagship/screen-*/runs.jsonl"))
-STUDIES = ("collapse", "flagship", "finetune", "reproduce", "segmentation")
+STUDIES = ("collapse", "flagship", "finetune", "proof", "reproduce", "segmentation")
 OTHERS = [path for study in STUDIES for path in FOLDER.glob(f"{study}/**/runs.jsonl")]
 WITHOUT_CURVES = sorted(set(OTHERS) - {*DRAWN, *SCREENED})
 SAID_ONCE = ("versions", "machine", "finished_at", "parameters")

@@ -191,7 +191,7 @@ register(
     RunningInstanceNorm1d,
     RunningInstanceNorm2d,
     RunningInstanceNorm3d,
-    summary="running batch and instance norm, in a mixture that channels learn",
+    summary="running batch norm and instance norm, a learned mixture",
     over="the last batches",
     about="running batch norm and instance norm, in a mixture that each channel learns",
     source="here: [docs/running.md](docs/running.md)",
