@@ -28,6 +28,11 @@ SEGMENTED = {  # of studies/segmentation: what it is, and whether the network wa
     "raw": ("made images of differing contrast, a small U-Net", False),
     "few_raw": ("from standardised images to those of differing contrast, a small U-Net", True),
 }
+PROVEN = {  # of studies/proof
+    "nuclei-raw-adamw": "nuclei of differing contrast, AdamW, a small U-Net",
+    "nuclei-raw-nesterov": "nuclei of differing contrast, Nesterov's momentum, a small U-Net",
+    "nuclei-standardised-adamw": "nuclei, standardised, AdamW, a small U-Net",
+}
 CHOOSING = 0  # the seed that chose the settings
 
 
@@ -44,6 +49,9 @@ def all_cases() -> list[Case]:
     for folder, (name, pretrained) in SEGMENTED.items():
         own = RunStore(FOLDER / "segmentation" / f"confirm-{folder}" / "runs.jsonl").read()
         cases += make_cases(own, "studies/segmentation", name, "segmentation", pretrained)
+    for folder, name in PROVEN.items():
+        own = RunStore(FOLDER / "proof" / folder / "confirm" / "runs.jsonl").read()
+        cases += make_cases(own, "studies/proof", name, "segmentation")
     return cases
 
 

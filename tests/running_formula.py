@@ -80,12 +80,14 @@ class Formula:
         if self.before is not None and not torch.equal(now, self.before):
             moved = now - self.before
             length = moved.norm().item() / self.parameters_gradient.norm().item()
-            self.rates.append(length)
-            self.lr = math.prod(self.rates) ** (1 / len(self.rates))
             if moved @ self.parameters_gradient < -0.99 * moved.norm() * self.parameters_gradient.norm():
+                self.rates.append(length)
+                self.lr = math.prod(self.rates) ** (1 / len(self.rates))
                 r = self.latest_rate
                 self.step_length = (1 - r) * self.step_length + r * length if self.step_length else length
                 self.latest_rate *= length / self.step_length
+            else:
+                self.rates, self.lr = [], math.exp(-80)
             self.parameters_gradient = torch.zeros_like(self.parameters_gradient)
         self.before = now.clone()
 

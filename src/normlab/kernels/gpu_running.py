@@ -24,6 +24,7 @@ def finish_running(
     RECOMPUTING: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr,
     least_share: tl.constexpr, least_gradient_share: tl.constexpr, tolerated_drift: tl.constexpr,
     steps_remembered: tl.constexpr, steady_images: tl.constexpr, along: tl.constexpr, pull: tl.constexpr,
+    unknown: tl.constexpr,
 ):  # fmt: skip
     """Running batch norm's statistics with this batch in them; see `running.take_in`. `rate` is written."""
     c = tl.arange(0, BLOCK)
@@ -71,6 +72,7 @@ def finish_running_gradient(
     LEARNS: tl.constexpr, BOUNDED: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
     least_share: tl.constexpr, least_gradient_share: tl.constexpr, tolerated_drift: tl.constexpr,
     steps_remembered: tl.constexpr, steady_images: tl.constexpr, along: tl.constexpr, pull: tl.constexpr,
+    unknown: tl.constexpr,
 ):  # fmt: skip
     """Running batch norm's averages with this batch in them; see `running.normalize_with_memory`.
 
@@ -96,9 +98,11 @@ def finish_running_gradient(
         shows = (far > 0) & (force > 0)
         is_along = shows & (product < -along * far * force)
         length = tl.where(shows, far / tl.where(shows, force, 1.0), 1.0)
-        steps += shows.to(tl.float32)
+        steps += is_along.to(tl.float32)
         of_step = tl.maximum(1.0 / tl.maximum(steps, 1.0), 1.0 / steps_remembered)
-        log_lr = tl.where(shows, lerp(log_lr, tl.log(length), of_step), log_lr)
+        log_lr = tl.where(is_along, lerp(log_lr, tl.log(length), of_step), log_lr)
+        lost = shows & (product >= -along * far * force)
+        log_lr, steps = tl.where(lost, unknown, log_lr), tl.where(lost, 0.0, steps)
         new_length = tl.where(mean_length > 0, lerp(mean_length, length, last_rate), length)
         last_rate *= tl.where(is_along, length / new_length, 1.0)
         mean_length = tl.where(is_along, new_length, mean_length)

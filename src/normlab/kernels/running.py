@@ -22,8 +22,9 @@ class Constants(NamedTuple):
     tolerated_drift: float = 0.2  # over N: the cosine of e and d above which r grows
     steps_remembered: float = 100  # the learning rate is the geometric mean of about this many steps
     steady_images: float = 64  # from this many images on γ and β learn at the full rate
-    along: float = 0.99  # the least cosine at which a step counts as one along its gradient
+    along: float = 0.99  # the least cosine at which a step is one along its gradient, which shows η
     pull: float = 0.1  # of γ and β, taken away in a step in which every image meets the bound
+    unknown: float = -80.0  # log η after a step that is not along its gradient: no image meets a bound then
 
 
 # In use; `cpu.use_constants` changes them, for a study or a test.
@@ -204,10 +205,10 @@ def normalize_with_memory(
     step that is not along the gradient (momentum, an adaptive optimizer) says nothing of this and counts as an average
     one.
 
-    η is the learning rate, measured by how far γ and β moved under their gradient. It is the geometric mean over the
-    last steps, so that one that was clipped, or made long by momentum, counts as one. Before the first step it is 1.
-    Where γ and β are absent or frozen nothing is measured. There, and without `step_bound`, nothing is bounded and
-    k = 0.
+    η is the learning rate, measured by how far γ and β moved along their gradient. It is the geometric mean over the
+    last steps, so that one that was clipped counts as one. Before the first step it is 1. Momentum and adaptive
+    optimizers do not go along the gradient: of their steps η is not known. There, where γ and β are absent or frozen,
+    and without `step_bound`, nothing is bounded and k = 0.
 
     b is the share of the images that met the bound, and H the moving average of ‖mean of y over space‖². A step of
     plain gradient descent on a linear layer above moves what that layer says of an image by ηH/N times the error. Far
@@ -334,10 +335,15 @@ class _Step(NamedTuple):
         return cls(far == 0, shows, along, torch.where(shows, far / force, 1))
 
     def enter(self, log_lr: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """The logarithm of the learning rate with this step in it, 0 until one shows it; the number of steps."""
-        steps = steps + self.shows
-        share = steps.clamp(min=1).reciprocal().clamp(min=1 / CONSTANTS.steps_remembered) * self.shows
-        return torch.lerp(log_lr, self.length.log(), share), steps
+        """The logarithm of the learning rate with this step in it, 0 until one shows it; the number of steps.
+
+        A step that is not along its gradient, of momentum or an adaptive optimizer, says that it is not known.
+        """
+        known = steps + self.along
+        share = known.clamp(min=1).reciprocal().clamp(min=1 / CONSTANTS.steps_remembered)
+        entered = torch.where(self.along, torch.lerp(log_lr, self.length.log(), share), log_lr)
+        lost = self.shows & ~self.along
+        return torch.where(lost, CONSTANTS.unknown, entered), torch.where(lost, 0, known)
 
     def weigh(self, rate: Tensor, step_length: Tensor) -> tuple[Tensor, Tensor]:
         """The rate at which a batch enters moving averages, times the length of its step over the average length."""

@@ -38,6 +38,11 @@ KNOWN_OF = {
         "studies/collapse/README.md.",
         "On CIFAR-10 at batch 2 a run of batch norm was ahead of it, 0.7245 to 0.7149: studies/flagship/NOTES.md.",
     ],
+    "running_instance": [
+        NOT_FOLDED,
+        "On a GPU it is made of torch's operators, and slow.",
+        "On images of a microscope with other units group and instance norm are ahead of it: studies/proof.",
+    ],
     **{name: [NOT_FOLDED] for name in ("group", "group, fitted", "instance", "layer")},
 }
 

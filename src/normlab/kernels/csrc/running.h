@@ -18,7 +18,7 @@ namespace normlab {
 
 // `normlab.kernels.running.Constants`, in its order; set when the module is loaded.
 struct Constants {
-  double least_share, least_gradient_share, tolerated_drift, steps_remembered, steady_images, along, pull;
+  double least_share, least_gradient_share, tolerated_drift, steps_remembered, steady_images, along, pull, unknown;
 };
 inline Constants constants;
 
@@ -155,12 +155,14 @@ struct Measured {
     const bool shows = far > 0 && force > 0;
     const bool along = shows && product < -static_cast<float>(constants.along) * far * force;
     const auto length = static_cast<float>(shows ? far / force : 1);
-    if (shows) {
+    if (shows && !along) {
+      learning_rate_steps = 0;
+      log_learning_rate = static_cast<float>(constants.unknown);
+    }
+    if (along) {
       learning_rate_steps += 1;
       const float share = std::max(1 / learning_rate_steps, 1 / static_cast<float>(constants.steps_remembered));
       log_learning_rate = lerp(log_learning_rate, std::log(length), share);
-    }
-    if (along) {
       step_length = step_length > 0 ? lerp(step_length, length, latest_gradient_share) : length;
       latest_gradient_share *= length / step_length;
     }
