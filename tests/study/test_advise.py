@@ -90,9 +90,9 @@ def test_fine_tuning_at_batch_2(rival, rate):
 )
 def test_segmentation_at_batch_2(folder, pretrained, rival):
     advice = advise("segmentation", 2, pretrained=pretrained)
-    assert advice.norm == "instance"
+    assert advice.norm == ("instance" if pretrained else "running_instance")
     runs = lines(f"segmentation/confirm-{folder}/runs.jsonl")
-    one, other = (by_seed(runs, norm=norm, batch_size=2) for norm in ("instance", rival))
+    one, other = (by_seed(runs, norm=norm, batch_size=2) for norm in (advice.norm, rival))
     assert len(one) == len(other) == 6
     named = {"standardised": "made images, standardised", "raw": "made images of differing", "few_raw": "from standard"}
     assert found(advice, rival, named[folder]) == pytest.approx(paired(one, other), abs=2e-6)
