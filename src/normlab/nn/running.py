@@ -220,7 +220,7 @@ register(
     RunningBatchNorm1d,
     RunningBatchNorm2d,
     RunningBatchNorm3d,
-    summary="running batch norm: each channel over the last images, in training too",
+    summary="running batch norm: each channel over the last images, training too",
     over="the last batches",
     about="batch norm by running statistics, in training too",
     source="here: [docs/running.md](docs/running.md)",
