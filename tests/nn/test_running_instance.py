@@ -246,3 +246,11 @@ def test_a_gate_that_is_no_float32_is_taken_all_the_same():
     other.gate.data = other.gate.data.double()
     x = images().float()
     torch.testing.assert_close(fast(x), other(x))
+
+
+@pytest.mark.parametrize("shape", [(0, C, 4, 4), (2, C, 1, 1), (1, C, 5, 5)])
+def test_the_gate_takes_part_in_every_batch(shape):
+    """Else processes that share their gradients would wait for it."""
+    norm = RunningInstanceNorm2d(C)
+    norm(torch.randn(shape)).sum().backward()
+    assert norm.gate.grad is not None

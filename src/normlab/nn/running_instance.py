@@ -52,12 +52,12 @@ class RunningInstanceNorm(RunningBatchNorm):
         return activate(y, self.activation, residual)
 
     def in_evaluation(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        if x.numel() == 0:
-            return super().in_evaluation(x, mask, residual)
         if x.dim() == 2:
             return self.in_evaluation(*_with_space(x, mask, residual)).squeeze(2)
         self._check_memory(x, residual)
         own, running = parts_of(self.weight, _Share.apply(self.gate, _known(x.shape[2:])))
+        if x.numel() == 0:
+            return self._evaluate(x, residual, running)
         if mask is None and self._parts_for_kernels(x, policy.for_activated_groups) is not None:
             y = autograd.group_norm(x, self.num_features, own, None, self.eps, 1.0)
         else:
