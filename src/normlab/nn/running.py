@@ -78,29 +78,26 @@ class RunningBatchNorm(RunningStatistics):
         return call(self, input, mask, residual)
 
     def in_training(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        return self._train(x, mask, residual, self.weight)
-
-    def in_evaluation(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        return self._evaluate(x, residual, self.weight)
-
-    def _train(self, x: Tensor, mask: Tensor | None, residual: Tensor | None, weight: Tensor | None) -> Tensor:
-        """`in_training` with `weight` for γ."""
         parts = self._parts_for_kernels(x, policy.always, residual) if mask is None else None
         if parts is not None:
             state, slope = parts.state if self.track_running_stats else self._state(), SLOPES[self.activation]
             numbers = autograd.RunningNumbers(self.momentum, self.eps, self._kept_already())
-            return autograd.running_norm(x, weight, parts.bias, state, numbers, self.step_bound, slope, residual)
+            weight, bias = parts.weight, parts.bias
+            return autograd.running_norm(x, weight, bias, state, numbers, self.step_bound, slope, residual)
         self._check_memory(x, residual)
         with torch.no_grad():
-            mean, var, rate = settle(*self._updated(x, mask, weight))
+            mean, var, rate = settle(*self._updated(x, mask, self.weight))
         memory = self._state().memory
-        y = normalize_with_memory(x, mean, var, weight, self.bias, rate, memory, self.step_bound, self.eps, mask)
+        y = normalize_with_memory(x, mean, var, self.weight, self.bias, rate, memory, self.step_bound, self.eps, mask)
         return activate(y, self.activation, residual)
+
+    def in_evaluation(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        return self._evaluate(x, residual, self.weight)
 
     def _evaluate(self, x: Tensor, residual: Tensor | None, weight: Tensor | None) -> Tensor:
         """`in_evaluation` with `weight` for γ."""
         parts = self._parts_for_kernels(x, policy.for_constants, residual)
-        if parts is not None:
+        if parts is not None and (weight is None or weight.dtype is torch.float32):
             mean, var, slope = parts.state.running_mean, parts.state.running_var, SLOPES[self.activation]
             return autograd.frozen_norm(x, mean, var, weight, parts.bias, self.eps, slope, residual)
         self._check_memory(x, residual)

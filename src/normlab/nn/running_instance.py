@@ -58,7 +58,8 @@ class RunningInstanceNorm(RunningBatchNorm):
         own, running = parts_of(self.weight, _Share.apply(self.gate, _known(x.shape[2:])))
         if x.numel() == 0:
             return self._evaluate(x, residual, running)
-        if mask is None and self._parts_for_kernels(x, policy.for_activated_groups) is not None:
+        parts = self._parts_for_kernels(x, policy.for_activated_groups) if mask is None else None
+        if parts is not None and own.dtype is torch.float32:
             y = autograd.group_norm(x, self.num_features, own, None, self.eps, 1.0)
         else:
             y = (instance_norm(x, mask, self.eps)[0] * F.per_channel(own, x)).to(x.dtype)
