@@ -16,6 +16,16 @@ LIBRARY = torch.library.Library("normlab", "FRAGMENT")
 COMPILED = cpu.OPERATORS
 _PARAMETERS = "Tensor x, Tensor? weight, Tensor? bias"
 _GRADIENTS = "(Tensor, Tensor, Tensor)"
+# `running.State`: what a forward pass takes of it, and what a backward pass does.
+_READ = (
+    "Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) num_batches_tracked, Tensor(d!) share, Tensor(e!) "
+    "innovation, Tensor(f!) gradient_share, Tensor gradient_average, Tensor gradient_latest"
+)
+_MEMORY = (
+    "Tensor(a!) gradient_average, Tensor(b!) gradient_latest, Tensor(c!) parameters_before, Tensor(d!) "
+    "parameters_gradient, Tensor(e!) log_learning_rate, Tensor(f!) learning_rate_steps, Tensor(g!) output_square, "
+    "Tensor(h!) step_length, Tensor(i!) latest_gradient_share"
+)
 
 
 def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -75,9 +85,8 @@ def batch_backward(grad, x, weight, bias, saved, slope, share):
 
 
 @_operator(
-    f"{_PARAMETERS}, Tensor? residual, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) num_batches_tracked,"
-    " Tensor(d!) share, Tensor(e!) innovation, Tensor(f!) gradient_share, Tensor gradient_average, Tensor "
-    "gradient_latest, float slope, float momentum, float eps, bool recomputing) -> (Tensor, Tensor, Tensor)",
+    f"{_PARAMETERS}, Tensor? residual, {_READ}, float slope, float momentum, float eps, bool recomputing) -> "
+    "(Tensor, Tensor, Tensor)",
     lambda x, *_: (_like(x), _saved(x, x.shape[1]), x.new_empty((), dtype=torch.float32)),
 )
 def running_forward(x, weight, bias, residual, *rest):
@@ -96,10 +105,8 @@ def _of_channels(x, weight, bias, slope, kernel, residual, *statistics, numbers)
 
 
 @_operator(
-    f"Tensor grad, {_PARAMETERS}, Tensor saved, Tensor rate, Tensor(a!) gradient_average, Tensor(b!) gradient_latest, "
-    "Tensor(c!) parameters_before, Tensor(d!) parameters_gradient, Tensor(e!) log_learning_rate, Tensor(f!) "
-    "learning_rate_steps, Tensor(g!) output_square, Tensor(h!) step_length, Tensor(i!) latest_gradient_share, float "
-    f"slope, float step_bound, bool learns) -> {_GRADIENTS}",
+    f"Tensor grad, {_PARAMETERS}, Tensor saved, Tensor rate, {_MEMORY}, float slope, float step_bound, bool learns) -> "
+    f"{_GRADIENTS}",
     _fake_backward,
 )
 def running_backward(grad, x, weight, bias, saved, rate, *rest):
@@ -131,18 +138,13 @@ def group_backward(grad, x, weight, bias, saved, num_groups, slope):
 
 # Of the compiled module alone. Elsewhere running instance norm is made of torch's operators.
 LIBRARY.define(
-    f"running_instance_forward({_PARAMETERS}, Tensor gate, Tensor? residual, Tensor(a!) running_mean, "
-    "Tensor(b!) running_var, Tensor(c!) num_batches_tracked, Tensor(d!) share, Tensor(e!) innovation, Tensor(f!) "
-    "gradient_share, Tensor gradient_average, Tensor gradient_latest, float gate_speed, float known, float slope, "
-    "float momentum, float eps, bool recomputing) -> (Tensor, Tensor, Tensor)",
+    f"running_instance_forward({_PARAMETERS}, Tensor gate, Tensor? residual, {_READ}, float gate_speed, float known, "
+    "float slope, float momentum, float eps, bool recomputing) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.flexible_layout,),
 )
 LIBRARY.define(
-    f"running_instance_backward(Tensor grad, {_PARAMETERS}, Tensor gate, Tensor saved, Tensor rate, "
-    "Tensor(a!) gradient_average, Tensor(b!) gradient_latest, Tensor(c!) parameters_before, Tensor(d!) "
-    "parameters_gradient, Tensor(e!) log_learning_rate, Tensor(f!) learning_rate_steps, Tensor(g!) output_square, "
-    "Tensor(h!) step_length, Tensor(i!) latest_gradient_share, float gate_speed, float known, float slope, float "
-    "step_bound, bool learns) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"running_instance_backward(Tensor grad, {_PARAMETERS}, Tensor gate, Tensor saved, Tensor rate, {_MEMORY}, float "
+    "gate_speed, float known, float slope, float step_bound, bool learns) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.flexible_layout,),
 )
 

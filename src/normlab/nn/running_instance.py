@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ class RunningInstanceNorm(RunningBatchNorm):
     """Running instance norm of (N, C, *space); see `RunningInstanceNorm2d`."""
 
     gate: nn.Parameter
+    speed: Final[float] = GATE_SPEED  # for TorchScript, which knows no values of a module
+    values: Final[int] = VALUES
 
     def first_parameters(self) -> dict[str, tuple[int, float]]:
         return {"gate": (self.num_features, FIRST_SHARE / GATE_SPEED)}
@@ -69,7 +71,7 @@ class RunningInstanceNorm(RunningBatchNorm):
         if self.training:
             raise RuntimeError("This norm is scripted for evaluation: call eval() before.")
         values = input[0, 0].numel() if input.numel() > 0 else 1
-        share = (4 * self.gate).clamp(0, 1) * (values / (values + 64) if values > 1 else 0.0)
+        share = (self.speed * self.gate).clamp(0, 1) * (values / (values + self.values) if values > 1 else 0.0)
         own = share if self.weight is None else share * self.weight
         running = 1 - share if self.weight is None else (1 - share) * self.weight
         mean, var = self.running_mean, self.running_var
