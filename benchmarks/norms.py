@@ -8,9 +8,9 @@ Shapes: those of the lesson's net at batch 1, 2, 32 and 512, some of ResNet-50 a
 net at 1. The floor is four copies of the tensor: a norm has to read x for its statistics; to read x and write y; to
 read x and the gradient for its sums; to read both and write the gradient of x, which makes eight passes. A round runs
 every layer in turn, so that all see the same machine; figures are medians over the rounds: how many times as fast as
-torch's layer ours is (running norms as batch norm), and how many times the floor it takes. `--compiled` does the same with
-every layer compiled, theirs and ours, and with JAX's batch norm, jitted, if it is installed. Gradients are as long as
-those of a mean loss; `running, bounded` has longer ones, all of which its bound cuts. On a GPU `--recorded` replays
+torch's layer ours is (running norms as batch norm), and how many times the floor it takes. `--compiled` does the same
+with every layer compiled, theirs and ours, and with JAX's batch norm, jitted, if it is installed. Gradients are as long
+as those of a mean loss; `running, bounded` has longer ones, all of which its bound cuts. On a GPU `--recorded` replays
 the step as a CUDA graph, and `--always` uses the kernels where torch's operators are preferred too. One line for each
 shape and layer is appended, with versions and machine; a table at the end. Run it on an idle machine.
 """
@@ -58,7 +58,8 @@ LAYERS: dict[str, Callable[[int, int], nn.Module]] = {  # from channels and spac
 }
 PEERS = {
     "batch": "torch batch", "running": "torch batch", "running, bounded": "torch batch", "lesson's rule": "torch batch",
-    "running instance": "torch batch", "batch, ReLU": "torch batch, ReLU", "group": "torch group", "JAX batch": "torch batch",
+    "running instance": "torch batch", "batch, ReLU": "torch batch, ReLU", "group": "torch group",
+    "JAX batch": "torch batch",
 }  # fmt: skip
 SECONDS_A_ROUND = 0.01
 Step = Callable[[nn.Module, Tensor, Tensor], Callable[[], None]]
