@@ -7,7 +7,6 @@ goes to the terminal.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import task
 
 import normlab
+from normlab.study.lines import LineStore
 
 NORMS, EPOCHS, BATCH, LR = ("batch", "running", "running_instance"), 6, 2, 0.003
 IMAGES = {"standardised": task.make_standardised, "raw": task.make_raw}
@@ -32,23 +32,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=range(6))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    done = read(arguments.out)
+    store = LineStore(arguments.out)
+    done = {(line["images"], line["norm"], line["seed"]) for line in store.read(dict)}
     for images, make in IMAGES.items():
         train, valid = make()
         for norm in NORMS:
             for seed in arguments.seeds:
                 if (images, norm, seed) not in done:
-                    line = {"images": images, "norm": norm, "seed": seed, "dice": run(train, valid, norm, seed)}
-                    with arguments.out.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-    show(list(read(arguments.out).values()))
-
-
-def read(path: Path) -> dict[tuple[str, str, int], dict]:
-    """The lines of a file, by what they are runs of."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {(line["images"], line["norm"], line["seed"]): line for line in lines}
+                    store.append({"images": images, "norm": norm, "seed": seed, "dice": run(train, valid, norm, seed)})
+    show(store.read(dict))
 
 
 def run(train, valid, norm: str, seed: int) -> list[float]:

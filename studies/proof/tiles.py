@@ -7,7 +7,6 @@ runs that are there are not made again. The table goes to the terminal.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import digits  # noqa: E402 - it lies beside this file
 from segmentation import standardise  # noqa: E402
 
+from normlab.study.lines import LineStore  # noqa: E402
 from normlab.study.plan import Plan, Trial  # noqa: E402
 from normlab.study.trial import build_learner  # noqa: E402
 from normlab.training import dice  # noqa: E402
@@ -37,22 +37,16 @@ def main() -> None:
     parser.add_argument("--data-dir", help="folder with a copy of MNIST")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    done = read(arguments.out)
+    store = LineStore(arguments.out)
+    done = {(line["images"], line["norm"], line["seed"]) for line in store.read(dict)}
     for kind in ("standardised", "raw"):
         for norm in NORMS:
             for seed in arguments.seeds:
                 if (kind, norm, seed) not in done:
-                    line = {"images": kind, "norm": norm, "seed": seed, **run(kind, norm, seed, arguments.data_dir)}
-                    with arguments.out.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-    show(list(read(arguments.out).values()))
-
-
-def read(path: Path) -> dict[tuple[str, str, int], dict]:
-    """The lines of a file, by what they are runs of."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {(line["images"], line["norm"], line["seed"]): line for line in lines}
+                    store.append(
+                        {"images": kind, "norm": norm, "seed": seed, **run(kind, norm, seed, arguments.data_dir)}
+                    )
+    show(store.read(dict))
 
 
 def run(kind: str, norm: str, seed: int, data_dir: str | None) -> dict[str, float]:
@@ -62,7 +56,7 @@ def run(kind: str, norm: str, seed: int, data_dir: str | None) -> dict[str, floa
     (trial,) = one.trials()
     learner = build_learner(at_root(trial), data_dir)
     learner.fit(trial.epochs)
-    images, objects = large_scenes(kind, seed)
+    images, objects = large_scenes(kind)
     return judge(learner.model.eval(), images, objects)
 
 
@@ -72,7 +66,7 @@ def at_root(trial: Trial) -> Trial:
     return replace(trial, **named, metrics=[str(ROOT / name) for name in trial.metrics])
 
 
-def large_scenes(kind: str, seed: int) -> tuple[Tensor, Tensor]:
+def large_scenes(kind: str) -> tuple[Tensor, Tensor]:
     """Scenes of four times as many digits, in the unit of the images that a network was trained on."""
     side, digits.SIDE = digits.SIDE, TIMES * digits.SIDE
     try:

@@ -14,7 +14,7 @@ from normlab.study.record import Record
 from normlab.study.store import RunStore
 
 STUDIES = Path(__file__).parents[2] / "studies"
-OF_RUNS = sorted(path for path in STUDIES.rglob("*.jsonl") if path.parent.name != "monai")
+OF_RUNS = sorted(STUDIES.rglob("runs.jsonl"))
 PLACE = {
     "versions": {"python": "3.11.2", "normlab": "0.1.0"},
     "machine": {"cpu": "Imaginary 9000, 2 cores", "threads": 1},
