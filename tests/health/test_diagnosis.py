@@ -276,14 +276,14 @@ def weights_of_another_run():
 
 @plants("settled too early", "1.1", "2.1")
 def settled_statistics_of_other_weights():
-    model = normlab.convert(usual(), "running").model
+    model = normlab.convert(usual(), "running", momentum=0.02).model
     model[1][0].weight.data *= 4
     return model.train(), batches(8)
 
 
 @plants("settled for moving weights", *NORMS)
 def a_conversion_in_the_middle_of_a_fast_training():
-    model = normlab.convert(usual(), "running").model.train()
+    model = normlab.convert(usual(), "running", momentum=0.02).model.train()
     return model, batches(8), {"optimizer": torch.optim.Adam(model.parameters(), lr=0.01), "loss": F.cross_entropy}
 
 

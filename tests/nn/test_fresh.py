@@ -68,7 +68,7 @@ def test_statistics_of_a_trained_batch_norm_are_kept(name, road):
     norm.load_state_dict(road(old.state_dict()), strict=False)
     torch.testing.assert_close(norm.eval()(BATCH), old.eval()(BATCH), rtol=1e-5, atol=1e-5)
     if name == "running":
-        assert norm.share == pytest.approx(0.01)
+        assert norm.share == pytest.approx(norm.momentum)
 
 
 def test_moving_average_batch_norm_takes_no_averages_that_nobody_measured():

@@ -323,7 +323,7 @@ def test_a_state_without_a_count_of_batches_has_seen_some():
     layer = RunningBatchNorm2d(2)
     layer.load_state_dict({**state, "running_mean": torch.ones(2)})
     layer(torch.zeros(1, 2, 1, 1))
-    assert layer.running_mean.min() > 0.9  # not thrown away by the first batch
+    assert layer.running_mean.min() > 0.89  # not thrown away by the first batch
 
 
 # That of a layer after three steps, from before the buffers had the names of `State`; only `share` is put in.

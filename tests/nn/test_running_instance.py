@@ -155,14 +155,30 @@ def test_a_loss_that_knows_contrast_as_a_nuisance_raises_the_share():
     assert net[1].instance_share(16, 16).mean() > before + 0.1
 
 
-def test_a_trained_batch_norm_gives_in_evaluation_what_it_gave():
+def trained_net():
     net = nn.Sequential(nn.Conv2d(3, C, 3), nn.BatchNorm2d(C), nn.ReLU())
     for seed in range(3):
         net(images(4, seed=seed).float()[:, :3])
-    new = normlab.convert(net, "running_instance").model
+    return net.eval()
+
+
+def test_the_state_of_a_trained_batch_norm_gives_in_evaluation_what_it_gave():
+    net, norm, x = trained_net(), RunningInstanceNorm2d(C), images(4, seed=9).float()
+    norm.load_state_dict(net[1].state_dict())
+    torch.testing.assert_close(norm.eval()(x), net[1](x))
+    assert norm.instance_share(6, 6).tolist() == [0.0] * C
+
+
+def test_a_converted_batch_norm_begins_with_the_share_of_a_new_layer_and_its_own_statistics():
+    net = trained_net()
+    new, report = normlab.convert(net, "running_instance")
+    assert new[1].gate.tolist() == [FIRST_SHARE / GATE_SPEED] * C
+    assert torch.equal(new[1].running_var, net[1].running_var)
+    assert "another function, with the same γ and β" in report.rows[0].note
+    with torch.no_grad():
+        new[1].gate.zero_()
     x = images(4, seed=9).float()[:, :3]
-    torch.testing.assert_close(new.eval()(x), net.eval()(x))
-    assert new[1].instance_share(6, 6).tolist() == [0.0] * C
+    torch.testing.assert_close(new(x), net(x))
 
 
 def test_the_state_of_running_batch_norm_loads():

@@ -13,7 +13,7 @@ from normlab.errors import InputError
 from normlab.nn import NORMS, BatchNorm2d, FrozenBatchNorm2d, RunningBatchNorm2d, SyncBatchNorm2d
 from normlab.surgery import convert
 
-EXACT = ["running", "running_instance", "frozen", "sync", "renorm", "batch", "ghost"]
+EXACT = ["running", "frozen", "sync", "renorm", "batch", "ghost"]
 
 
 class Block(nn.Module):

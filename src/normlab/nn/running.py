@@ -15,9 +15,6 @@ from .base import RunningStatistics, is_fresh, settle
 from .call import call, for_script
 from .registry import register
 
-# The share of a batch in the statistics after those of another layer were loaded, which had time to settle.
-SETTLED_SHARE = 0.01
-
 
 class RunningBatchNorm(RunningStatistics):
     """Running batch norm of (N, C, *space); see `RunningBatchNorm2d`."""
@@ -70,7 +67,7 @@ class RunningBatchNorm(RunningStatistics):
         self.step_length.div_(factor)
 
     def settled_state(self) -> dict[str, Tensor]:
-        return {"share": torch.tensor(SETTLED_SHARE)}
+        return {"share": torch.tensor(self.momentum)}  # batch norm's own: statistics may lag where weights move fast
 
     @for_script
     def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:

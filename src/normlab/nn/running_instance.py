@@ -148,7 +148,8 @@ class RunningInstanceNorm2d(RunningInstanceNorm):
     where the image's own mean says something it falls. s moves four times as fast as γ.
 
     Guards, arguments and buffers are those of `RunningBatchNorm2d`, with γ and β those of the whole. The state of a
-    batch norm or a running one loads: s is 0 then, so that evaluation gives what it gave.
+    batch norm or a running one loads: s is 0 then, so that evaluation gives what it gave. `normlab.convert` begins with
+    the s of a new layer.
 
     Args:
         num_features: C.

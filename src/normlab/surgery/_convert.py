@@ -51,7 +51,8 @@ def convert(
 
     γ and β stay the same parameters, so that an optimizer built before goes on with them. Statistics, hooks, device,
     type, mode and attributes carry over, and momentum where it means the same. A norm that never saw a batch begins
-    fresh. Between batch norm and `running`, `frozen`, `sync` or `renorm` nothing changes in evaluation. A norm of
+    fresh. Between batch norm and `running`, `frozen`, `sync` or `renorm` nothing changes in evaluation.
+    `running_instance` takes over the statistics, and mixes each image's own with them as a new layer does. A norm of
     another kind, such as `group`, takes over γ and β alone. With `batches` the report says how much that changes. With
     `fit` γ and β become those that change it least.
 
