@@ -347,10 +347,11 @@ def test_group_norm_without_dimensions_takes_those_of_the_convolutions():
     assert type(convert(nn.Sequential(nn.GroupNorm(2, 8)), dims=1).model[0]).__name__ == "RunningBatchNorm1d"
 
 
-def test_the_effect_of_another_kind_of_norm_is_measured_and_made_small_by_least_squares():
+@pytest.mark.parametrize("to", ["group", "running_instance", "switchable"])  # the last two learn more than γ and β
+def test_the_effect_of_another_kind_of_norm_is_measured_and_made_small_by_least_squares(to):
     model, batches = trained(), [images() for _ in range(4)]
-    plain = convert(model, "group", batches=batches).report
-    fitted = convert(model, "group", batches=batches, fit=True)
+    plain = convert(model, to, batches=batches).report
+    fitted = convert(model, to, batches=batches, fit=True)
     assert "another function, with the same γ and β" in plain.rows[0].note
     assert plain.rows[0].change > 0.01
     for one, other in zip(plain.rows, fitted.report.rows, strict=True):

@@ -303,7 +303,7 @@ def activation_of(norm: nn.Module) -> nn.Module:
 
 def is_linear_in_its_parameters(norm: nn.Module) -> bool:
     """Whether in evaluation it is γ x̂ + β, channel by channel, of an x̂ that knows nothing of γ and β."""
-    if {name for name, _ in norm.named_parameters()} != {"weight", "bias"} or on_meta(norm):
+    if not {"weight", "bias"} <= {name for name, _ in norm.named_parameters()} or on_meta(norm):
         return False
     probe, plain = twin(norm), twin(norm)
     with torch.no_grad():
