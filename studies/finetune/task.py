@@ -1,4 +1,4 @@
-"""What the plans here train: networks that batch norm trained at batch 64, images of another kind, and nine ways.
+"""What the plans here train: networks that batch norm trained at batch 64, images of another kind, and ten ways.
 
     python studies/finetune/task.py
 
@@ -33,7 +33,8 @@ VALID_BATCH = 250
 
 WAYS = (
     "as is", "frozen", "frozen, γ and β learn", "frozen, recalibrated",
-    "group", "group, fitted", "running", "running, recalibrated", "running_instance",
+    "group", "group, fitted", "running", "running, recalibrated",
+    "running_instance", "running_instance, fitted",
 )  # fmt: skip
 
 

@@ -1,0 +1,94 @@
+"""Writes the tables of docs/which_norm.md from the stored runs: `python studies/which_norm.py`.
+
+Each norm has its best setting. Where a first seed chose the setting, that seed does not judge.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from evidence import all_cases
+
+from normlab.files import write_whole
+from normlab.study.evidence import Case, Outcome
+from normlab.study.statistics import interval, paired_test
+
+PAGE = Path(__file__).parents[1] / "docs" / "which_norm.md"
+NEW = ("batch", "group", "instance", "running", "running_instance")
+TRAINED = (
+    "as is",
+    "frozen",
+    "frozen, recalibrated",
+    "group",
+    "group, fitted",
+    "instance",
+    "running",
+    "running_instance",
+)
+FINE_TUNING = "fine-tuning"
+SMALL, TOLD_APART, SEEDS = 4, 0.05, 6
+
+
+def table(cases: Sequence[Case], norms: Sequence[str], among: Sequence[Case]) -> str:
+    """A line a case; its last cell is batch norm at the batch size where it is best."""
+    head = ["task", "batch", *(f"`{norm}`" for norm in norms), "`batch` at its best batch"]
+    rows = [head, ["---"] * len(head)]
+    for case in cases:
+        outcomes = named(case)
+        known = {norm: outcomes[norm] for norm in norms if norm in outcomes}
+        cells = [cell(known[norm], known) if norm in known else "" for norm in norms]
+        rows.append([f"[{case.name}](../{case.study})", str(case.batch_size), *cells, at_best(case, among)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def named(case: Case) -> dict[str, Outcome]:
+    """Its outcomes; batch norm in a trained network is that network as it is."""
+    return {"as is" if case.pretrained and norm == "batch" else norm: one for norm, one in case.norms.items()}
+
+
+def cell(own: Outcome, all_of: dict[str, Outcome]) -> str:
+    """Mean and 95 % interval, bold where no other is told apart as better."""
+    if not own.whole:
+        lost = list(own.by_seed.values()).count(None)
+        return f"{lost} of {len(own.by_seed)} failed"
+    values = [value for value in own.by_seed.values() if value is not None]
+    low, high = interval(values) or (own.mean, own.mean)
+    text = f"{own.mean:.3f} ({low:.3f} to {high:.3f})"
+    return f"**{text}**" if is_first(own, all_of) else text
+
+
+def is_first(own: Outcome, all_of: dict[str, Outcome]) -> bool:
+    """Whether its mean is the best, or six seeds do not tell it apart from the best."""
+    best = max((one for one in all_of.values() if one.whole), key=lambda one: one.mean)
+    if own is best:
+        return True
+    first, second = ({int(seed): value for seed, value in one.by_seed.items()} for one in (best, own))
+    p = paired_test(first, second, worst=0.0) if len(own.by_seed) >= SEEDS else None
+    return p is not None and p > TOLD_APART
+
+
+def at_best(case: Case, among: Sequence[Case]) -> str:
+    found = [
+        (one.norms[name].mean, one.batch_size)
+        for one in among
+        if (one.study, one.name) == (case.study, case.name)
+        for name in ("batch", "as is")
+        if name in one.norms and one.norms[name].whole
+    ]
+    return "{:.3f} at {}".format(*max(found)) if found else ""
+
+
+def main() -> None:
+    cases = all_cases()
+    small = [case for case in cases if case.batch_size <= SMALL]
+    text = PAGE.read_text(encoding="utf-8")
+    for kind, norms in (("classification", NEW), ("segmentation", NEW), (FINE_TUNING, TRAINED)):
+        own = [case for case in small if kind == (FINE_TUNING if case.pretrained else case.task)]
+        there = [norm for norm in norms if any(norm in named(case) for case in own)]
+        begin, end = f"<!-- {kind}, made by studies/which_norm.py -->\n", f"<!-- up to here: {kind} -->"
+        before, _, rest = text.partition(begin)
+        text = before + begin + "\n" + table(own, there, cases) + "\n" + end + rest.partition(end)[2]
+    write_whole(PAGE, text.encode())
+
+
+if __name__ == "__main__":
+    main()
