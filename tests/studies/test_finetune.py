@@ -9,13 +9,12 @@ from torch import nn
 
 from normlab.data import ImageData
 from normlab.errors import InputError
-from normlab.nn import BatchNorm2d, FrozenBatchNorm2d, GroupNorm, RunningBatchNorm2d
+from normlab.nn import NORMS, BatchNorm2d
 from normlab.study.named import find_named
 from normlab.study.plan import Plan, Trial
 from normlab.study.trial import run_trial
 
 FOLDER = Path(__file__).parents[2] / "studies" / "finetune"
-KINDS = {"as is": nn.BatchNorm2d, "running": RunningBatchNorm2d, "group": GroupNorm, "frozen": FrozenBatchNorm2d}
 
 
 def images(name, held_out):
@@ -61,7 +60,9 @@ def test_a_way_changes_every_norm_and_nothing_else(task):
         assert BatchNorm2d not in before
         task.change(model, way, torch.randn(4, 1, 28, 28))
         after = [type(layer) for layer in model.modules()]
-        assert after == [KINDS[way.split(",")[0]] if kind is nn.BatchNorm2d else kind for kind in before]
+        to = way.split(",")[0]
+        there = nn.BatchNorm2d if to == "as is" else NORMS[to].layers[1]
+        assert after == [there if kind is nn.BatchNorm2d else kind for kind in before]
 
 
 def test_a_new_last_layer_where_the_classes_are_others(task):
