@@ -77,9 +77,10 @@ def test_classification_at_batch_2(folder, case):
 @pytest.mark.parametrize(("rival", "rate"), [("as is", 0.01), ("group", 0.003), ("running, recalibrated", 0.01)])
 def test_fine_tuning_at_batch_2(rival, rate):
     advice = advise("classification", 2, pretrained=True)
-    assert advice.norm == "running"
+    assert advice.norm == "running_instance, fitted"
+    assert "fit=True" in advice.how
     runs = lines("finetune/confirm-camera/runs.jsonl")
-    one, other = by_seed(runs, norm="running", lr=0.01, batch_size=2), by_seed(runs, norm=rival, lr=rate, batch_size=2)
+    one, other = (by_seed(runs, norm=n, lr=lr, batch_size=2) for n, lr in ((advice.norm, 0.01), (rival, rate)))
     assert len(one) == len(other) == 5
     assert found(advice, rival, "camera") == pytest.approx(paired(one, other), abs=2e-6)
 
