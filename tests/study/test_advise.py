@@ -74,7 +74,7 @@ def test_classification_at_batch_2(folder, case):
     assert found(advice, "group", case) == pytest.approx(expected, abs=2e-6)
 
 
-@pytest.mark.parametrize(("rival", "rate"), [("as is", 0.01), ("group", 0.003), ("running, recalibrated", 0.01)])
+@pytest.mark.parametrize(("rival", "rate"), [("as is", 0.01), ("group", 0.003), ("running", 0.01)])
 def test_fine_tuning_at_batch_2(rival, rate):
     advice = advise("classification", 2, pretrained=True)
     assert advice.norm == "running_instance, fitted"
