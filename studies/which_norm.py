@@ -77,16 +77,24 @@ def at_best(case: Case, among: Sequence[Case]) -> str:
     return "{:.3f} at {}".format(*max(found)) if found else ""
 
 
-def main() -> None:
+def tables() -> dict[str, str]:
+    """The table of each kind of task."""
     cases = all_cases()
     small = [case for case in cases if case.batch_size <= SMALL]
-    text = PAGE.read_text(encoding="utf-8")
+    found = {}
     for kind, norms in (("classification", NEW), ("segmentation", NEW), (FINE_TUNING, TRAINED)):
         own = [case for case in small if kind == (FINE_TUNING if case.pretrained else case.task)]
         there = [norm for norm in norms if any(norm in named(case) for case in own)]
+        found[kind] = table(own, there, cases)
+    return found
+
+
+def main() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    for kind, lines in tables().items():
         begin, end = f"<!-- {kind}, made by studies/which_norm.py -->\n", f"<!-- up to here: {kind} -->"
         before, _, rest = text.partition(begin)
-        text = before + begin + "\n" + table(own, there, cases) + "\n" + end + rest.partition(end)[2]
+        text = f"{before}{begin}\n{lines}\n{end}{rest.partition(end)[2]}"
     write_whole(PAGE, text.encode())
 
 
