@@ -219,7 +219,7 @@ def normalize_with_memory(
     and k are those of the whole:
 
         ∂L/∂x = (1−s) γ/√(var+eps) · (g − A − x̂ B) + s γ ∂L/∂i ∂i/∂x
-        ∂L/∂γ = p Σ g ((1−s) x̂ + s i) + k γ          ∂L/∂s = p γ Σ g (i − x̂)
+        ∂L/∂γ = p Σ g ((1−s) x̂ + s i) + k γ          ∂L/∂s = γ Σ g (i − x̂)
 
     Args:
         x: (N, C, *space).
@@ -303,7 +303,6 @@ class _NormalizeWithMemory(torch.autograd.Function):
         through_own, of_share = None, None
         if share is not None:
             through_own, of_x_hat, of_share = _of_own(x, grad, weight, share, of_x_hat, mask, ctx.eps)
-            of_share = of_share * slower
         given = torch.add(torch.stack([of_x_hat, sums[0]]) * slower, parameters * pull)
         usable = sums.isfinite().all() if mask is None else sums.isfinite().all() & mask.any()
         new = average, latest, parameters, gradient + given, log_lr, steps, square, step_length, rate

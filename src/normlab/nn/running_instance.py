@@ -15,7 +15,7 @@ from .base import is_fresh, settle
 from .registry import register
 from .running import RunningBatchNorm
 
-GATE_SPEED = 4.0  # how fast s moves, where γ has a speed of 1
+GATE_SPEED = 4.0  # s over gate: where steps have one length, as AdamW's, s moves four times as fast as γ
 FIRST_SHARE = 0.5  # s at first, of a large map
 VALUES = 64  # of this many values a map knows its mean half
 
@@ -101,8 +101,7 @@ def _known(space: Sequence[int]) -> float:
 class _Share(torch.autograd.Function):
     """s = GATE_SPEED · gate, between 0 and 1, times how well a map knows its mean.
 
-    The gradient of `gate` is that of s without GATE_SPEED, so that plain gradient descent moves s as fast again. At 0
-    and 1 s goes back as soon as its gradient says so: a clamp's gradient would be 0 outside.
+    At 0 and 1 s goes back as soon as its gradient says so: a clamp's gradient would be 0 outside.
     """
 
     generate_vmap_rule = True
@@ -121,7 +120,7 @@ class _Share(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor):
         (gate,) = ctx.saved_tensors
         outwards = torch.where(grads[0] > 0, gate <= 0, gate * GATE_SPEED >= 1)
-        return torch.where(outwards, 0, grads[0] * ctx.known), None
+        return torch.where(outwards, 0, grads[0] * (GATE_SPEED * ctx.known)), None
 
 
 class RunningInstanceNorm1d(RunningInstanceNorm):
@@ -145,7 +144,8 @@ class RunningInstanceNorm2d(RunningInstanceNorm):
 
     n is the number of values of a map. So large maps begin with s = 0.5, and small ones, of which few values are known,
     with running batch norm; one value is that alone. Where contrast and brightness change from image to image s grows;
-    where the image's own mean says something it falls. s moves four times as fast as γ.
+    where the image's own mean says something it falls. With AdamW s moves four times as fast
+    as γ; with SGD by its exact gradient.
 
     Guards, arguments and buffers are those of `RunningBatchNorm2d`, with γ and β those of the whole. The state of a
     batch norm or a running one loads: s is 0 then, so that evaluation gives what it gave. `normlab.convert` begins with

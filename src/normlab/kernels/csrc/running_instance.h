@@ -64,7 +64,7 @@ struct MixedWeights {
 // The gradient of gate, from that of s: 0 where s would leave 0 to 1.
 inline float through_gate(float of_share, float gate, const Gate& of) {
   const bool outwards = of_share > 0 ? gate <= 0 : gate * static_cast<float>(of.speed) >= 1;
-  return outwards ? 0 : of_share * static_cast<float>(of.known);
+  return outwards ? 0 : of_share * static_cast<float>(of.speed * of.known);
 }
 
 // The output before the activation is scale (x − own_mean) + shift, [image][channel].
@@ -255,7 +255,7 @@ inline void mixed_backward(const Layout& layout, const MixedBackward& tensors, d
       r[i] = static_cast<float>(-running * (a + b * inverse * distance) - own * sums.grad(i) / space);
     }
     const double of_weight = (1 - s) * of_running + s * of_own;
-    const float of_share = static_cast<float>((of_own - of_running) * or_one(pass.weight, c)) * part;
+    const float of_share = static_cast<float>((of_own - of_running) * or_one(pass.weight, c));
     tensors.grad_gate[c] = through_gate(of_share, gate.gate[c], gate);
     pass.grad_weight[c] = static_cast<float>(of_weight) * part + guards.now[c] * guards.pull;
     pass.grad_bias[c] = static_cast<float>(of_grad) * part + guards.now[channels + c] * guards.pull;
