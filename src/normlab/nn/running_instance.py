@@ -144,8 +144,7 @@ class RunningInstanceNorm2d(RunningInstanceNorm):
 
     n is the number of values of a map. So large maps begin with s = 0.5, and small ones, of which few values are known,
     with running batch norm; one value is that alone. Where contrast and brightness change from image to image s grows;
-    where the image's own mean says something it falls. With AdamW s moves four times as fast
-    as γ; with SGD by its exact gradient.
+    where the image's own mean says something it falls. Its gradient is exact, where those of γ and β are slowed down.
 
     Guards, arguments and buffers are those of `RunningBatchNorm2d`, with γ and β those of the whole. The state of a
     batch norm or a running one loads: s is 0 then, so that evaluation gives what it gave. `normlab.convert` begins with
