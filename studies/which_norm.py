@@ -15,15 +15,9 @@ from normlab.study.statistics import interval, paired_test
 PAGE = Path(__file__).parents[1] / "docs" / "which_norm.md"
 NEW = ("batch", "group", "instance", "running", "running_instance")
 TRAINED = (
-    "as is",
-    "frozen",
-    "frozen, recalibrated",
-    "group",
-    "group, fitted",
-    "instance",
-    "running",
-    "running_instance",
-)
+    "as is", "frozen", "frozen, recalibrated", "group", "group, fitted", "instance",
+    "running", "running_instance", "running_instance, fitted",
+)  # fmt: skip
 FINE_TUNING = "fine-tuning"
 SMALL, TOLD_APART, SEEDS = 4, 0.05, 6
 
