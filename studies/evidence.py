@@ -18,6 +18,8 @@ CONFIRMED = {  # of studies/flagship
     "confirm-mnist": "MNIST, the lesson's net",
     "confirm-fashion_mnist": "Fashion-MNIST, the lesson's net",
     "confirm-cifar10": "CIFAR-10, a residual net",
+    "confirm-fashion-adamw": "8,000 images of Fashion-MNIST, AdamW, the lesson's net",
+    "confirm-fashion-momentum": "8,000 images of Fashion-MNIST, momentum, the lesson's net",
 }
 FINE_TUNED = {  # of studies/finetune
     "camera": "Fashion-MNIST by another camera, a residual net",
