@@ -18,6 +18,7 @@ CONFIRMED = {  # of studies/flagship
     "confirm-mnist": "MNIST, the lesson's net",
     "confirm-fashion_mnist": "Fashion-MNIST, the lesson's net",
     "confirm-cifar10": "CIFAR-10, a residual net",
+    "today-mnist": "MNIST, the lesson's net, today's rule",
     "confirm-fashion-adamw": "8,000 images of Fashion-MNIST, AdamW, the lesson's net",
     "confirm-fashion-momentum": "8,000 images of Fashion-MNIST, momentum, the lesson's net",
 }
@@ -34,6 +35,7 @@ PROVEN = {  # of studies/proof
     "nuclei-raw-adamw": "nuclei of differing contrast, AdamW, a small U-Net",
     "nuclei-raw-nesterov": "nuclei of differing contrast, Nesterov's momentum, a small U-Net",
     "nuclei-standardised-adamw": "nuclei, standardised, AdamW, a small U-Net",
+    "nuclei-standardised-nesterov": "nuclei, standardised, Nesterov's momentum, a small U-Net",
 }
 CHOOSING = 0  # the seed that chose the settings
 
