@@ -37,6 +37,15 @@ PROVEN = {  # of studies/proof
     "nuclei-standardised-adamw": "nuclei, standardised, AdamW, a small U-Net",
     "nuclei-standardised-nesterov": "nuclei, standardised, Nesterov's momentum, a small U-Net",
 }
+RESIDUAL = {  # of studies/collapse, where every norm has the same rates
+    "segresnet-standardised": "made images, standardised, AdamW, a SegResNet",
+    "segresnet-raw": "made images of differing contrast, AdamW, a SegResNet",
+    "segresnet-3d-raw": "made volumes of differing contrast, AdamW, a SegResNet in 3-D",
+    "segresnet-standardised-momentum": "made images, standardised, momentum, a SegResNet",
+    "segresnet-raw-momentum": "made images of differing contrast, momentum, a SegResNet",
+    "vnet-standardised": "made images, standardised, AdamW, a VNet",
+    "vnet-raw": "made images of differing contrast, AdamW, a VNet",
+}
 CHOOSING = 0  # the seed that chose the settings
 
 
@@ -56,6 +65,9 @@ def all_cases() -> list[Case]:
     for folder, name in PROVEN.items():
         own = RunStore(FOLDER / "proof" / folder / "confirm" / "runs.jsonl").read()
         cases += make_cases(own, "studies/proof", name, "segmentation")
+    for folder, name in RESIDUAL.items():
+        own = RunStore(FOLDER / "collapse" / folder / "runs.jsonl").read()
+        cases += make_cases(own, "studies/collapse", name, "segmentation")
     return cases
 
 

@@ -18,7 +18,7 @@ TRAINED = (
     "as is", "frozen", "frozen, recalibrated", "group", "group, fitted", "instance",
     "running", "running_instance", "running_instance, fitted",
 )  # fmt: skip
-FINE_TUNING = "fine-tuning"
+FINE_TUNING, COUNTS = "fine-tuning", "how often first"
 SMALL, TOLD_APART, SEEDS = 4, 0.05, 6
 
 
@@ -60,6 +60,20 @@ def is_first(own: Outcome, all_of: dict[str, Outcome]) -> bool:
     return p is not None and p > TOLD_APART
 
 
+def counts(cases: Sequence[Case]) -> str:
+    """For each norm, in how many lines it is bold, and how far it is behind the best mean at most."""
+    rows = [["norm", "lines", "first, or not told apart", "behind the best, at most"], ["---"] * 4]
+    for norm in NEW:
+        there = [case for case in cases if norm in case.norms]
+        first = behind = 0
+        for case in there:
+            known = {name: case.norms[name] for name in NEW if name in case.norms}
+            first += case.norms[norm].whole and is_first(case.norms[norm], known)
+            behind = max(behind, max(one.mean for one in known.values()) - case.norms[norm].mean)
+        rows.append([f"`{norm}`", str(len(there)), str(first), f"{behind:.3f}"])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
 def at_best(case: Case, among: Sequence[Case]) -> str:
     found = [
         (one.norms[name].mean, one.batch_size)
@@ -80,6 +94,8 @@ def tables() -> dict[str, str]:
         own = [case for case in small if kind == (FINE_TUNING if case.pretrained else case.task)]
         there = [norm for norm in norms if any(norm in named(case) for case in own)]
         found[kind] = table(own, there, cases)
+    six = [one for one in small if not one.pretrained and len(next(iter(one.norms.values())).by_seed) >= SEEDS]
+    found[COUNTS] = counts([one for one in six if {"batch", "running", "running_instance"} <= set(one.norms)])
     return found
 
 
