@@ -18,7 +18,6 @@ CONFIRMED = {  # of studies/flagship
     "confirm-mnist": "MNIST, the lesson's net",
     "confirm-fashion_mnist": "Fashion-MNIST, the lesson's net",
     "confirm-cifar10": "CIFAR-10, a residual net",
-    "today-cifar10": "5,000 images of CIFAR-10, a residual net, today's rule",
     "today-mnist": "MNIST, the lesson's net, today's rule",
     "today-fashion_mnist": "Fashion-MNIST, the lesson's net, today's rule",
     "confirm-fashion-adamw": "8,000 images of Fashion-MNIST, AdamW, the lesson's net",
