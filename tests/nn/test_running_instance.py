@@ -229,7 +229,7 @@ def steps_of(norm, dtype, side, layout, residual):
     "options", [{}, {"activation": "relu"}, {"bias": False}, {"affine": False}, {"step_bound": None}]
 )
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("side", [2, 9, 20])
+@pytest.mark.parametrize("side", [1, 2, 9, 20])
 def test_the_kernel_is_the_reference_in_float64(side, layout, options, residual):
     torch.manual_seed(0)
     fast = RunningInstanceNorm2d(C, **options)
@@ -267,9 +267,10 @@ def test_a_gate_that_is_no_float32_is_taken_all_the_same(dtype, affine, training
     torch.testing.assert_close(fast(x), other(x), check_dtype=False, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(0, C, 4, 4), (2, C, 1, 1), (1, C, 5, 5)])
+@pytest.mark.parametrize("shape", [(0, C, 4, 4), (0, C, 1, 1), (2, C, 1, 1), (2, C, 5, 5)])
 def test_the_gate_takes_part_in_every_batch(shape):
     """Else processes that share their gradients would wait for it."""
     norm = RunningInstanceNorm2d(C)
-    norm(torch.randn(shape)).sum().backward()
+    norm(torch.randn(shape)).square().sum().backward()
     assert norm.gate.grad is not None
+    assert norm.gate.grad.any() == (shape == (2, C, 5, 5))

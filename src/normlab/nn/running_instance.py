@@ -35,9 +35,9 @@ class RunningInstanceNorm(RunningBatchNorm):
         return _Share.apply(self.gate, _known(space)).detach()
 
     def in_training(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        if x.dim() == 2:
-            return self.in_training(*_with_space(x, mask, residual)).squeeze(2)
         known = _known(x.shape[2:])
+        if known == 0:  # running batch norm
+            return super().in_training(_WithGate.apply(x, self.gate), mask, residual)
         parts = self._parts_for_kernels(x, policy.if_compiled, residual) if mask is None else None
         if parts is not None and self.gate.dtype is torch.float32:
             state, slope = parts.state if self.track_running_stats else self._state(), SLOPES[self.activation]
@@ -54,10 +54,11 @@ class RunningInstanceNorm(RunningBatchNorm):
         return activate(y, self.activation, residual)
 
     def in_evaluation(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        if x.dim() == 2:
-            return self.in_evaluation(*_with_space(x, mask, residual)).squeeze(2)
+        known = _known(x.shape[2:])
+        if known == 0:
+            return super().in_evaluation(_WithGate.apply(x, self.gate), mask, residual)
         self._check_memory(x, residual)
-        own, running = parts_of(self.weight, _Share.apply(self.gate, _known(x.shape[2:])))
+        own, running = parts_of(self.weight, _Share.apply(self.gate, known))
         if x.numel() == 0:
             return self._evaluate(x, residual, running)
         parts = self._parts_for_kernels(x, policy.for_activated_groups) if mask is None else None
@@ -85,11 +86,6 @@ class RunningInstanceNorm(RunningBatchNorm):
             first = FIRST_SHARE / GATE_SPEED if is_fresh(state_dict, prefix) else 0.0
             state_dict.setdefault(prefix + "gate", torch.full((self.num_features,), first))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def _with_space(*parts: Tensor | None) -> list[Any]:
-    """Tensors of (N, C) as maps of one value, (N, C, 1)."""
-    return [None if part is None else part.unsqueeze(2) for part in parts]
 
 
 def _known(space: Sequence[int]) -> float:
@@ -121,6 +117,24 @@ class _Share(torch.autograd.Function):
         (gate,) = ctx.saved_tensors
         outwards = torch.where(grads[0] > 0, gate <= 0, gate * GATE_SPEED >= 1)
         return torch.where(outwards, 0, grads[0] * (GATE_SPEED * ctx.known)), None
+
+
+class _WithGate(torch.autograd.Function):
+    """x, and a gradient of 0 for a gate that is not used: DistributedDataParallel waits for every parameter's."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, gate):  # types: Tensor, (C,)
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        return grads[0], torch.zeros_like(*ctx.saved_tensors)
 
 
 class RunningInstanceNorm1d(RunningInstanceNorm):

@@ -24,6 +24,15 @@ void each_together(const Shape& shape, F f) {
   }
 }
 
+// Calls f(i, channel, image) for each channel of each image; i is its place among [image][channel].
+template <class F>
+void each_part(const Shape& shape, F f) {
+  int64_t i = 0;
+  for (int64_t image = 0; image < shape.images; ++image) {
+    for (int64_t channel = 0; channel < shape.channels; ++channel, ++i) f(i, channel, image);
+  }
+}
+
 // What both passes keep in `saved`: the running statistics, (channels), and those of each image, [image][channel].
 struct Mixed {
   int64_t channels, all;
@@ -71,13 +80,13 @@ inline float through_gate(float of_share, float gate, const Gate& of) {
 struct MixedScale {
   std::vector<float> scale, shift;
 
-  MixedScale(const Mixed& of, const MixedWeights& weights, const float* bias) : scale(of.all), shift(of.all) {
-    for (int64_t i = 0; i < of.all; ++i) {
-      const int64_t c = i % of.channels;
+  MixedScale(const Shape& shape, const Mixed& of, const MixedWeights& weights, const float* bias)
+      : scale(of.all), shift(of.all) {
+    each_part(shape, [&](int64_t i, int64_t c, int64_t) {
       const float running = weights.running[c] * of.inverse[c];
       scale[i] = running + weights.own[c] * of.own_inverse[i];
       shift[i] = running * (of.own_mean[i] - of.mean[c]) + (bias ? bias[c] : 0);
-    }
+    });
   }
   Gates at(int64_t part, double slope) const {
     return {scale.data() + part, shift.data() + part, static_cast<float>(slope)};
@@ -127,7 +136,7 @@ inline double mixed_forward(const Layout& layout, const MixedForward& tensors, d
   }
   for (int64_t c = 0; c < channels; ++c) to.inverse[c] = 1 / std::sqrt(to.inverse[c] + epsilon);
   for (int64_t i = 0; i < to.all; ++i) to.own_inverse[i] = 1 / std::sqrt(to.own_inverse[i] + epsilon);
-  const MixedScale scale(to, weights, tensors.pass.bias);
+  const MixedScale scale(shape, to, weights, tensors.pass.bias);
   each_together(shape, [&](const Shape& some, int64_t offset, int64_t part) {
     const auto of_type = [&](auto* x, auto* residual, auto* y) {
       const auto* added = residual ? residual + offset : nullptr;
@@ -142,7 +151,7 @@ inline double mixed_forward(const Layout& layout, const MixedForward& tensors, d
 class MixedSums {
  public:
   MixedSums(const Layout& layout, const Backward& pass, const Mixed& of, const MixedScale& scale, double slope)
-      : of_(of), images_(layout.shape.images), space_(static_cast<double>(layout.shape.space)) {
+      : shape_(layout.shape), of_(of), space_(static_cast<double>(layout.shape.space)) {
     sums_.assign(of.all * kSums, 0);
     std::vector<float> segments;
     each_together(layout.shape, [&](const Shape& some, int64_t offset, int64_t part) {
@@ -156,42 +165,45 @@ class MixedSums {
     });
   }
 
+  // Of part i, which is of channel c.
   double grad(int64_t i) const { return sums_[i * kSums]; }                               // Σg
   double grad_own(int64_t i) const { return sums_[i * kSums + 1] * of_.own_inverse[i]; }  // Σ g i
-  double grad_running(int64_t i) const {                                                  // Σ g x̂
-    return (sums_[i * kSums + 1] + distance(i) * grad(i)) * of_.inverse[i % of_.channels];
+  double grad_running(int64_t i, int64_t c) const {                                       // Σ g x̂
+    return (sums_[i * kSums + 1] + distance(i, c) * grad(i)) * of_.inverse[c];
   }
-  double running(int64_t i) const {  // Σ x̂
-    return (sums_[i * kSums + 3] + space_ * distance(i)) * of_.inverse[i % of_.channels];
+  double running(int64_t i, int64_t c) const {  // Σ x̂
+    return (sums_[i * kSums + 3] + space_ * distance(i, c)) * of_.inverse[c];
   }
-  double running_square(int64_t i) const {  // Σ x̂²
-    const double of = distance(i), inverse = of_.inverse[i % of_.channels];
+  double running_square(int64_t i, int64_t c) const {  // Σ x̂²
+    const double of = distance(i, c), inverse = of_.inverse[c];
     return (sums_[i * kSums + 4] + 2 * of * sums_[i * kSums + 3] + space_ * of * of) * inverse * inverse;
   }
 
   // Σg² of each image.
   template <class IsLittle>
   const float* squares(IsLittle) {
-    squares_.assign(images_, 0);
-    for (int64_t i = 0; i < of_.all; ++i) squares_[i / of_.channels] += static_cast<float>(sums_[i * kSums + 2]);
+    squares_.assign(shape_.images, 0);
+    each_part(shape_, [&](int64_t i, int64_t, int64_t image) {
+      squares_[image] += static_cast<float>(sums_[i * kSums + 2]);
+    });
     return squares_.data();
   }
 
   // The mean over images of the squared length of the output's mean over space. bias: β.
   double output_square(const float* weight, const float* bias) const {
     double length = 0;
-    for (int64_t i = 0; i < of_.all; ++i) {
-      const double pooled = running(i) / space_ * weight[i % of_.channels] + bias[i % of_.channels];
+    each_part(shape_, [&](int64_t i, int64_t c, int64_t) {
+      const double pooled = running(i, c) / space_ * weight[c] + bias[c];
       length += pooled * pooled;
-    }
-    return length / static_cast<double>(images_);
+    });
+    return length / static_cast<double>(shape_.images);
   }
 
  private:
-  double distance(int64_t i) const { return double{of_.own_mean[i]} - of_.mean[i % of_.channels]; }
+  double distance(int64_t i, int64_t c) const { return double{of_.own_mean[i]} - of_.mean[c]; }
 
+  const Shape& shape_;
   const Mixed& of_;
-  const int64_t images_;
   const double space_;
   std::vector<double> sums_;
   std::vector<float> squares_;
@@ -215,7 +227,7 @@ inline void mixed_backward(const Layout& layout, const MixedBackward& tensors, d
   const Mixed of(shape, const_cast<float*>(pass.saved));
   const Gate gate{tensors.gate, gate_speed, known};
   const MixedWeights weights(pass.weight, gate, channels);
-  const MixedScale scale(of, weights, pass.bias);
+  const MixedScale scale(shape, of, weights, pass.bias);
   MixedSums sums(layout, pass, of, scale, slope);
 
   Guards guards(tensors.steps, images, channels);
@@ -233,12 +245,12 @@ inline void mixed_backward(const Layout& layout, const MixedBackward& tensors, d
   bool finite = true;
   for (int64_t c = 0; c < channels; ++c) {
     double of_grad = 0, of_running = 0, of_own = 0, square = 0;
-    for (int64_t i = c; i < of.all; i += channels) {
-      const double f = guards.factor[i / channels];
+    for (int64_t image = 0, i = c; image < images; ++image, i += channels) {
+      const double f = guards.factor[image];
       of_grad += f * sums.grad(i);
-      of_running += f * sums.grad_running(i);
+      of_running += f * sums.grad_running(i, c);
       of_own += f * sums.grad_own(i);
-      square += sums.running_square(i);
+      square += sums.running_square(i, c);
     }
     total[c] = of_grad;
     total[channels + c] = of_running;
@@ -247,8 +259,8 @@ inline void mixed_backward(const Layout& layout, const MixedBackward& tensors, d
     const double a = guards.subtracted(tensors.averages, c, static_cast<float>(of_grad / n), rate);
     const double b = guards.subtracted(tensors.averages, channels + c, of_batch, rate);
     const double s = weights.share[c], inverse = of.inverse[c], running = weights.running[c] * inverse;
-    for (int64_t i = c; i < of.all; i += channels) {
-      const double f = guards.factor[i / channels], own_inverse = of.own_inverse[i];
+    for (int64_t image = 0, i = c; image < images; ++image, i += channels) {
+      const double f = guards.factor[image], own_inverse = of.own_inverse[i];
       const double own = weights.own[c] * own_inverse * f, distance = double{of.own_mean[i]} - of.mean[c];
       p[i] = static_cast<float>(running * f + own);
       q[i] = static_cast<float>(-running * b * inverse - own * own_inverse * sums.grad_own(i) / space);
