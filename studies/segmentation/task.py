@@ -37,6 +37,11 @@ def make_unet(norm: str) -> nn.Module:
     return UNet(2, in_channels=1, out_channels=1, channels=(8, 16, 32), strides=(2, 2), norm=norm)
 
 
+def make_volume_model(norm: str) -> nn.Module:
+    """A U-Net in 3-D, for the volumes of studies/collapse."""
+    return UNet(3, 1, 3, channels=(8, 16, 32), strides=(2, 2), norm=f"normlab_{norm}")
+
+
 def make_standardised() -> tuple[Dataset, Dataset]:
     """Each image has mean 0 and deviation 1, as MONAI's `NormalizeIntensity` makes it."""
     return make_images(TRAIN, seed=0), make_images(VALID, seed=1)
