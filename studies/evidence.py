@@ -38,6 +38,9 @@ PROVEN = {  # of studies/proof
     "nuclei-standardised-adamw": "nuclei, standardised, AdamW, a small U-Net",
     "nuclei-standardised-nesterov": "nuclei, standardised, Nesterov's momentum, a small U-Net",
 }
+DETECTED = {  # of studies/proof
+    "trees-standardised-adamw": "trees in photographs, standardised, AdamW, a small detector",
+}
 RESIDUAL = {  # of studies/collapse, where every norm has the same rates
     "segresnet-standardised": "made images, standardised, AdamW, a SegResNet",
     "segresnet-raw": "made images of differing contrast, AdamW, a SegResNet",
@@ -47,6 +50,11 @@ RESIDUAL = {  # of studies/collapse, where every norm has the same rates
     "vnet-standardised": "made images, standardised, AdamW, a VNet",
     "vnet-raw": "made images of differing contrast, AdamW, a VNet",
 }
+HELD_OUT = (  # from all tuning
+    *PROVEN.values(),
+    *DETECTED.values(),
+    *(name for folder, name in CONFIRMED.items() if folder.startswith("confirm-fashion-")),
+)
 CHOOSING = 0  # the seed that chose the settings
 
 
@@ -63,9 +71,10 @@ def all_cases() -> list[Case]:
     for folder, (name, pretrained) in SEGMENTED.items():
         own = RunStore(FOLDER / "segmentation" / f"confirm-{folder}" / "runs.jsonl").read()
         cases += make_cases(own, "studies/segmentation", name, "segmentation", pretrained)
-    for folder, name in PROVEN.items():
-        own = RunStore(FOLDER / "proof" / folder / "confirm" / "runs.jsonl").read()
-        cases += make_cases(own, "studies/proof", name, "segmentation")
+    for task, names in (("segmentation", PROVEN), ("detection", DETECTED)):
+        for folder, name in names.items():
+            own = RunStore(FOLDER / "proof" / folder / "confirm" / "runs.jsonl").read()
+            cases += make_cases(own, "studies/proof", name, task)
     for folder, name in RESIDUAL.items():
         own = RunStore(FOLDER / "collapse" / folder / "runs.jsonl").read()
         cases += make_cases(own, "studies/collapse", name, "segmentation")

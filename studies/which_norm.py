@@ -6,7 +6,7 @@ Each norm has its best setting. Where a first seed chose the setting, that seed 
 from collections.abc import Sequence
 from pathlib import Path
 
-from evidence import all_cases
+from evidence import HELD_OUT, all_cases
 
 from normlab.files import write_whole
 from normlab.study.evidence import Case, Outcome
@@ -61,17 +61,23 @@ def is_first(own: Outcome, all_of: dict[str, Outcome]) -> bool:
 
 
 def counts(cases: Sequence[Case]) -> str:
-    """For each norm, in how many lines it is bold, and how far it is behind the best mean at most."""
-    rows = [["norm", "lines", "first, or not told apart", "behind the best, at most"], ["---"] * 4]
-    for norm in NEW:
-        there = [case for case in cases if norm in case.norms]
-        first = behind = 0
-        for case in there:
-            known = {name: case.norms[name] for name in NEW if name in case.norms}
-            first += case.norms[norm].whole and is_first(case.norms[norm], known)
-            behind = max(behind, max(one.mean for one in known.values()) - case.norms[norm].mean)
-        rows.append([f"`{norm}`", str(len(there)), str(first), f"{behind:.3f}"])
+    """For each norm, in how many lines it is bold, and how far it is behind the best mean at most; then held out."""
+    held_out = [case for case in cases if case.name in HELD_OUT]
+    head = ["norm", "first, or not told apart", "behind the best, at most", "held out: first", "held out: behind"]
+    rows = [head, ["---"] * len(head)]
+    rows += [[f"`{norm}`", *how_often(norm, cases), *how_often(norm, held_out)] for norm in NEW]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def how_often(norm: str, cases: Sequence[Case]) -> tuple[str, str]:
+    """In how many lines a norm is bold, and how far it is behind the best mean at most."""
+    there = [case for case in cases if norm in case.norms]
+    first, behind = 0, 0.0
+    for case in there:
+        known = {name: case.norms[name] for name in NEW if name in case.norms}
+        first += case.norms[norm].whole and is_first(case.norms[norm], known)
+        behind = max(behind, max(one.mean for one in known.values()) - case.norms[norm].mean)
+    return f"{first} of {len(there)}", f"{behind:.3f}"
 
 
 def at_best(case: Case, among: Sequence[Case]) -> str:
@@ -90,7 +96,7 @@ def tables() -> dict[str, str]:
     cases = all_cases()
     small = [case for case in cases if case.batch_size <= SMALL]
     found = {}
-    for kind, norms in (("classification", NEW), ("segmentation", NEW), (FINE_TUNING, TRAINED)):
+    for kind, norms in (("classification", NEW), ("segmentation", NEW), ("detection", NEW), (FINE_TUNING, TRAINED)):
         own = [case for case in small if kind == (FINE_TUNING if case.pretrained else case.task)]
         there = [norm for norm in norms if any(norm in named(case) for case in own)]
         found[kind] = table(own, there, cases)

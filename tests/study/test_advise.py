@@ -122,11 +122,14 @@ def test_the_weak_points_of_the_evidence_are_said():
 
 
 @pytest.mark.parametrize(
-    ("task", "batch_size", "why"),
-    [("detection", 2, "No committed study has this."), ("classification", 4096, "None is within a factor of 2.")],
+    ("task", "batch_size", "pretrained", "why"),
+    [
+        ("detection", 2, True, "No committed study has this."),
+        ("classification", 4096, False, "None is within a factor of 2."),
+    ],
 )
-def test_what_is_not_known_is_said(task, batch_size, why):
-    advice = advise(task, batch_size)
+def test_what_is_not_known_is_said(task, batch_size, pretrained, why):
+    advice = advise(task, batch_size, pretrained=pretrained)
     assert (advice.norm, advice.how, advice.evidence) == (None, None, [])
     assert why in advice.why[0]
     assert PRACTICE[task] in advice.why
@@ -214,7 +217,9 @@ def test_bad_input_is_named(task, batch_size, said):
 # The command
 
 
-@pytest.mark.parametrize(("options", "status", "said"), [("--task detection", 1, "I do not know"), ("", 0, "running")])
+@pytest.mark.parametrize(
+    ("options", "status", "said"), [("--task detection --pretrained", 1, "I do not know"), ("", 0, "running")]
+)
 def test_the_command_prints_the_advice(options, status, said, capsys):
     command = tyro.cli(Advise, args=[*options.split(), "--batch-size", "2"])
     assert command.run(Console()) == status

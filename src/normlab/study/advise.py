@@ -37,8 +37,14 @@ OF_RUNNING_INSTANCE = [
     "On images of a microscope with other units group and instance norm are ahead of it: studies/proof.",
     "In two residual nets on standardised images batch norm is ahead of it by up to 0.017: studies/collapse.",
 ]
+ELSEWHERE = (
+    "On photographs of other sites a detector with it had less than half the precision of one with running_instance: "
+    "studies/proof."
+)
 KNOWN_OF = {
+    "batch": [ELSEWHERE],
     "running": [
+        ELSEWHERE,
         "Its figures are of its rule before the newest change, which costs 0.0003 to 0.0023 on MNIST: "
         "studies/flagship/NOTES.md.",
         "With AdamW it could collapse in a residual net, before its rule changed; 18 runs of 18 train since: "
@@ -148,7 +154,7 @@ def advise(
         InputError: an unknown task, a batch size below 1, or a folder without runs.
 
     Example:
-        >>> advise("detection", batch_size=2).norm is None
+        >>> advise("detection", batch_size=2, pretrained=True).norm is None
         True
     """
     if task not in TASKS:
