@@ -30,6 +30,10 @@ FINE_TUNED = {  # of studies/finetune
 SEGMENTED = {  # of studies/segmentation: what it is, and whether the network was trained before
     "standardised": ("made images, standardised, a small U-Net", False),
     "raw": ("made images of differing contrast, a small U-Net", False),
+    "volumes-standardised-adamw": ("made volumes, standardised, AdamW, a small U-Net in 3-D", False),
+    "volumes-raw-adamw": ("made volumes of differing contrast, AdamW, a small U-Net in 3-D", False),
+    "volumes-standardised-nesterov": ("made volumes, standardised, Nesterov's momentum, a small U-Net in 3-D", False),
+    "volumes-raw-nesterov": ("made volumes of differing contrast, Nesterov's momentum, a small U-Net in 3-D", False),
     "few_raw": ("from standardised images to those of differing contrast, a small U-Net", True),
 }
 PROVEN = {  # of studies/proof
@@ -40,6 +44,7 @@ PROVEN = {  # of studies/proof
 }
 DETECTED = {  # of studies/proof
     "trees-standardised-adamw": "trees in photographs, standardised, AdamW, a small detector",
+    "trees-standardised-momentum": "trees in photographs, standardised, momentum, a small detector",
 }
 RESIDUAL = {  # of studies/collapse, where every norm has the same rates
     "segresnet-standardised": "made images, standardised, AdamW, a SegResNet",

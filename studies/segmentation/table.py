@@ -11,7 +11,15 @@ from normlab.study.store import RunStore
 from normlab.study.summary import Spread
 
 FOLDER = Path(__file__).parent
-CASES = {"standardised": "standardised", "raw": "raw", "few_raw": "fine-tuned, raw"}
+CASES = {
+    "standardised": "standardised",
+    "raw": "raw",
+    "few_raw": "fine-tuned, raw",
+    "volumes-standardised-adamw": "volumes, standardised, AdamW",
+    "volumes-raw-adamw": "volumes, raw, AdamW",
+    "volumes-standardised-nesterov": "volumes, standardised, Nesterov",
+    "volumes-raw-nesterov": "volumes, raw, Nesterov",
+}
 START, END = "<!-- from here on made by table.py -->\n", "<!-- up to here -->\n"
 
 
