@@ -7,6 +7,7 @@ the writing of one.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -64,6 +65,7 @@ def learner_of(
 
 def fit(path: Path, out: Path, settings: dict) -> None:
     """Goes on from the checkpoint, if there is one, and writes down to the last bit how it ended."""
+    os.setsid()  # a group of its own, with the workers of its DataLoader
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # that batches are skipped
     learner, recorder, checkpoint = learner_of(path, **settings)
@@ -95,6 +97,8 @@ def ended_the_same(settings: dict, kills: int, seed: int = 0) -> list[bool]:
             time.sleep(draw.uniform(0.1, 1) * duration)
             os.kill(killed.pid, signal.SIGKILL)
             killed.join()
+            with contextlib.suppress(ProcessLookupError):  # a worker that had just begun does not see that it is alone
+                os.killpg(killed.pid, signal.SIGKILL)
             process(path, out, settings).join()
             found.append(out.exists() and out.read_text() == whole.read_text())
     return found
