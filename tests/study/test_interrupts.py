@@ -106,10 +106,8 @@ def test_ctrl_c_ends_a_comparison_at_any_moment(tmp_path, presses, everybody):
         if process.poll() is None:
             (os.killpg if everybody else os.kill)(process.pid, signal.SIGINT)
             time.sleep(0.05)
-    start = time.monotonic()
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Traceback" not in said
     assert presses > 1 or "interrupted; what is done is kept" in said
     assert not psutil.wait_procs(children, timeout=5)[1]
-    assert time.monotonic() - start < 5  # 0.3 s where nothing else runs

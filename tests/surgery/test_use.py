@@ -6,7 +6,6 @@ import io
 import pickle
 import subprocess
 import sys
-import time
 from collections import namedtuple
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -326,12 +325,11 @@ def test_not_finite_is_not_no_change():
 
 
 def test_modules_that_share_modules_take_no_longer_for_every_path():
+    """They are 2⁴⁰: it would not end."""
     module = nn.Sequential(nn.BatchNorm1d(2))
     for _ in range(40):
         module = nn.Sequential(module, module)
-    start = time.perf_counter()
     operation = convert(module, "running", inplace=True)
-    assert time.perf_counter() - start < 5  # every path would be 2⁴⁰
     assert len(operation.report) == 1
 
 

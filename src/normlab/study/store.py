@@ -47,8 +47,6 @@ class RunStore:
     def heads(self) -> list[Record | Start]:
         """Starts and records in the order written, the records without epochs, curve and what a study adds.
 
-        This reads 10,000 runs in less than a second.
-
         Raises:
             InputError: the file holds something else.
         """
@@ -56,8 +54,6 @@ class RunStore:
 
     def record_heads(self) -> list[Record]:
         """Those of `heads` that are records. Of a start only the checksum is looked at.
-
-        This reads 10,000 runs in half a second.
 
         Raises:
             InputError: the file holds something else.
