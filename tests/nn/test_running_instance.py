@@ -7,12 +7,10 @@ import torch
 from torch import nn
 
 import normlab
-from normlab.kernels.running import MEMORY, Lessons, State
 from normlab.nn import InstanceNorm, RunningBatchNorm2d, RunningInstanceNorm2d, build_norm
-from normlab.nn.running_instance import FAINT, SURE, VALUES
+from normlab.nn.running_instance import FIRST_SHARE, GATE_SPEED, VALUES
 
 C, LR = 6, 0.05
-TAUGHT = {*State._fields[MEMORY], *Lessons._fields}
 
 
 def layer(share=None, **options):
@@ -23,15 +21,8 @@ def layer(share=None, **options):
         norm.weight.uniform_(0.5, 2)
         norm.bias.normal_()
         if share is not None:
-            set_share(norm, share)
+            norm.gate.fill_(share / GATE_SPEED)
     return norm
-
-
-def set_share(norm, share, weighs=1e12):
-    """Its lessons say that s is this, in a map without end; by default none of a test's outweighs them."""
-    sure = torch.atanh(1 - 2 * torch.as_tensor(share, dtype=torch.float64)).clamp(-SURE, SURE)
-    norm.instance_gradient.copy_(sure.expand(C) * weighs)
-    norm.instance_gradient_square.fill_(weighs**2)
 
 
 def running_like(norm):
@@ -57,8 +48,9 @@ def trained(norm, steps=5, side=8):
         named = dict(norm.named_parameters())
         found.append([y.detach(), x.grad, named["weight"].grad.clone(), named["bias"].grad.clone()])
         with torch.no_grad():
-            for part in named.values():
-                part -= LR * part.grad
+            for name, part in named.items():
+                if name != "gate":
+                    part -= LR * part.grad
         norm.zero_grad()
     return found
 
@@ -100,8 +92,7 @@ def test_it_is_the_mixture_of_both(training):
 def test_gradients_without_memory_are_those_of_autograd():
     """They are exact, but for those of γ and β in training, which have the rate of small batches."""
     for training, rate in ((False, 1.0), (True, (2 / 64) ** 0.5)):
-        norm = layer(step_bound=None).train(training)
-        set_share(norm, 0.6, weighs=1)
+        norm = layer(0.6, step_bound=None).train(training)
         plain = copy.deepcopy(norm)
         x = images(seed=1)
         (norm(x) * images(seed=2)).sum().backward()
@@ -109,22 +100,14 @@ def test_gradients_without_memory_are_those_of_autograd():
             mean, var = norm.running_mean, norm.running_var
         else:
             mean, var = plain.running_mean, plain.running_var
-        known = 64 / (64 + VALUES)
-        s = torch.full((C,), 0.6 * known, dtype=torch.float64, requires_grad=True)
-        share = s.view(-1, 1, 1)
+        share = (plain.gate * GATE_SPEED * 0.5).view(-1, 1, 1)
         x_hat = (x - mean.view(-1, 1, 1)) / (var.view(-1, 1, 1) + norm.eps).sqrt()
         of_image = nn.functional.instance_norm(x, eps=norm.eps)
         y = plain.weight.view(-1, 1, 1) * ((1 - share) * x_hat + share * of_image) + plain.bias.view(-1, 1, 1)
         (y * images(seed=2)).sum().backward()
         assert torch.allclose(norm.weight.grad, plain.weight.grad * rate)
         assert torch.allclose(norm.bias.grad, plain.bias.grad * rate)
-        if training:
-            left, lesson = 1 - 0.001, s.grad * known
-            found, before = norm.instance_gradient, plain.instance_gradient
-            torch.testing.assert_close(found, left * before + lesson, rtol=1e-6, atol=0)
-            torch.testing.assert_close(norm.instance_gradient_square, left + lesson.square(), rtol=1e-6, atol=0)
-        else:
-            assert torch.equal(norm.instance_gradient, plain.instance_gradient)
+        assert torch.allclose(norm.gate.grad, plain.gate.grad)
 
 
 def test_an_images_gradient_through_its_own_statistics_is_exact():
@@ -143,32 +126,23 @@ def test_an_images_gradient_through_its_own_statistics_is_exact():
     torch.testing.assert_close(x.grad, like.grad, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
-def test_the_share_does_not_know_how_long_gradients_are(scale):
-    norm, like = layer(step_bound=None), layer(step_bound=None)
-    for step in range(5):
-        for one, factor in ((norm, 1.0), (like, scale)):
-            (one(images(seed=step)) * images(seed=100 + step) * factor).sum().backward()
-    torch.testing.assert_close(norm.instance_share(8, 8), like.instance_share(8, 8))
-    assert (norm.instance_share(8, 8) - 0.25).abs().max() > 0.05
+@pytest.mark.parametrize(("end", "inwards"), [(0.0, -1.0), (1.0, 1.0)])
+def test_a_share_at_an_end_leaves_it_only_inwards(end, inwards):
+    """The loss wants less of the image's own statistics, or more."""
+    for sign in (-1.0, 1.0):
+        norm = layer(end, step_bound=None)
+        x = images(seed=5)
+        own = nn.functional.instance_norm(x)
+        running = running_like(norm)(x)
+        difference = (own * norm.weight.view(-1, 1, 1) - running + norm.bias.view(-1, 1, 1)).detach()
+        (sign * norm(x) * difference).sum().backward()
+        assert torch.equal(norm.gate.grad != 0, torch.full((C,), sign == inwards))
 
 
-def test_a_loss_scale_that_changes_does_not_change_the_share():
-    norm, like = layer(), layer()
-    for step in range(6):
-        factor = 1.0 if step < 3 else 1024.0
-        if step == 3:
-            norm.rescale_gradients(1024.0)
-        for one, times in ((norm, factor), (like, 1.0)):
-            (one(images(seed=step)) * images(seed=100 + step) * times).sum().backward()
-    torch.testing.assert_close(norm.instance_share(8, 8), like.instance_share(8, 8))
-
-
-@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_a_loss_that_knows_contrast_as_a_nuisance_raises_the_share(optimizer):
+def test_a_loss_that_knows_contrast_as_a_nuisance_raises_the_share():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, C, 3, padding=1), RunningInstanceNorm2d(C), nn.ReLU(), nn.Conv2d(C, 1, 1))
-    optimizer = getattr(torch.optim, optimizer)(net.parameters(), 0.01)
+    optimizer = torch.optim.AdamW(net.parameters(), 0.01)
     before = net[1].instance_share(16, 16).mean()
     for _ in range(150):
         shape = torch.randn(2, 1, 16, 16)
@@ -197,10 +171,11 @@ def test_the_state_of_a_trained_batch_norm_gives_in_evaluation_what_it_gave():
 def test_a_converted_batch_norm_begins_with_the_share_of_a_new_layer_and_its_own_statistics():
     net = trained_net()
     new, report = normlab.convert(net, "running_instance")
-    assert new[1].instance_share(8, 8).tolist() == [0.25] * C
+    assert new[1].gate.tolist() == [FIRST_SHARE / GATE_SPEED] * C
     assert torch.equal(new[1].running_var, net[1].running_var)
     assert "another function, with the same γ and β" in report.rows[0].note
-    set_share(new[1], 0.0)
+    with torch.no_grad():
+        new[1].gate.zero_()
     x = images(4, seed=9).float()[:, :3]
     torch.testing.assert_close(new(x), net(x))
 
@@ -216,14 +191,15 @@ def test_the_state_of_running_batch_norm_loads():
 
 def test_an_untrained_net_gets_new_layers():
     new = normlab.convert(nn.Sequential(nn.Conv2d(3, C, 3), nn.BatchNorm2d(C)), "running_instance").model
-    assert new[1].instance_share(8, 8).tolist() == [0.25] * C
+    assert new[1].gate.tolist() == [FIRST_SHARE / GATE_SPEED] * C
 
 
 @pytest.mark.parametrize(("share", "folds"), [(0.0, True), (0.4, False)])
 def test_it_folds_where_it_is_a_scale_and_shift(share, folds):
     net = nn.Sequential(nn.Conv2d(3, C, 3), build_norm("running_instance", C))
     net(images().float()[:, :3])
-    set_share(net[1], share)
+    with torch.no_grad():
+        net[1].gate.fill_(share / GATE_SPEED)
     folded = normlab.fold(net.eval(), images().float()[:, :3])
     assert isinstance(folded.model[1], nn.Identity) == folds
 
@@ -258,9 +234,9 @@ def test_the_kernel_is_the_reference_in_float64(side, layout, options, residual)
     torch.manual_seed(0)
     fast = RunningInstanceNorm2d(C, **options)
     with torch.no_grad():
-        for part, (low, high) in zip(fast.parameters(), ((0.5, 2), (-1, 1)), strict=False):
+        for part, (low, high) in zip(fast.parameters(), ((0.5, 2), (-1, 1), (0, 1 / GATE_SPEED)), strict=False):
             part.uniform_(low, high)
-        set_share(fast, torch.rand(C), weighs=1)
+        fast.gate.uniform_(0, 1 / GATE_SPEED)
     exact = copy.deepcopy(fast).double()
     found = steps_of(fast, torch.float32, side, layout, residual)
     expected = steps_of(exact, torch.float64, side, layout, residual)
@@ -280,60 +256,21 @@ def test_half_precision_is_the_norm_of_the_rounded_values(dtype):
         torch.testing.assert_close(part.double(), dict(exact.named_buffers())[name].double(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_gate_that_is_no_float32_is_taken_all_the_same(dtype, affine, training):
+    fast = RunningInstanceNorm2d(C, affine=affine).train(training)  # its gate, 1/8, is exact in every type
+    other = copy.deepcopy(fast)
+    other.gate.data = other.gate.data.to(dtype)
+    x = images().float()
+    torch.testing.assert_close(fast(x), other(x), check_dtype=False, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("shape", [(0, C, 4, 4), (0, C, 1, 1), (2, C, 1, 1), (2, C, 5, 5)])
-def test_only_maps_of_some_values_teach_it(shape):
+def test_the_gate_takes_part_in_every_batch(shape):
+    """Else processes that share their gradients would wait for it."""
     norm = RunningInstanceNorm2d(C)
-    (norm(torch.randn(shape)) * torch.randn(shape)).sum().backward()
-    assert norm.instance_gradient.any() == norm.instance_gradient_square.any() == (shape == (2, C, 5, 5))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_gradient_that_is_not_finite_teaches_nothing(dtype):
-    norm, x = layer(step_bound=None).to(dtype), images().to(dtype)
-    for wrong in (float("inf"), float("nan"), torch.finfo(dtype).max / 1e3):  # the square of the last is not finite
-        grad = images().to(dtype)
-        grad[0, 1] = wrong
-        y, before = norm(x), {name: part.clone() for name, part in norm.named_buffers() if name in TAUGHT}
-        y.backward(grad)
-        for name, part in before.items():
-            assert torch.equal(norm.get_buffer(name), part)
-
-
-def test_a_state_of_before_there_were_lessons_evaluates_as_before():
-    gate = torch.tensor([-0.1, 0.0, 0.05, 0.125, 0.25, 0.3])
-    norm = RunningInstanceNorm2d(C)
-    norm(images().float())
-    state = {name: value for name, value in norm.state_dict().items() if "instance" not in name}
-    other = RunningInstanceNorm2d(C)
-    other.load_state_dict(state | {"gate": gate})
-    torch.testing.assert_close(other.instance_share(8, 8), (4 * gate).clamp(0, 1) / 2)
-    assert other.instance_gradient_square.tolist() == [pytest.approx(FAINT)] * C
-
-
-def test_a_share_of_0_that_was_loaded_is_learned_as_a_new_layers():
-    net, norm, new = trained_net(), RunningInstanceNorm2d(C), RunningInstanceNorm2d(C)
-    norm.load_state_dict(net[1].state_dict())
-    for one in (norm, new):
-        one.step_bound = None
-        x = images(seed=3).float()
-        difference = nn.functional.instance_norm(x) - (x - one.running_mean.view(-1, 1, 1))
-        (one(x) * difference).sum().backward()
-    assert norm.instance_share(8, 8).min() < 0.1
-    assert torch.equal(norm.instance_share(8, 8) > 0.25, norm.instance_gradient < 0)
-
-
-def test_statistics_are_forgotten_and_the_share_is_not():
-    norm = layer(0.6)
-    norm(images())
-    norm.reset_running_stats()
-    assert norm.running_mean.tolist() == [0.0] * C
-    torch.testing.assert_close(norm.instance_share(8, 8), torch.full((C,), 0.3).double())
-    norm.reset_parameters()
-    assert norm.instance_share(8, 8).tolist() == [0.25] * C
-
-
-def test_statistics_that_are_made_anew_leave_the_share():
-    net = nn.Sequential(nn.Conv2d(3, C, 3), RunningInstanceNorm2d(C))
-    set_share(net[1], 0.6)
-    normlab.recalibrate(net, [images(4, seed=seed).float()[:, :3] for seed in range(3)])
-    torch.testing.assert_close(net[1].instance_share(8, 8), torch.full((C,), 0.3))
+    norm(torch.randn(shape)).square().sum().backward()
+    assert norm.gate.grad is not None
+    assert norm.gate.grad.any() == (shape == (2, C, 5, 5))

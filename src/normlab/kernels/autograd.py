@@ -44,6 +44,20 @@ class RunningNumbers(NamedTuple):
     recomputing: bool
 
 
+class Gate(NamedTuple):
+    """What the share of instance norm is made of: s = min(1, max(0, speed · gate)) · known.
+
+    Attributes:
+        gate: (C,), float32.
+        speed: how fast s moves, where γ has a speed of 1.
+        known: how well a map knows its own mean, from 0 to 1.
+    """
+
+    gate: Tensor
+    speed: float
+    known: float
+
+
 def _quick(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
     """As `function.apply`, quicker.
 
@@ -166,8 +180,7 @@ def running_instance_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    lessons: running.Lessons,
-    known: float,
+    gate: Gate,
     state: running.State,
     numbers: RunningNumbers,
     step_bound: float | None,
@@ -180,8 +193,7 @@ def running_instance_norm(
         x: (N, C, *space).
         weight: γ, (C,), float32, or None for 1.
         bias: β, (C,), float32, or None for 0.
-        lessons: what s is made of; changed by each backward pass.
-        known: how well a map knows its own mean, from 0 to 1.
+        gate: what s is made of.
         state: as in `running_norm`, and so are those not named here.
         numbers: those of the layer.
         step_bound: see `running.normalize_with_memory`.
@@ -189,7 +201,7 @@ def running_instance_norm(
         residual: as `x`; added before the activation.
     """
     step_bound = -1.0 if step_bound is None else step_bound
-    return _MixedNorm(x, weight, bias, residual, lessons, known, state, slope, numbers, step_bound)
+    return _MixedNorm(x, weight, bias, gate.gate, residual, gate[1:], state, slope, numbers, step_bound)
 
 
 def group_norm(
@@ -304,13 +316,13 @@ _once = once_differentiable(_running_backward)
 @_quick
 class _MixedNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, lessons, known, state, slope, numbers, step_bound):
-        kept = *state[running.READ], *lessons  # types: running_instance_norm
-        y, saved, rate, share = _MIXED_FORWARD(x, weight, bias, residual, *kept, known, slope, *numbers)
+    def forward(ctx, x, weight, bias, gate, residual, of_gate, state, slope, numbers, step_bound):
+        """Types as in `running_instance_norm`, but for `of_gate`, the numbers of its gate."""
+        kept = state[running.READ]
+        y, saved, rate = _MIXED_FORWARD(x, weight, bias, gate, residual, *kept, *of_gate, slope, *numbers)
         added = residual is not None
-        ctx.save_for_backward(x, weight, bias, saved, rate, share, y if added and slope != 1 else None)
-        left = running.lessons_left(numbers.momentum)
-        ctx.numbers = slope, added, step_bound, (known, left), (*state[running.MEMORY], *lessons)  # see `_RunningNorm`
+        ctx.save_for_backward(x, weight, bias, gate, saved, rate, y if added and slope != 1 else None)
+        ctx.numbers = slope, added, step_bound, of_gate, state[running.MEMORY]  # see `_RunningNorm`
         return y
 
     @staticmethod
@@ -319,14 +331,14 @@ class _MixedNorm(torch.autograd.Function):
 
 
 def _mixed_backward(ctx: Any, *grads: Tensor):
-    x, weight, bias, saved, rate, share, y = ctx.saved_tensors
-    (grad,), (slope, added, step_bound, of_share, memory) = grads, ctx.numbers
+    x, weight, bias, gate, saved, rate, y = ctx.saved_tensors
+    (grad,), (slope, added, step_bound, of_gate, memory) = grads, ctx.numbers
     if y is not None:
         grad, slope = _through_activation(slope, grad, y)
     _, of_weight, of_bias, *_ = ctx.needs_input_grad
-    numbers = *of_share, slope, step_bound, of_weight and of_bias
-    found = _MIXED_BACKWARD(grad, x, weight, bias, saved, rate, share, *memory, *numbers)
-    return *_wanted(found, weight, bias), grad if added else None, *[None] * 6
+    numbers = *of_gate, slope, step_bound, of_weight and of_bias
+    *found, grad_gate = _MIXED_BACKWARD(grad, x, weight, bias, gate, saved, rate, *memory, *numbers)
+    return *_wanted(found, weight, bias), grad_gate, grad if added else None, None, None, None, None, None
 
 
 _mixed_once = once_differentiable(_mixed_backward)

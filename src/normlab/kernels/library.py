@@ -26,8 +26,6 @@ _MEMORY = (
     "parameters_gradient, Tensor(e!) log_learning_rate, Tensor(f!) learning_rate_steps, Tensor(g!) output_square, "
     "Tensor(h!) step_length, Tensor(i!) latest_gradient_share"
 )
-# `running.Lessons`.
-_LESSONS = "Tensor{} instance_gradient, Tensor{} instance_gradient_square"
 
 
 def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -140,22 +138,23 @@ def group_backward(grad, x, weight, bias, saved, num_groups, slope):
 
 # Of the compiled module alone. Elsewhere running instance norm is made of torch's operators.
 LIBRARY.define(
-    f"running_instance_forward({_PARAMETERS}, Tensor? residual, {_READ}, {_LESSONS.format('', '')}, float known, "
-    "float slope, float momentum, float eps, bool recomputing) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"running_instance_forward({_PARAMETERS}, Tensor gate, Tensor? residual, {_READ}, float gate_speed, float known, "
+    "float slope, float momentum, float eps, bool recomputing) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.flexible_layout,),
 )
 LIBRARY.define(
-    f"running_instance_backward(Tensor grad, {_PARAMETERS}, Tensor saved, Tensor rate, Tensor share, {_MEMORY}, "
-    f"{_LESSONS.format('(j!)', '(k!)')}, float known, float kept, float slope, float step_bound, bool learns) -> "
-    f"{_GRADIENTS}",
+    f"running_instance_backward(Tensor grad, {_PARAMETERS}, Tensor gate, Tensor saved, Tensor rate, {_MEMORY}, float "
+    "gate_speed, float known, float slope, float step_bound, bool learns) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.flexible_layout,),
 )
 
 
 @torch.library.register_fake("normlab::running_instance_forward", lib=LIBRARY)
 def _fake_running_instance_forward(x, *_):
-    saved = _saved(x, x.shape[1] * (1 + len(x)))
-    return _like(x), saved, x.new_empty((), dtype=torch.float32), x.new_empty(x.shape[1], dtype=torch.float32)
+    return _like(x), _saved(x, x.shape[1] * (1 + len(x))), x.new_empty((), dtype=torch.float32)
 
 
-torch.library.register_fake("normlab::running_instance_backward", _fake_backward, lib=LIBRARY)
+@torch.library.register_fake("normlab::running_instance_backward", lib=LIBRARY)
+def _fake_running_instance_backward(grad, x, *_):
+    found = _fake_backward(grad, x)
+    return *found, torch.empty_like(found[1])

@@ -66,32 +66,6 @@ class State(NamedTuple):
         return self[MEMORY]
 
 
-class Lessons(NamedTuple):
-    """What backward passes learned of the share of instance norm, in buffers of the layer by these names."""
-
-    instance_gradient: Tensor  # Σ ∂L/∂s over the last passes, (C,)
-    instance_gradient_square: Tensor  # Σ (∂L/∂s)², (C,)
-
-    def share(self, known: float) -> Tensor:
-        """s, (C,): known · (1 − tanh(Σ ∂L/∂s / √Σ(∂L/∂s)²)) / 2; `known` says how well a map knows its own mean."""
-        gradient, square = self
-        return (1 - torch.tanh(gradient / square.clamp(min=torch.finfo(torch.float32).tiny).sqrt())) * (known / 2)
-
-
-class Mixture(NamedTuple):
-    """Running instance norm's part in `normalize_with_memory`."""
-
-    share: Tensor  # s, (C,), a constant
-    known: float
-    left: float  # of the lessons, after another pass
-    lessons: Lessons  # changed in place by each backward pass
-
-
-def lessons_left(momentum: float) -> float:
-    """What is left of lessons after another pass: they reach back as far as statistics do."""
-    return 1 - CONSTANTS.least_share * momentum
-
-
 STATISTICS = slice(0, 6)  # of `State`: what forward passes write
 READ = slice(0, 8)  # what they read
 MEMORY = slice(6, 15)  # what backward passes read and write
@@ -210,7 +184,7 @@ def normalize_with_memory(
     step_bound: float | None,
     eps: float,
     mask: Tensor | None = None,
-    mixture: Mixture | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
     """γ (x − mean) / √(var + eps) + β, whose backward pass remembers the batches before.
 
@@ -241,13 +215,11 @@ def normalize_with_memory(
     above 1 it overshoots, and only a smaller output helps. Where a norm follows, the scale is nothing, and k does no
     harm.
 
-    With a `mixture`, of a share s, it is γ ((1 − s) x̂ + s i) + β, i being instance norm of x. The bound, the measured
-    learning rate, p and k are those of the whole:
+    With a `share` s it is γ ((1 − s) x̂ + s i) + β, i being instance norm of x. The bound, the measured learning rate, p
+    and k are those of the whole:
 
         ∂L/∂x = (1−s) γ/√(var+eps) · (g − A − x̂ B) + s γ ∂L/∂i ∂i/∂x
-        ∂L/∂γ = p Σ g ((1−s) x̂ + s i) + k γ          ∂L/∂s = known γ Σ g (i − x̂)
-
-    The lessons, Σ ∂L/∂s and Σ (∂L/∂s)², keep the part `left` of themselves and take in those of this pass.
+        ∂L/∂γ = p Σ g ((1−s) x̂ + s i) + k γ          ∂L/∂s = γ Σ g (i − x̂)
 
     Args:
         x: (N, C, *space).
@@ -260,11 +232,9 @@ def normalize_with_memory(
         step_bound: a share of the size of (γ, β), or None for no bound.
         eps: added to the variance.
         mask: (N, 1, *space), True where a value is in `mean` and `var`, and counts above; None for all.
-        mixture: with instance norm; None for none.
+        share: s, (C,), from 0 to 1; None for 0.
     """
-    share, known, left, lessons = mixture or (None, 0.0, 1.0, (None, None))
-    numbers = step_bound, eps, known, left
-    return _NormalizeWithMemory.apply(x, mean, var, weight, bias, rate, mask, share, *numbers, *lessons, *memory)
+    return _NormalizeWithMemory.apply(x, mean, var, weight, bias, rate, mask, share, *memory, step_bound, eps)
 
 
 class _NormalizeWithMemory(torch.autograd.Function):
@@ -272,9 +242,9 @@ class _NormalizeWithMemory(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x, mean, var, weight, bias, rate, mask, share, step_bound, eps, known, left, instance_gradient,
-        instance_gradient_square, gradient_average, gradient_latest, parameters_before, parameters_gradient,
-        log_learning_rate, learning_rate_steps, output_square, step_length, latest_gradient_share,
+        x, mean, var, weight, bias, rate, mask, share, gradient_average, gradient_latest, parameters_before,
+        parameters_gradient, log_learning_rate, learning_rate_steps, output_square, step_length, latest_gradient_share,
+        step_bound, eps,
     ):  # fmt: skip
         if share is None:
             return scale_and_shift(x, mean, (var + eps).rsqrt_(), weight, bias)
@@ -284,10 +254,10 @@ class _NormalizeWithMemory(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        *saved, ctx.step_bound, ctx.eps, ctx.known, ctx.left = inputs[:12]
-        ctx.save_for_backward(*saved)
-        # Not saved: they may change before this backward pass, by that of another batch.
-        ctx.lessons, ctx.memory = inputs[12:14], inputs[14:]
+        x, mean, var, weight, bias, rate, mask, share, *memory, ctx.step_bound, ctx.eps = inputs
+        ctx.save_for_backward(x, mean, var, weight, bias, rate, mask, share)
+        # Not saved: it may change before this backward pass, by that of another batch.
+        ctx.memory = memory
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -330,20 +300,13 @@ class _NormalizeWithMemory(torch.autograd.Function):
         of_batch = torch.stack([latest[0], latest[1] / (rate * x_square).clamp(min=1)])
         subtracted = torch.lerp(average, of_batch, rate)
         of_x_hat, slower = sums[1], parameter_share(len(x))
-        through_own = of_share = None
+        through_own, of_share = None, None
         if share is not None:
             through_own, of_x_hat, of_share = _of_own(x, grad, weight, share, of_x_hat, mask, ctx.eps)
         given = torch.add(torch.stack([of_x_hat, sums[0]]) * slower, parameters * pull)
         usable = sums.isfinite().all() if mask is None else sums.isfinite().all() & mask.any()
         new = average, latest, parameters, gradient + given, log_lr, steps, square, step_length, rate
-        kept = ctx.memory
-        if of_share is not None:
-            lesson = torch.stack([of_share, of_share.square() * ctx.known]) * ctx.known
-            usable = usable & lesson.isfinite().all()
-            before = [part.to(x_hat.dtype) for part in ctx.lessons]
-            new = *new, *(ctx.left * torch.stack(before) + lesson)
-            kept, memory = (*kept, *ctx.lessons), [*memory, *before]
-        write(kept, [torch.where(usable, value, before) for before, value in zip(memory, new, strict=True)])
+        write(ctx.memory, [torch.where(usable, value, before) for before, value in zip(memory, new, strict=True)])
         scale = inverse if running is None else inverse * running
         grad_x = x_hat.mul_((scale * subtracted[1]).view(along)).add_((scale * subtracted[0]).view(along))
         grad_x = counted(grad_x, mask).neg_().addcmul_(grad, scale.view(along))
@@ -351,7 +314,7 @@ class _NormalizeWithMemory(torch.autograd.Function):
             grad_x = grad_x.add_(through_own)
         grad_weight = given[0] if ctx.needs_input_grad[3] else None
         grad_bias = given[1] if ctx.needs_input_grad[4] else None
-        return grad_x.to(x.dtype), None, None, grad_weight, grad_bias, *[None] * 18
+        return grad_x.to(x.dtype), None, None, grad_weight, grad_bias, None, None, of_share, *[None] * 11
 
 
 class _Step(NamedTuple):

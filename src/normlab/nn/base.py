@@ -268,7 +268,6 @@ class RunningStatistics(PreciseStatistics, _NormBase):
     averages = False  # whether `momentum` is what it is in torch's batch norm
     needs_statistics = True
     of_gradients: tuple[str, ...] = ()  # buffers that are averages of gradients
-    learned: tuple[str, ...] = ()  # buffers that are learned, as γ is: no statistics
     _of_last_batch: Any = None  # see `once`
 
     def __init__(
@@ -371,7 +370,7 @@ class RunningStatistics(PreciseStatistics, _NormBase):
         super().reset_running_stats()
         with torch.device("cpu"):
             for name, value in self.first_state().items():
-                if name in self._buffers and name not in self.learned:  # torch's constructor resets before it is there
+                if name in self._buffers:  # torch's constructor resets before it is there
                     self.get_buffer(name).copy_(value)
 
     def reset_parameters(self) -> None:
@@ -380,9 +379,6 @@ class RunningStatistics(PreciseStatistics, _NormBase):
         for name, (_, start) in self.first_parameters().items():
             if name in self._parameters:  # torch's constructor resets before it is there
                 nn.init.constant_(self.get_parameter(name), start)
-        for name in self.learned:
-            if name in self._buffers:
-                self.get_buffer(name).copy_(self.first_state()[name])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if prefix + "running_mean" in state_dict:  # a batch norm's state lacks the rest

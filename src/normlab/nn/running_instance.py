@@ -5,68 +5,60 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels import autograd, policy
-from ..kernels.running import Lessons, Mixture, instance_norm, lessons_left, normalize_with_memory, parts_of
+from ..kernels.running import instance_norm, normalize_with_memory, parts_of
 from . import functional as F
 from .activation import SLOPES, activate, scripted_activation
 from .base import is_fresh, settle
 from .registry import register
 from .running import RunningBatchNorm
 
+GATE_SPEED = 4.0  # s over gate: where steps have one length, as AdamW's, s moves four times as fast as γ
+FIRST_SHARE = 0.5  # s at first, of a large map
 VALUES = 64  # of this many values a map knows its mean half
-FAINT = 1e-30  # the square of the lessons that a state comes with: those of the first batch outweigh them
-SURE = 20.0  # tanh of it is 1
 
 
 class RunningInstanceNorm(RunningBatchNorm):
     """Running instance norm of (N, C, *space); see `RunningInstanceNorm2d`."""
 
-    of_gradients = (*RunningBatchNorm.of_gradients, *Lessons._fields)
-    learned = Lessons._fields
-    values: Final[int] = VALUES  # for TorchScript, which knows no values of a module
-    instance_gradient: Tensor
-    instance_gradient_square: Tensor
+    gate: nn.Parameter
+    speed: Final[float] = GATE_SPEED  # for TorchScript, which knows no values of a module
+    values: Final[int] = VALUES
 
-    def first_state(self) -> dict[str, Tensor]:
-        return super().first_state() | {name: torch.zeros(self.num_features) for name in Lessons._fields}
-
-    def rescale_gradients(self, factor: float) -> None:
-        super().rescale_gradients(factor)
-        self.instance_gradient_square.mul_(factor)
+    def first_parameters(self) -> dict[str, tuple[int, float]]:
+        return {"gate": (self.num_features, FIRST_SHARE / GATE_SPEED)}
 
     def instance_share(self, *space: int) -> Tensor:
         """s, (C,), in maps of this size: 0 where a channel is running batch norm, 1 where it is instance norm."""
-        return self._lessons().share(_known(space))
+        return _Share.apply(self.gate, _known(space)).detach()
 
     def in_training(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
         known = _known(x.shape[2:])
         if known == 0:  # running batch norm
-            return super().in_training(x, mask, residual)
-        lessons = self._lessons()
+            return super().in_training(_WithGate.apply(x, self.gate), mask, residual)
         parts = self._parts_for_kernels(x, policy.if_compiled, residual) if mask is None else None
-        if parts is not None:
+        if parts is not None and self.gate.dtype is torch.float32:
             state, slope = parts.state if self.track_running_stats else self._state(), SLOPES[self.activation]
             numbers = autograd.RunningNumbers(self.momentum, self.eps, self._kept_already())
-            others = parts.weight, parts.bias, lessons, known, state, numbers
+            others = parts.weight, parts.bias, autograd.Gate(self.gate, GATE_SPEED, known), state, numbers
             return autograd.running_instance_norm(x, *others, self.step_bound, slope, residual)
         self._check_memory(x, residual)
-        share = lessons.share(known)
+        share = _Share.apply(self.gate, known)
         with torch.no_grad():
             running = parts_of(self.weight, share)[1]
             mean, var, rate = settle(*self._updated(x, mask, running))
-        mixture = Mixture(share, known, lessons_left(self.momentum), lessons)
         guards = self._state().memory, self.step_bound, self.eps
-        y = normalize_with_memory(x, mean, var, self.weight, self.bias, rate, *guards, mask, mixture)
+        y = normalize_with_memory(x, mean, var, self.weight, self.bias, rate, *guards, mask, share)
         return activate(y, self.activation, residual)
 
     def in_evaluation(self, x: Tensor, mask: Tensor | None, residual: Tensor | None = None) -> Tensor:
         known = _known(x.shape[2:])
         if known == 0:
-            return super().in_evaluation(x, mask, residual)
+            return super().in_evaluation(_WithGate.apply(x, self.gate), mask, residual)
         self._check_memory(x, residual)
-        own, running = parts_of(self.weight, self._lessons().share(known))
+        own, running = parts_of(self.weight, _Share.apply(self.gate, known))
         if x.numel() == 0:
             return self._evaluate(x, residual, running)
         parts = self._parts_for_kernels(x, policy.for_activated_groups) if mask is None else None
@@ -76,18 +68,11 @@ class RunningInstanceNorm(RunningBatchNorm):
             y = (instance_norm(x, mask, self.eps)[0] * F.per_channel(own, x)).to(x.dtype)
         return self._evaluate(x, y if residual is None else y + residual, running)
 
-    def _lessons(self) -> Lessons:
-        """The buffers, to be written, or copies while nothing is to be tracked."""
-        lessons = self.instance_gradient, self.instance_gradient_square
-        return Lessons(*lessons if self.track_running_stats else (part.clone() for part in lessons))
-
     def _scripted(self, input: Tensor) -> Tensor:
         if self.training:
             raise RuntimeError("This norm is scripted for evaluation: call eval() before.")
         values = input[0, 0].numel() if input.numel() > 0 else 1
-        known = values / (values + self.values) if values > 1 else 0.0
-        lessons = self.instance_gradient / self.instance_gradient_square.clamp(min=1.2e-38).sqrt()
-        share = (1 - lessons.tanh()) * (known / 2)
+        share = (self.speed * self.gate).clamp(0, 1) * (values / (values + self.values) if values > 1 else 0.0)
         own = share if self.weight is None else share * self.weight
         running = 1 - share if self.weight is None else (1 - share) * self.weight
         mean, var = self.running_mean, self.running_var
@@ -97,16 +82,9 @@ class RunningInstanceNorm(RunningBatchNorm):
         return scripted_activation(y, self.activation)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        gate = state_dict.pop(prefix + "gate", None)  # of before there were lessons: s is four times this
-        if gate is None and prefix + "running_mean" in state_dict and not is_fresh(state_dict, prefix):
-            gate = torch.zeros(self.num_features)  # a batch norm's state
-        if gate is not None and prefix + "instance_gradient" not in state_dict:
-            sure = torch.atanh(1 - 2 * (4 * gate.float()).clamp(0, 1)).clamp(-SURE, SURE)
-            square = torch.full_like(sure, FAINT)
-            state_dict |= {
-                prefix + "instance_gradient": sure * square.sqrt(),
-                prefix + "instance_gradient_square": square,
-            }
+        if prefix + "running_mean" in state_dict:  # a batch norm's state has no gate
+            first = FIRST_SHARE / GATE_SPEED if is_fresh(state_dict, prefix) else 0.0
+            state_dict.setdefault(prefix + "gate", torch.full((self.num_features,), first))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -114,6 +92,49 @@ def _known(space: Sequence[int]) -> float:
     """How well a map of this size knows its own mean: n / (n + 64) with n values, 0 of one value."""
     values = math.prod(space)
     return values / (values + VALUES) if values > 1 else 0.0
+
+
+class _Share(torch.autograd.Function):
+    """s = GATE_SPEED · gate, between 0 and 1, times how well a map knows its mean.
+
+    At 0 and 1 s goes back as soon as its gradient says so: a clamp's gradient would be 0 outside.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gate, known):  # types: (C,), float
+        return (gate * GATE_SPEED).clamp(0, 1) * known
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        gate, ctx.known = inputs
+        ctx.save_for_backward(gate)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor):
+        (gate,) = ctx.saved_tensors
+        outwards = torch.where(grads[0] > 0, gate <= 0, gate * GATE_SPEED >= 1)
+        return torch.where(outwards, 0, grads[0] * (GATE_SPEED * ctx.known)), None
+
+
+class _WithGate(torch.autograd.Function):
+    """x, and a gradient of 0 for a gate that is not used: DistributedDataParallel waits for every parameter's."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, gate):  # types: Tensor, (C,)
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        return grads[0], torch.zeros_like(*ctx.saved_tensors)
 
 
 class RunningInstanceNorm1d(RunningInstanceNorm):
@@ -131,18 +152,17 @@ class RunningInstanceNorm2d(RunningInstanceNorm):
     """Running instance norm of (N, C, H, W): y = γ ((1 − s) x̂ + s i) + β, per channel.
 
     x̂ is the input as running batch norm normalises it, by statistics of the last batches. i is the input as instance
-    norm does, by those of its own image. s, from 0 to 1, is learned from its gradients:
+    norm does, by those of its own image. s is learned, from 0 to 1:
 
-        s = n / (n + 64) · (1 − tanh z) / 2          z = Σ ∂L/∂s / √Σ(∂L/∂s)²
+        s = min(1, max(0, 4 gate)) · n / (n + 64)
 
     n is the number of values of a map. So large maps begin with s = 0.5, and small ones, of which few values are known,
     with running batch norm; one value is that alone. Where contrast and brightness change from image to image s grows;
-    where the image's own mean says something it falls. The sums are buffers and reach back over about a thousand
-    backward passes. z is as sure as the gradients agree, however long they are: no optimizer and no rate moves s.
+    where the image's own mean says something it falls. Its gradient is exact, where those of γ and β are slowed down.
 
-    Guards, arguments and other buffers are those of `RunningBatchNorm2d`, with γ and β those of the whole. The state
-    of a batch norm or a running one loads: s is 0 until the first backward pass, so that evaluation gives what it gave.
-    `normlab.convert` begins with the s of a new layer.
+    Guards, arguments and buffers are those of `RunningBatchNorm2d`, with γ and β those of the whole. The state of a
+    batch norm or a running one loads: s is 0 then, so that evaluation gives what it gave. `normlab.convert` begins with
+    the s of a new layer.
 
     Args:
         num_features: C.

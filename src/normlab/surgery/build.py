@@ -232,7 +232,6 @@ def _hand_over_statistics(old: nn.Module, new: nn.Module) -> None:
         if "running_mean" in there:
             # What is learned beside γ and β begins as in a new layer.
             there |= {name: value for name, value in new.named_parameters() if name not in PARTS}
-            there |= {name: own[name] for name in getattr(new, "learned", ())}
             there = {name: value.reshape(own[name].shape) if name in PARTS else value for name, value in there.items()}
             new.load_state_dict(there, strict=False)
     switched = (

@@ -143,40 +143,37 @@ Gradients running_backward(const Tensor& grad, const Parameters& of, const Tenso
   return found;
 }
 
-std::array<Tensor, 4> running_instance_forward(const Parameters& of, const OptionalTensor& residual,
-                                               const Buffers<Statistics>& statistics,
-                                               const Buffers<Averages>& averages, const Buffers<Lessons>& lessons,
-                                               double known, double slope, double momentum, double eps,
-                                               bool recomputing) {
+std::array<Tensor, 3> running_instance_forward(const Parameters& of, const Tensor& gate,
+                                               const OptionalTensor& residual, const Buffers<Statistics>& statistics,
+                                               const Buffers<Averages>& averages, double gate_speed, double known,
+                                               double slope, double momentum, double eps, bool recomputing) {
   const Input in(of.x);
   Outputs found = make_outputs(in, Mixed::parts(in.layout.shape));
-  const int64_t channels = in.layout.shape.channels, stride = 1;
   Tensor rate = empty(0, nullptr, nullptr, torch.types[0]), copy;
-  Tensor of_instance = empty(1, &channels, &stride, torch.types[0]);
-  const MixedForward tensors{forward(in, of, found),
-                             in.like_x("residual", residual, copy),
-                             static_cast<float*>(data(of_instance)),
-                             pointers<Lessons>(in, lessons),
-                             pointers<Statistics>(in, statistics),
+  const MixedForward tensors{forward(in, of, found), in.like_x("residual", residual, copy),
+                             in.of_channels("gate", gate), pointers<Statistics>(in, statistics),
                              pointers<Averages>(in, averages)};
-  const double share = mixed_forward(in.layout, tensors, known, slope, momentum, eps, recomputing);
+  const double share = mixed_forward(in.layout, tensors, gate_speed, known, slope, momentum, eps, recomputing);
   *static_cast<float*>(data(rate)) = static_cast<float>(share);
-  return {std::move(found[0]), std::move(found[1]), std::move(rate), std::move(of_instance)};
+  return {std::move(found[0]), std::move(found[1]), std::move(rate)};
 }
 
-Gradients running_instance_backward(const Tensor& grad, const Parameters& of, const Tensor& saved, const Tensor& rate,
-                                    const Tensor& of_instance, const Buffers<Averages>& averages,
-                                    const Buffers<Steps>& steps, const Buffers<Lessons>& lessons, double known,
-                                    double kept, double slope, double step_bound, bool learns) {
+std::array<Tensor, 4> running_instance_backward(const Tensor& grad, const Parameters& of, const Tensor& gate,
+                                                const Tensor& saved, const Tensor& rate,
+                                                const Buffers<Averages>& averages, const Buffers<Steps>& steps,
+                                                double gate_speed, double known, double slope, double step_bound,
+                                                bool learns) {
   check(!learns || (of.weight && of.bias), "weight and bias must be there to be learned");
   const Input in(of.x);
   Gradients found = make_gradients(in);
-  Tensor copy;
+  const int64_t channels = in.layout.shape.channels, stride = 1;
+  Tensor of_gate = empty(1, &channels, &stride, torch.types[0]), copy;
   const MixedBackward tensors{backward(grad, in, of, saved, Mixed::parts(in.layout.shape), found, copy),
-                              in.of_channels("share", of_instance), pointers<Lessons>(in, lessons),
+                              in.of_channels("gate", gate), static_cast<float*>(data(of_gate)),
                               pointers<Averages>(in, averages), pointers<Steps>(in, steps)};
-  mixed_backward(in.layout, tensors, *values<float>("rate", rate, 1), known, kept, slope, step_bound, learns);
-  return found;
+  const double share = *values<float>("rate", rate, 1);
+  mixed_backward(in.layout, tensors, share, gate_speed, known, slope, step_bound, learns);
+  return {std::move(found[0]), std::move(found[1]), std::move(found[2]), std::move(of_gate)};
 }
 
 // How many groups the batch has.

@@ -4,7 +4,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 #include "passes.h"
@@ -50,28 +49,32 @@ struct Mixed {
   static int64_t parts(const Shape& shape) { return shape.channels + shape.images * shape.channels; }
 };
 
-// s, from what backward passes learned of it. known: how well a map knows its own mean.
-inline void instance_share(const Lessons& of, double known, int64_t channels, float* share) {
-  for (int64_t c = 0; c < channels; ++c) {
-    const float square = std::max(of.instance_gradient_square[c], std::numeric_limits<float>::min());
-    const float open = (1 - std::tanh(of.instance_gradient[c] / std::sqrt(square))) / 2;
-    share[c] = static_cast<float>(known) * open;
-  }
-}
+// What s is made of: speed · gate, between 0 and 1, times how well a map knows its own mean.
+struct Gate {
+  const float* gate;
+  double speed, known;
+};
 
-// s, γ (1 − s) of the running part, and γ s of the image's own.
+// s; γ (1 − s) of the running part, and γ s of the image's own.
 struct MixedWeights {
-  const float* share;
-  std::vector<float> running, own;
+  std::vector<float> share, running, own;
 
-  MixedWeights(const float* weight, const float* of_share, int64_t channels)
-      : share(of_share), running(channels), own(channels) {
+  MixedWeights(const float* weight, const Gate& of, int64_t channels)
+      : share(channels), running(channels), own(channels) {
     for (int64_t c = 0; c < channels; ++c) {
+      const float open = of.gate[c] * static_cast<float>(of.speed);
+      share[c] = (open < 0 ? 0 : open > 1 ? 1 : open) * static_cast<float>(of.known);
       running[c] = (1 - share[c]) * or_one(weight, c);
       own[c] = share[c] * or_one(weight, c);
     }
   }
 };
+
+// The gradient of gate, from that of s: 0 where s would leave 0 to 1.
+inline float through_gate(float of_share, float gate, const Gate& of) {
+  const bool outwards = of_share > 0 ? gate <= 0 : gate * static_cast<float>(of.speed) >= 1;
+  return outwards ? 0 : of_share * static_cast<float>(of.speed * of.known);
+}
 
 // The output before the activation is scale (x − own_mean) + shift, [image][channel].
 struct MixedScale {
@@ -93,22 +96,20 @@ struct MixedScale {
 struct MixedForward {
   Forward pass;
   const void* residual;  // added before the activation, or null
-  float* share;          // written: s
-  Lessons lessons;
+  const float* gate;
   Statistics kept;
   Averages averages;
 };
 
 // Returns the share of this batch in the averages of the backward pass. recomputing: it is in the statistics already.
-inline double mixed_forward(const Layout& layout, const MixedForward& tensors, double known, double slope,
-                            double momentum, double eps, bool recomputing) {
+inline double mixed_forward(const Layout& layout, const MixedForward& tensors, double gate_speed, double known,
+                            double slope, double momentum, double eps, bool recomputing) {
   const Shape& shape = layout.shape;
   const Statistics& kept = tensors.kept;
   const Mixed to(shape, tensors.pass.saved);
   const int64_t channels = to.channels, seen = *kept.num_batches_tracked + (recomputing ? 0 : 1);
   const auto epsilon = static_cast<float>(eps);
-  instance_share(tensors.lessons, known, channels, tensors.share);
-  const MixedWeights weights(tensors.pass.weight, tensors.share, channels);
+  const MixedWeights weights(tensors.pass.weight, {tensors.gate, gate_speed, known}, channels);
   each_together(shape, [&](const Shape& some, int64_t offset, int64_t part) {
     const auto of_type = [&](auto* x) { moments(some, x + offset, to.own_mean + part, to.own_inverse + part); };
     with_type(layout.type, of_type, tensors.pass.x);
@@ -210,21 +211,22 @@ class MixedSums {
 
 struct MixedBackward {
   Backward pass;
-  const float* share;
-  Lessons lessons;
+  const float* gate;
+  float* grad_gate;  // written
   Averages averages;
   Steps steps;
 };
 
-// The backward pass; arguments as in `running_backward`. kept: what is left of the lessons of before.
-inline void mixed_backward(const Layout& layout, const MixedBackward& tensors, double batch_rate, double known,
-                           double kept, double slope, double step_bound, bool learns) {
+// The backward pass; arguments as in `running_backward`.
+inline void mixed_backward(const Layout& layout, const MixedBackward& tensors, double batch_rate, double gate_speed,
+                           double known, double slope, double step_bound, bool learns) {
   const Backward& pass = tensors.pass;
   const Shape& shape = layout.shape;
   const int64_t images = shape.images, channels = shape.channels, both = 2 * channels;
   const auto rate = static_cast<float>(batch_rate);
   const Mixed of(shape, const_cast<float*>(pass.saved));
-  const MixedWeights weights(pass.weight, tensors.share, channels);
+  const Gate gate{tensors.gate, gate_speed, known};
+  const MixedWeights weights(pass.weight, gate, channels);
   const MixedScale scale(shape, of, weights, pass.bias);
   MixedSums sums(layout, pass, of, scale, slope);
 
@@ -240,7 +242,6 @@ inline void mixed_backward(const Layout& layout, const MixedBackward& tensors, d
   const double n = static_cast<double>(shape.values()), space = static_cast<double>(shape.space);
   std::vector<float> p(of.all), q(of.all), r(of.all);
   std::vector<double> total(both);  // Σg, then Σ g x̂
-  std::vector<float> of_share(channels);
   bool finite = true;
   for (int64_t c = 0; c < channels; ++c) {
     double of_grad = 0, of_running = 0, of_own = 0, square = 0;
@@ -253,9 +254,7 @@ inline void mixed_backward(const Layout& layout, const MixedBackward& tensors, d
     }
     total[c] = of_grad;
     total[channels + c] = of_running;
-    of_share[c] = static_cast<float>((of_own - of_running) * or_one(pass.weight, c) * known);
     finite &= std::isfinite(static_cast<float>(of_grad)) && std::isfinite(static_cast<float>(of_running));
-    finite &= std::isfinite(of_share[c] * of_share[c]);
     const float of_batch = static_cast<float>(of_running / n) / std::max(1.0f, rate * static_cast<float>(square / n));
     const double a = guards.subtracted(tensors.averages, c, static_cast<float>(of_grad / n), rate);
     const double b = guards.subtracted(tensors.averages, channels + c, of_batch, rate);
@@ -268,19 +267,14 @@ inline void mixed_backward(const Layout& layout, const MixedBackward& tensors, d
       r[i] = static_cast<float>(-running * (a + b * inverse * distance) - own * sums.grad(i) / space);
     }
     const double of_weight = (1 - s) * of_running + s * of_own;
+    const float of_share = static_cast<float>((of_own - of_running) * or_one(pass.weight, c));
+    tensors.grad_gate[c] = through_gate(of_share, gate.gate[c], gate);
     pass.grad_weight[c] = static_cast<float>(of_weight) * part + guards.now[c] * guards.pull;
     pass.grad_bias[c] = static_cast<float>(of_grad) * part + guards.now[channels + c] * guards.pull;
     guards.gradient[c] += pass.grad_weight[c];
     guards.gradient[channels + c] += pass.grad_bias[c];
   }
-  if (finite) {
-    guards.keep(tensors.averages, tensors.steps, total, n, rate, learns);
-    const auto& [gradient, gradient_square] = tensors.lessons;
-    for (int64_t c = 0; c < channels; ++c) {
-      gradient[c] = static_cast<float>(kept) * gradient[c] + of_share[c];
-      gradient_square[c] = static_cast<float>(kept) * gradient_square[c] + of_share[c] * of_share[c];
-    }
-  }
+  if (finite) guards.keep(tensors.averages, tensors.steps, total, n, rate, learns);
   each_together(shape, [&](const Shape& some, int64_t offset, int64_t at) {
     const auto write = [&](auto* grad, auto* x, auto* grad_x) {
       const float *of_p = p.data() + at, *of_q = q.data() + at, *of_r = r.data() + at;

@@ -30,11 +30,6 @@ namespace normlab {
   BUFFER(float, step_length, 0)         \
   BUFFER(float, latest_gradient_share, 0)
 
-// `normlab.kernels.running.Mixture`, without its numbers: what running instance norm has on top.
-#define NORMLAB_LESSONS(BUFFER)        \
-  BUFFER(float, instance_gradient, 1) \
-  BUFFER(float, instance_gradient_square, 1)
-
 // The facts about a buffer.
 struct Buffer {
   const char* name;
@@ -55,10 +50,6 @@ struct Averages {
 struct Steps {
   NORMLAB_STEPS(NORMLAB_POINTER)
   static constexpr Buffer kBuffers[] = {NORMLAB_STEPS(NORMLAB_FACTS)};
-};
-struct Lessons {
-  NORMLAB_LESSONS(NORMLAB_POINTER)
-  static constexpr Buffer kBuffers[] = {NORMLAB_LESSONS(NORMLAB_FACTS)};
 };
 
 }  // namespace normlab
