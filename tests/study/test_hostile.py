@@ -19,6 +19,7 @@ from normlab.study.summary import summarize
 from normlab.study.table import terminal_table
 from study.hostile import GOOD, READ, REFUSED, THINGS, line
 
+HANGS = timedelta(minutes=1)
 ADVICE = "Move the file away|Update normlab|nothing is yet"
 
 
@@ -92,7 +93,7 @@ def altered(draw):
     return values
 
 
-@settings(max_examples=400, deadline=timedelta(seconds=2))
+@settings(max_examples=400, deadline=HANGS)
 @given(altered())
 def test_one_wrong_value_is_refused_or_can_be_shown(tmp_path_factory, values):
     path = tmp_path_factory.getbasetemp() / "altered.jsonl"
@@ -108,7 +109,7 @@ def test_one_wrong_value_is_refused_or_can_be_shown(tmp_path_factory, values):
             assert [record.losses for record in records]
 
 
-@settings(max_examples=400, deadline=timedelta(seconds=2))
+@settings(max_examples=400, deadline=HANGS)
 @given(st.binary(max_size=60), st.integers(0, 3), st.randoms(use_true_random=False))
 def test_bytes_put_into_a_store_are_seen(tmp_path_factory, added, taken, chance: random.Random):
     """Bytes are put in, or taken out, anywhere but at the end: the file is refused, or every line is as it was."""
